@@ -1,0 +1,73 @@
+# Every command of the project. Installs go into .venv, with the versions of constraints.txt, when a target needs them.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+# --no-compile: Python compiles what is imported, which is a small part of what is installed
+INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
+EVERYTHING := $(VENV)/extra-test,check,bench,examples,plot
+NATIVE_SOURCES := setup.py $(shell find csrc)
+# g++ 12 sees uninitialized values in its own AVX-512 header
+WARNINGS := -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized
+CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # two installs into one environment would collide
+.PHONY: help venv demo test check format bench plot gpu clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(EVERYTHING) $(VENV)/native ## install into .venv what all other targets need
+
+demo: $(VENV)/extra-examples $(VENV)/native ## train on handwritten digits with and without gradient surgery
+	$(RUN) -m examples.multidigits $(ARGS)
+
+test: $(EVERYTHING) $(VENV)/native ## run all tests that need no GPU
+	$(RUN) -m pytest -q -m "not gpu" $(ARGS)
+
+check: $(EVERYTHING) ## lint, formatting and types
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+	$(CLANG_FORMAT) --dry-run -Werror
+
+format: $(EVERYTHING) ## rewrite the sources as check wants them
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+	$(CLANG_FORMAT) -i
+
+bench: $(EVERYTHING) $(VENV)/native ## measure, after the tests have passed
+	@$(MAKE) --no-print-directory test ARGS= || { echo "Red tests mean no numbers." >&2; exit 1; }
+	$(RUN) -m benchmarks.run $(ARGS)
+
+plot: $(EVERYTHING) ## draw the benchmark results
+	$(RUN) -m benchmarks.plot $(ARGS)
+
+gpu: ## on a machine with a GPU: build in place, run the GPU tests; installs nothing, needs torch, triton, numpy, pytest
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "make gpu: no torch in $(PYTHON) that finds a CUDA device here." >&2; exit 1; }
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -q -m gpu tests $(ARGS)
+
+clean: ## remove what was built and installed
+	rm -rf $(VENV) build dist *.egg-info fastpcgrad/*.so fastpcgrad/*.missing
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/created: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) setuptools
+	touch $@
+
+# By itself, so that a changed C++ file costs a compilation and no install.
+$(VENV)/native: $(VENV)/created $(NATIVE_SOURCES)
+	CXXFLAGS="$(WARNINGS) $$CXXFLAGS" $(RUN) setup.py --quiet build_ext --inplace
+	touch $@
+
+# The editable build finds the library in place and takes it as it is.
+$(VENV)/extra-%: $(VENV)/created pyproject.toml | $(VENV)/native
+	$(INSTALL) --no-build-isolation --editable '.[$*]'
+	touch $@

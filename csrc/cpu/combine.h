@@ -1,0 +1,111 @@
+// combine: one chunk of columns of w J.
+//
+// Up to kGroup rows are summed in registers. More rows go group by group through a block of the result that stays in
+// the first-level cache: a core follows only so many streams.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace fpg {
+namespace FPG_ISA {
+
+constexpr int kGroup = 8;
+constexpr int64_t kCombineBlock = 2048;
+
+template <class Acc, int kRows, class Row>
+inline Vector<Acc> weighted_sum(const Row* rows, int64_t row_stride, const Acc* weights, Vector<Acc> sum) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) sum += weights[r] * load(rows + r * row_stride, Acc());
+  return sum;
+}
+
+// block (+)= weighted rows over `columns`, a multiple of the lanes.
+template <class Acc, int kRows, bool kFirst, class Row>
+inline void combine_group(const Row* rows, int64_t row_stride, int64_t columns, const double* weights, Acc* block) {
+  Acc w[kRows];
+  for (int r = 0; r < kRows; ++r) w[r] = static_cast<Acc>(weights[r]);
+  for (int64_t n = 0; n < columns; n += kLanes<Acc>) {
+    // The block that comes next lies before this one, where the hardware does not look ahead.
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows + r * row_stride + n - kCombineBlock, 0, 2);
+    const Vector<Acc> start = kFirst ? Vector<Acc>{} : load_unaligned<Vector<Acc>>(block + n);
+    store_unaligned(block + n, weighted_sum<Acc, kRows>(rows + n, row_stride, w, start));
+  }
+}
+
+template <class Acc, bool kFirst, class Row>
+inline void combine_group_of(int64_t count, const Row* rows, int64_t row_stride, int64_t columns, const double* weights,
+                             Acc* block) {
+  switch (count) {
+    case 1: return combine_group<Acc, 1, kFirst>(rows, row_stride, columns, weights, block);
+    case 2: return combine_group<Acc, 2, kFirst>(rows, row_stride, columns, weights, block);
+    case 3: return combine_group<Acc, 3, kFirst>(rows, row_stride, columns, weights, block);
+    case 4: return combine_group<Acc, 4, kFirst>(rows, row_stride, columns, weights, block);
+    case 5: return combine_group<Acc, 5, kFirst>(rows, row_stride, columns, weights, block);
+    case 6: return combine_group<Acc, 6, kFirst>(rows, row_stride, columns, weights, block);
+    case 7: return combine_group<Acc, 7, kFirst>(rows, row_stride, columns, weights, block);
+    default: return combine_group<Acc, kGroup, kFirst>(rows, row_stride, columns, weights, block);
+  }
+}
+
+template <class Acc, class Row>
+inline void combine_rows(const Row* rows, int64_t tasks, int64_t row_stride, int64_t columns, const double* weights,
+                         Acc* block) {
+  combine_group_of<Acc, true>(tasks, rows, row_stride, columns, weights, block);
+  for (int64_t t = kGroup; t < tasks; t += kGroup) {
+    combine_group_of<Acc, false>(tasks - t, rows + t * row_stride, row_stride, columns, weights + t, block);
+  }
+}
+
+template <class Row, class Acc>
+inline void write_block(Row* out, const Acc* block, int64_t columns, bool) {
+  for (int64_t n = 0; n < columns; n += kLanes<Acc>) store<Row, Acc>(out + n, load_unaligned<Vector<Acc>>(block + n));
+}
+inline void write_block(float* out, const float* block, int64_t columns, bool past_caches) {
+  if (past_caches && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0) {
+    for (int64_t n = 0; n < columns; n += kFloats) stream(out + n, load_unaligned<Vector<float>>(block + n));
+  } else {
+    __builtin_memcpy(out, block, columns * sizeof(float));
+  }
+}
+
+// Columns that do not fill a vector, row by row through a padded copy.
+template <class Acc, class Row>
+inline void combine_rest(const Row* rows, int64_t tasks, int64_t row_stride, int64_t columns, const double* weights,
+                         Row* out) {
+  alignas(64) Acc block[kLanes<Acc>] = {};
+  for (int64_t t = 0; t < tasks; ++t) {
+    Row padded[kLanes<Acc>] = {};
+    __builtin_memcpy(padded, rows + t * row_stride, columns * sizeof(Row));
+    if (t == 0) {
+      combine_group<Acc, 1, true>(padded, 0, kLanes<Acc>, weights, block);
+    } else {
+      combine_group<Acc, 1, false>(padded, 0, kLanes<Acc>, weights + t, block);
+    }
+  }
+  for (int64_t n = 0; n < columns; ++n) round_to(out + n, block[n]);
+}
+
+// Backwards, since what the pass before read last is still in the last-level cache. `out` may be one of the rows: a
+// block is read whole before it is written.
+template <class Row, class Acc>
+void combine(const void* grads, int64_t tasks, int64_t row_stride, Chunk chunk, const double* weights, void* out,
+             bool past_caches) {
+  const Row* rows = static_cast<const Row*>(grads) + chunk.first;
+  Row* result = static_cast<Row*>(out) + chunk.first;
+  const int64_t columns = chunk.last - chunk.first;
+  int64_t left = columns / kLanes<Acc> * kLanes<Acc>;
+  if (left < columns) combine_rest<Acc>(rows + left, tasks, row_stride, columns - left, weights, result + left);
+
+  alignas(64) Acc block[kCombineBlock];
+  while (left > 0) {
+    const int64_t length = (left - 1) % kCombineBlock + 1;
+    left -= length;
+    combine_rows<Acc>(rows + left, tasks, row_stride, length, weights, block);
+    write_block(result + left, block, length, past_caches);
+  }
+}
+
+}  // namespace FPG_ISA
+}  // namespace fpg

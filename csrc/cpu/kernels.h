@@ -1,0 +1,42 @@
+// What a build for one instruction set offers: the work on one chunk of columns, for each row type and accumulator.
+#pragma once
+
+#include <cstdint>
+
+namespace fpg {
+
+constexpr int kRowTypes = 4;  // fpg_dtype
+
+// Columns [first, last) of J. All work on a chunk is sequential: how chunks are spread over threads changes no bit.
+struct Chunk {
+  int64_t first;
+  int64_t last;
+};
+
+struct Kernels {
+  const char* isa;
+
+  // Bytes of 64-byte-aligned scratch that one thread needs for a chunk of gram, or of mix.
+  int64_t (*gram_scratch)(int64_t tasks);
+  int64_t (*mix_scratch)(int64_t tasks);
+
+  // Index [wide]: 0 accumulates in the type that the rows ask for, 1 in float64 throughout.
+  // partial [T (T + 1) / 2]: the lower triangle, row by row.
+  void (*gram[kRowTypes][2])(const void* grads, int64_t tasks, int64_t row_stride, Chunk chunk, double* partial,
+                             void* scratch);
+  // stream: bypass the caches on the way out.
+  void (*combine[kRowTypes][2])(const void* grads, int64_t tasks, int64_t row_stride, Chunk chunk,
+                                const double* weights, void* out, bool stream);
+  void (*mix[kRowTypes][2])(void* grads, int64_t tasks, int64_t row_stride, Chunk chunk, const double* coefficients,
+                            void* scratch);
+  // Whether any element is other than zero.
+  bool (*any_nonzero[kRowTypes])(const void* row, int64_t width);
+};
+
+extern const Kernels kernels_baseline;
+#ifdef FPG_HAVE_X86_ISAS
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace fpg

@@ -1,0 +1,69 @@
+/* The C ABI of fastpcgrad's native libraries.
+ *
+ * Plain pointers and sizes, no torch headers: one build serves every torch and Python version.
+ *
+ * J is T rows of N elements: element (t, n) lies at data + t * row_stride + n, in elements. Rows need no alignment
+ * beyond their element's. `offsets` cuts the columns into `segments` ranges: offsets[0] = 0, offsets[segments] = N,
+ * non-decreasing; a null `offsets` with segments = 1 means all columns. Each segment has a T x T matrix or T weights
+ * of its own. All matrices and weights are dense, row-major float64.
+ *
+ * Every entry point returns FPG_OK or another fpg_status, and writes nothing unless it returns FPG_OK. Pointers are
+ * not checked: shapes, devices and types are validated by the caller.
+ */
+#ifndef FASTPCGRAD_H
+#define FASTPCGRAD_H
+
+#include <stdint.h>
+
+#define FPG_ABI_VERSION 1
+#define FPG_EXPORT __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { FPG_F32 = 0, FPG_F16 = 1, FPG_BF16 = 2, FPG_F64 = 3 } fpg_dtype;
+
+typedef enum {
+  FPG_OK = 0,
+  FPG_BAD_ARGUMENT = 1,  /* an unknown dtype, or a negative size */
+  FPG_OUT_OF_MEMORY = 2, /* no room for the partial sums */
+} fpg_status;
+
+/* FPG_ABI_VERSION of the library that was loaded. */
+FPG_EXPORT int fpg_abi_version(void);
+
+/* The instruction set in use: "avx512", "avx2" or "baseline". */
+FPG_EXPORT const char* fpg_cpu_isa(void);
+
+/* Use another instruction set from now on. FPG_BAD_ARGUMENT if this machine or this build lacks it. Not thread-safe. */
+FPG_EXPORT int fpg_cpu_use_isa(const char* name);
+
+/* gram[s] = J_s J_s^T. `gram` is [segments, T, T]. */
+FPG_EXPORT int fpg_cpu_gram(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
+                            const int64_t* offsets, int64_t segments, double* gram, int threads);
+
+/* PCGrad's projections on `segments` Gram matrices. `order` is [T, T], or [segments, T, T] when order_per_segment.
+ * Row i of coefficients[s] combines the task gradients into g_i'. An index outside 0..T-1 makes its row NaN. */
+FPG_EXPORT int fpg_cpu_pcgrad_coefficients(const double* gram, int64_t tasks, int64_t segments, const int64_t* order,
+                                           int order_per_segment, int self_projection, double eps,
+                                           double min_squared_norm, double* coefficients, int threads);
+
+/* out = weights[s] J_s for each segment. `weights` is [segments, T]; `out` is [N] of J's type and may be a row of J. */
+FPG_EXPORT int fpg_cpu_combine(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
+                               const int64_t* offsets, int64_t segments, const double* weights, void* out, int threads);
+
+/* J_s <- coefficients[s] J_s for each segment, in place. */
+FPG_EXPORT int fpg_cpu_mix(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
+                           const int64_t* offsets, int64_t segments, const double* coefficients, int threads);
+
+/* gram, projections, and out = scale * (column sums of C) J, in one call. A null `out` replaces J by C J instead. */
+FPG_EXPORT int fpg_cpu_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
+                              const int64_t* offsets, int64_t segments, const int64_t* order, int order_per_segment,
+                              int self_projection, double eps, double min_squared_norm, double scale, double* gram,
+                              double* coefficients, void* out, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

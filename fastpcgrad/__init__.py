@@ -1,0 +1,28 @@
+"""Gradient surgery for PyTorch at memory speed: PCGrad and its relatives on packed task gradients."""
+
+from . import backends as backends  # registers the kernels of the ops
+from . import methods
+from ._version import __version__
+from .autograd import backward, grad
+from .config import show_config
+from .functional import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficients
+from .optimizer import PCGrad
+from .report import ConflictReport
+from .surgery import GradientSurgery
+
+__all__ = [
+    "ConflictReport",
+    "GradientSurgery",
+    "PCGrad",
+    "__version__",
+    "backward",
+    "combine",
+    "grad",
+    "gram",
+    "methods",
+    "mix_",
+    "pcgrad",
+    "pcgrad_",
+    "pcgrad_coefficients",
+    "show_config",
+]

@@ -1,0 +1,159 @@
+"""Every ``torch.ops.fastpcgrad`` schema, its fake and its autograd formula. No maths of the algorithms.
+
+Backends register their kernels on ``LIBRARY``; ``functional`` validates and calls the ops. ``grads`` is J
+``[T, N]``; ``segments`` is None or int64 offsets ``[S + 1]`` on the same device, which cut the N columns into S
+ranges, each with a Gram matrix, weights or coefficients of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fastpcgrad", "DEF")
+
+_SOLVE = "Tensor order, bool self_projection, float eps, float min_squared_norm"
+
+SCHEMAS: dict[str, str] = {
+    "gram": "(Tensor grads, Tensor? segments=None) -> Tensor",
+    "pcgrad_coefficients": f"(Tensor gram, {_SOLVE}) -> Tensor",
+    "combine": "(Tensor grads, Tensor weights, Tensor? segments=None) -> Tensor",
+    "combine_out": "(Tensor grads, Tensor weights, Tensor? segments, Tensor(a!) out) -> ()",
+    "mix_": "(Tensor(a!) grads, Tensor coefficients, Tensor? segments=None) -> ()",
+    "pcgrad": f"(Tensor grads, {_SOLVE}, float scale, Tensor? segments=None) -> (Tensor, Tensor, Tensor)",
+    "pcgrad_out": (f"(Tensor grads, {_SOLVE}, float scale, Tensor? segments, Tensor(a!) out) -> (Tensor, Tensor)"),
+    "pcgrad_": f"(Tensor(a!) grads, {_SOLVE}, Tensor? segments=None) -> (Tensor, Tensor)",
+}
+
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+
+gram = torch.ops.fastpcgrad.gram.default
+pcgrad_coefficients = torch.ops.fastpcgrad.pcgrad_coefficients.default
+combine = torch.ops.fastpcgrad.combine.default
+combine_out = torch.ops.fastpcgrad.combine_out.default
+mix_ = torch.ops.fastpcgrad.mix_.default
+pcgrad = torch.ops.fastpcgrad.pcgrad.default
+pcgrad_out = torch.ops.fastpcgrad.pcgrad_out.default
+pcgrad_ = torch.ops.fastpcgrad.pcgrad_.default
+
+
+def new_gram(grads: Tensor, segments: Tensor | None) -> Tensor:
+    """An uninitialised G for ``grads``: float64 ``[T, T]``, or ``[S, T, T]``."""
+    tasks = grads.shape[0]
+    shape = (tasks, tasks) if segments is None else (segments.shape[0] - 1, tasks, tasks)
+    return grads.new_empty(shape, dtype=torch.float64)
+
+
+@torch.library.register_fake("fastpcgrad::gram", lib=LIBRARY)
+def _(grads: Tensor, segments: Tensor | None = None) -> Tensor:
+    return new_gram(grads, segments)
+
+
+@torch.library.register_fake("fastpcgrad::pcgrad_coefficients", lib=LIBRARY)
+def _(gram: Tensor, order: Tensor, self_projection: bool, eps: float, min_squared_norm: float) -> Tensor:
+    return torch.empty_like(gram, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("fastpcgrad::combine", lib=LIBRARY)
+def _(grads: Tensor, weights: Tensor, segments: Tensor | None = None) -> Tensor:
+    return grads.new_empty(grads.shape[1])
+
+
+@torch.library.register_fake("fastpcgrad::combine_out", lib=LIBRARY)
+def _(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("fastpcgrad::mix_", lib=LIBRARY)
+def _(grads: Tensor, coefficients: Tensor, segments: Tensor | None = None) -> None:
+    return None
+
+
+@torch.library.register_fake("fastpcgrad::pcgrad", lib=LIBRARY)
+def _(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return grads.new_empty(grads.shape[1]), new_gram(grads, segments), new_gram(grads, segments)
+
+
+@torch.library.register_fake("fastpcgrad::pcgrad_out", lib=LIBRARY)
+def _(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    segments: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return new_gram(grads, segments), new_gram(grads, segments)
+
+
+@torch.library.register_fake("fastpcgrad::pcgrad_", lib=LIBRARY)
+def _(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return new_gram(grads, segments), new_gram(grads, segments)
+
+
+# The backward formulas are plain differentiable torch, so that second derivatives exist too.
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _owner_of_each_column(segments: Tensor, width: int) -> Tensor:
+    return torch.repeat_interleave(
+        torch.arange(segments.shape[0] - 1, device=segments.device), segments.diff(), output_size=width
+    )
+
+
+def _gram_backward(ctx: Any, grad_gram: Tensor) -> tuple[Tensor, None]:
+    """dJ = (dG + dGᵀ) J, for each segment."""
+    grads, segments = ctx.saved_tensors
+    symmetric = (grad_gram + grad_gram.mT).to(grads.dtype)
+    if segments is None:
+        return symmetric @ grads, None
+    pieces = grads.split(segments.diff().tolist(), dim=1)
+    return torch.cat([s @ piece for s, piece in zip(symmetric, pieces, strict=True)], dim=1), None
+
+
+def _combine_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
+    """dJ = w ⊗ dg and dw = J dg, for each segment."""
+    grads, weights, segments = ctx.saved_tensors
+    scaled = weights.to(grads.dtype)
+    if segments is None:
+        return scaled[:, None] * grad_out, (grads @ grad_out).to(weights.dtype), None
+    owner = _owner_of_each_column(segments, grads.shape[1])
+    products = (grads * grad_out).to(weights.dtype)
+    grad_weights = products.new_zeros(weights.shape[::-1]).index_add(1, owner, products).mT
+    return scaled.mT[:, owner] * grad_out, grad_weights, None
+
+
+def _no_derivative(ctx: Any, *grad_outputs: Tensor) -> None:
+    raise RuntimeError(
+        "fastpcgrad: PCGrad's projections have no derivative here; differentiate through gram and combine, "
+        "with the coefficients detached"
+    )
+
+
+torch.library.register_autograd("fastpcgrad::gram", _gram_backward, setup_context=_save_inputs, lib=LIBRARY)
+torch.library.register_autograd("fastpcgrad::combine", _combine_backward, setup_context=_save_inputs, lib=LIBRARY)
+for _name in ("pcgrad_coefficients", "pcgrad"):
+    torch.library.register_autograd(f"fastpcgrad::{_name}", _no_derivative, lib=LIBRARY)

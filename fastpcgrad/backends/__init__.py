@@ -1,0 +1,159 @@
+"""Which kernels run an op: chosen by device, or forced with ``FASTPCGRAD_BACKEND=eager|cpu|cuda|triton``.
+
+Every backend module offers the same six functions (``gram``, ``pcgrad_coefficients``, ``combine``, ``mix_``,
+``pcgrad``, ``pcgrad_``) on inputs that ``functional`` has validated, and ``why_unavailable(device_type)``. An
+automatic choice takes the first backend that can run; a forced one that cannot run raises and says why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import _ops
+
+NAMES = ("eager", "cpu", "cuda", "triton")
+_AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+_chosen: dict[tuple[str | None, str], ModuleType] = {}
+
+
+def why_unavailable(name: str, device_type: str) -> str | None:
+    """None where backend ``name`` can run tensors of that device, else the reason."""
+    try:
+        module = importlib.import_module(f".{name}", __name__)
+    except ImportError as error:
+        if error.name == f"{__name__}.{name}":
+            return f"this version has no {name} backend"
+        return f"{type(error).__name__}: {error}"
+    reason: str | None = module.why_unavailable(device_type)
+    return reason
+
+
+def select(device_type: str) -> ModuleType:
+    """The backend module for tensors of that device.
+
+    Raises:
+        RuntimeError: the backend forced by ``FASTPCGRAD_BACKEND`` cannot run there; says why.
+        ValueError: ``FASTPCGRAD_BACKEND`` names no backend.
+    """
+    forced = os.environ.get("FASTPCGRAD_BACKEND") or None
+    module = _chosen.get((forced, device_type))
+    if module is None:
+        module = _chosen[forced, device_type] = _choose(forced, device_type)
+    return module
+
+
+def _choose(forced: str | None, device_type: str) -> ModuleType:
+    if forced is not None and forced not in NAMES:
+        raise ValueError(f"FASTPCGRAD_BACKEND must be one of {', '.join(NAMES)}; found {forced!r}")
+    for name in (forced,) if forced else _AUTOMATIC.get(device_type, ("eager",)):
+        reason = why_unavailable(name, device_type)
+        if reason is None:
+            return importlib.import_module(f".{name}", __name__)
+        if forced:
+            raise RuntimeError(
+                f"FASTPCGRAD_BACKEND={forced} cannot run tensors on device type {device_type!r}: {reason}"
+            )
+    raise RuntimeError(f"no backend can run tensors on device type {device_type!r}")
+
+
+def _gram(grads: Tensor, segments: Tensor | None = None) -> Tensor:
+    result: Tensor = select(grads.device.type).gram(grads, segments)
+    return result
+
+
+def _pcgrad_coefficients(
+    gram: Tensor, order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
+) -> Tensor:
+    backend = select(gram.device.type)
+    result: Tensor = backend.pcgrad_coefficients(gram, order, self_projection, eps, min_squared_norm)
+    return result
+
+
+def _combine(grads: Tensor, weights: Tensor, segments: Tensor | None = None) -> Tensor:
+    out = grads.new_empty(grads.shape[1])
+    select(grads.device.type).combine(grads, weights, segments, out)
+    return out
+
+
+def _combine_out(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:
+    _mark_written(out)
+    select(grads.device.type).combine(grads, weights, segments, out)
+
+
+def _mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None = None) -> None:
+    _mark_written(grads)
+    select(grads.device.type).mix_(grads, coefficients, segments)
+
+
+def _pcgrad(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = grads.new_empty(grads.shape[1])
+    gram, coefficients = select(grads.device.type).pcgrad(
+        grads, order, self_projection, eps, min_squared_norm, scale, segments, out
+    )
+    return out, gram, coefficients
+
+
+def _pcgrad_out(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    segments: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    _mark_written(out)
+    result: tuple[Tensor, Tensor] = select(grads.device.type).pcgrad(
+        grads, order, self_projection, eps, min_squared_norm, scale, segments, out
+    )
+    return result
+
+
+def _pcgrad_(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _mark_written(grads)
+    result: tuple[Tensor, Tensor] = select(grads.device.type).pcgrad_(
+        grads, order, self_projection, eps, min_squared_norm, segments
+    )
+    return result
+
+
+def _mark_written(tensor: Tensor) -> None:
+    # Autograd must notice that a tensor which it saved has been overwritten.
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+for _name, _kernel in {
+    "gram": _gram,
+    "pcgrad_coefficients": _pcgrad_coefficients,
+    "combine": _combine,
+    "combine_out": _combine_out,
+    "mix_": _mix_,
+    "pcgrad": _pcgrad,
+    "pcgrad_out": _pcgrad_out,
+    "pcgrad_": _pcgrad_,
+}.items():
+    # One Python body serves both dispatch keys: the backend decides by the tensor's device.
+    for _key in ("CPU", "CUDA"):
+        _ops.LIBRARY.impl(_name, _kernel, _key)

@@ -1,0 +1,165 @@
+"""The compiled CPU library: pointers and sizes in, a status out. OpenMP over torch's own thread pool."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native, _ops
+
+_POINTER, _I64, _INT, _F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+
+_ROWS = (_POINTER, _I64, _I64, _I64, _INT, _POINTER, _I64)
+_SOLVE = (_POINTER, _INT, _INT, _F64, _F64)
+_ARGUMENTS = {
+    "fpg_cpu_gram": (*_ROWS, _POINTER, _INT),
+    "fpg_cpu_pcgrad_coefficients": (_POINTER, _I64, _I64, *_SOLVE, _POINTER, _INT),
+    "fpg_cpu_combine": (*_ROWS, _POINTER, _POINTER, _INT),
+    "fpg_cpu_mix": (*_ROWS, _POINTER, _INT),
+    "fpg_cpu_pcgrad": (*_ROWS, *_SOLVE, _F64, _POINTER, _POINTER, _POINTER, _INT),
+    "fpg_cpu_use_isa": (ctypes.c_char_p,),
+    "fpg_cpu_isa": (),
+}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError}
+
+
+def _load() -> ctypes.CDLL | None:
+    library = _native.library("cpu")
+    if library is not None:
+        for name, arguments in _ARGUMENTS.items():
+            getattr(library, name).argtypes = arguments
+        library.fpg_cpu_isa.restype = ctypes.c_char_p
+    return library
+
+
+_library = _load()
+
+
+def why_unavailable(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return "the CPU library takes CPU tensors only"
+    return None if _library is not None else _native.load_error("cpu")
+
+
+def isa() -> str:
+    """The instruction set in use: ``avx512``, ``avx2`` or ``baseline``."""
+    name: bytes = _entry("fpg_cpu_isa")()
+    return name.decode()
+
+
+def use_isa(name: str) -> None:
+    """Use another instruction set from now on; ValueError where this machine or this build lacks it."""
+    if _entry("fpg_cpu_use_isa")(name.encode()) != 0:
+        raise ValueError(f"this machine or this build has no instruction set {name!r}")
+
+
+def _entry(name: str) -> Any:
+    return getattr(_library, name)
+
+
+def _call(name: str, *arguments: object) -> None:
+    status = _entry(name)(*arguments, torch.get_num_threads())
+    if status:
+        raise _ERRORS.get(status, RuntimeError)(f"{name} returned status {status}")
+
+
+def _rows(grads: Tensor, segments: Tensor | None) -> tuple[int, int, int, int, int, int | None, int]:
+    tasks, width = grads.shape
+    pointer, count = (None, 1) if segments is None else (segments.data_ptr(), segments.shape[0] - 1)
+    return grads.data_ptr(), tasks, width, grads.stride(0), _DTYPES[grads.dtype], pointer, count
+
+
+def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
+    segments = _dense(segments)
+    result = _ops.new_gram(grads, segments)
+    _call("fpg_cpu_gram", *_rows(grads, segments), result.data_ptr())
+    return result
+
+
+def pcgrad_coefficients(
+    gram: Tensor, order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
+) -> Tensor:
+    gram, order = gram.contiguous(), order.contiguous()
+    result = torch.empty_like(gram)
+    tasks = gram.shape[-1]
+    _call(
+        "fpg_cpu_pcgrad_coefficients",
+        gram.data_ptr(),
+        tasks,
+        gram.numel() // (tasks * tasks),
+        *_solve(order, self_projection, eps, min_squared_norm),
+        result.data_ptr(),
+    )
+    return result
+
+
+def combine(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:
+    weights, segments = weights.contiguous(), _dense(segments)
+    _call("fpg_cpu_combine", *_rows(grads, segments), weights.data_ptr(), out.data_ptr())
+
+
+def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
+    coefficients, segments = coefficients.contiguous(), _dense(segments)
+    _call("fpg_cpu_mix", *_rows(grads, segments), coefficients.data_ptr())
+
+
+def pcgrad(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    segments: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out.data_ptr())
+
+
+def pcgrad_(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    segments: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, 1.0, segments, None)
+
+
+def _pcgrad(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    segments: Tensor | None,
+    out: int | None,
+) -> tuple[Tensor, Tensor]:
+    order, segments = order.contiguous(), _dense(segments)
+    matrix, coefficients = _ops.new_gram(grads, segments), _ops.new_gram(grads, segments)
+    _call(
+        "fpg_cpu_pcgrad",
+        *_rows(grads, segments),
+        *_solve(order, self_projection, eps, min_squared_norm),
+        scale,
+        matrix.data_ptr(),
+        coefficients.data_ptr(),
+        out,
+    )
+    return matrix, coefficients
+
+
+def _solve(
+    order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
+) -> tuple[int, bool, bool, float, float]:
+    return order.data_ptr(), order.dim() == 3, self_projection, eps, min_squared_norm
+
+
+def _dense(segments: Tensor | None) -> Tensor | None:
+    return None if segments is None else segments.contiguous()

@@ -1,0 +1,110 @@
+"""The backend of last resort: vectorised torch, any device. Accurate (float64 throughout), not fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .. import _ops
+
+_CHUNK = 1 << 16
+"""Columns a step: bounds the float64 copies, and is fixed, so that the sums have one order."""
+
+
+def why_unavailable(device_type: str) -> str | None:
+    return None
+
+
+def _chunks(grads: Tensor, segments: Tensor | None) -> Iterator[tuple[int, int, int]]:
+    """(segment, first column, last column) of each step."""
+    offsets = [0, grads.shape[1]] if segments is None else segments.tolist()
+    for s, (first, last) in enumerate(pairwise(offsets)):
+        for a in range(first, last, _CHUNK):
+            yield s, a, min(a + _CHUNK, last)
+
+
+def _batched(matrix: Tensor, segments: Tensor | None) -> Tensor:
+    return matrix[None] if segments is None else matrix
+
+
+def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
+    result = _ops.new_gram(grads, segments).zero_()
+    for s, a, b in _chunks(grads, segments):
+        block = grads[:, a:b].double()
+        _batched(result, segments)[s] += block @ block.mT
+    return result
+
+
+def pcgrad_coefficients(
+    gram: Tensor, order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
+) -> Tensor:
+    """All rows i of all matrices at once: a step for each place in the order."""
+    tasks = gram.shape[-1]
+    g = gram.reshape(-1, tasks, tasks)
+    batch, device = g.shape[0], gram.device
+    diagonal = g.diagonal(dim1=1, dim2=2)
+    valid = ((order >= 0) & (order < tasks)).all(dim=-1).expand(batch, tasks)
+    places = order.clamp(0, max(tasks - 1, 0)).expand(batch, tasks, tasks)
+    matrices = torch.arange(batch, device=device)[:, None]
+    rows = torch.arange(tasks, device=device)
+    coefficients = torch.eye(tasks, dtype=torch.float64, device=device).repeat(batch, 1, 1)
+    v = g.clone()
+    for step in range(tasks):
+        j = places[:, :, step]
+        dot = v.gather(2, j[:, :, None])[:, :, 0]
+        squared_norm = diagonal.gather(1, j)
+        project = (dot < 0) & (dot > -torch.inf)
+        project &= (squared_norm > min_squared_norm) & (squared_norm < torch.inf)
+        if not self_projection:
+            project &= j != rows
+        c = torch.where(project, -dot / (squared_norm + eps), 0.0)
+        coefficients[matrices, rows, j] += c
+        # where, not a product: 0·NaN of a row that takes no part must not enter.
+        v = torch.where(project[:, :, None], v + c[:, :, None] * g[matrices, j], v)
+    coefficients.masked_fill_(~valid[:, :, None], torch.nan)
+    return coefficients.reshape(gram.shape)
+
+
+def combine(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:
+    rows = _batched(weights, segments)
+    for s, a, b in _chunks(grads, segments):
+        out[a:b] = rows[s] @ grads[:, a:b].double()
+
+
+def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
+    matrices = _batched(coefficients, segments)
+    for s, a, b in _chunks(grads, segments):
+        grads[:, a:b] = matrices[s] @ grads[:, a:b].double()
+
+
+def pcgrad(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    segments: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    matrix = gram(grads, segments)
+    coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
+    combine(grads, scale * coefficients.sum(dim=-2), segments, out)
+    return matrix, coefficients
+
+
+def pcgrad_(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    segments: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    matrix = gram(grads, segments)
+    coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
+    mix_(grads, coefficients, segments)
+    return matrix, coefficients

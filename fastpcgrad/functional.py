@@ -1,0 +1,366 @@
+"""Typed functions on packed task gradients J ``[T, N]``; the one place that validates.
+
+Everything that needs N runs in two streaming passes (``gram`` and ``combine`` or ``mix_``); what lies between
+them runs on the T×T Gram matrix. The kernels check nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import _ops, variants
+from .variants import Generator
+
+Segments = Tensor | Sequence[int]
+
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def gram(grads: Tensor, segments: Segments | None = None) -> Tensor:
+    """Gram matrix of the task gradients: G = J Jᵀ, in one pass over J. Differentiable.
+
+    Args:
+        grads: ``[T, N]`` fp16/bf16/fp32/fp64, rows contiguous, any row stride; CPU or CUDA.
+        segments: offsets ``[S + 1]`` that cut the columns into S ranges: 0 first, N last, non-decreasing.
+    Returns:
+        ``[T, T]`` float64 on the device of ``grads``; ``[S, T, T]`` with segments.
+    Raises:
+        TypeError: ``grads`` is no tensor or of another dtype.
+        ValueError: rank, layout or offsets are wrong; the message shows what was found.
+    Numerics: products of fp16/bf16/fp32 rows are summed in fp32 lanes that go to float64 at least every 1024
+        columns; rows whose squares would leave fp32's range are summed in float64 from the start. The same input
+        gives the same bits, whatever the number of threads. NaN and inf stay in the entries of their row.
+    Oracle: ``reference.gram``.
+    Example:
+        >>> J = torch.tensor([[3.0, 4.0], [-4.0, 3.0]])
+        >>> fastpcgrad.gram(J)
+        tensor([[25.,  0.],
+                [ 0., 25.]], dtype=torch.float64)
+    """
+    _check_rows(grads)
+    return _ops.gram(grads, _offsets(segments, grads))
+
+
+def pcgrad_coefficients(
+    gram: Tensor,
+    order: Tensor,
+    self_projection: bool = False,
+    eps: float = 0.0,
+    *,
+    min_squared_norm: float = 0.0,
+) -> Tensor:
+    """Coefficients of PCGrad's projections: the projected row i is Σ_k C_ik g_k.
+
+    Args:
+        gram: G, ``[T, T]`` or ``[S, T, T]`` (S independent problems), float64.
+        order: ``[T, T]`` or ``[S, T, T]`` int64, same device: row i holds the order in which the tasks j are
+            projected away from row i, a permutation of 0..T-1. On the CPU a row that is none raises; on a GPU
+            that check would stop the stream, and an index out of range gives NaN coefficients instead.
+        self_projection: whether j = i takes part, as some implementations have it.
+        eps: added to ``G_jj`` in the denominator.
+        min_squared_norm: a task takes part only where ``G_jj`` exceeds this.
+    Returns:
+        C, float64, of the shape of ``gram``.
+    Raises:
+        TypeError: dtype mismatch.
+        ValueError: shape or device mismatch, an order that is no permutation, negative eps.
+    Numerics: float64. A projection whose dot product or norm is not finite is left out, so that NaN in one task
+        does not spread to the others' tests.
+    Source: Yu et al. 2020, arXiv:2001.06782, Alg. 1. Oracle: ``reference.coefficients``.
+    Example:
+        >>> G = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)
+        >>> fastpcgrad.pcgrad_coefficients(G, torch.tensor([[0, 1], [0, 1]]))
+        tensor([[1.0000, 0.5000],
+                [1.0000, 1.0000]], dtype=torch.float64)
+    """
+    _check_tensor("gram", gram)
+    if gram.dtype != torch.float64:
+        raise TypeError(f"gram must be float64; found {gram.dtype}")
+    if gram.dim() not in (2, 3) or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
+        raise ValueError(f"gram must be [T, T] or [S, T, T] with T >= 1; found {list(gram.shape)}")
+    _check_guards(eps, min_squared_norm)
+    order = _check_order(order, gram.shape[-1], gram.shape[0] if gram.dim() == 3 else None, gram.device)
+    return _ops.pcgrad_coefficients(gram, order, self_projection, float(eps), float(min_squared_norm))
+
+
+def combine(grads: Tensor, weights: Tensor, out: Tensor | None = None, *, segments: Segments | None = None) -> Tensor:
+    """Weighted sum of the task gradients: w J, in one pass over J. Differentiable where ``out`` is None.
+
+    Args:
+        grads: ``[T, N]`` fp16/bf16/fp32/fp64, rows contiguous, any row stride; CPU or CUDA.
+        weights: ``[T]`` float64, or ``[S, T]`` with segments; same device.
+        out: ``[N]``, dtype and device of ``grads``, contiguous; may be a row of ``grads``.
+        segments: offsets ``[S + 1]``, see ``gram``.
+    Returns:
+        ``[N]`` in the dtype of ``grads``: ``out`` if given.
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: rank, layout, device or length mismatch; the message shows what was found.
+    Numerics: accumulates in fp32 (fp64 for fp64 rows, and where a weight leaves fp32's range). A zero weight
+        does not hide NaN or inf.
+    Oracle: ``reference.combine``.
+    Example:
+        >>> J = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+        >>> fastpcgrad.combine(J, torch.tensor([1.0, -1.0], dtype=torch.float64))
+        tensor([-2., -3.])
+    """
+    _check_rows(grads)
+    offsets = _offsets(segments, grads)
+    _check_matrix("weights", weights, grads, offsets, (grads.shape[0],))
+    if out is None:
+        return _ops.combine(grads, weights, offsets)
+    _check_out(out, grads)
+    _ops.combine_out(grads, weights, offsets, out)
+    return out
+
+
+def mix_(grads: Tensor, coefficients: Tensor, *, segments: Segments | None = None) -> Tensor:
+    """Replace each task gradient by its combination of all of them, in place: J ← C J.
+
+    Args:
+        grads: ``[T, N]`` fp16/bf16/fp32/fp64, rows contiguous, any row stride; CPU or CUDA. Overwritten.
+        coefficients: C, ``[T, T]`` float64, or ``[S, T, T]`` with segments; same device.
+        segments: offsets ``[S + 1]``, see ``gram``.
+    Returns:
+        ``grads`` itself.
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: rank, layout, device or length mismatch; the message shows what was found.
+        RuntimeError: ``grads`` requires grad.
+    Numerics: accumulates in fp32 (fp64 for fp64 rows, and where a coefficient leaves fp32's range).
+    Source: Yu et al. 2020, arXiv:2001.06782, Alg. 1. Oracle: ``reference.mix``.
+    Example:
+        >>> J = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+        >>> fastpcgrad.mix_(J, torch.tensor([[1.0, 1.0], [0.0, 2.0]], dtype=torch.float64))
+        tensor([[ 4.,  7.],
+                [ 6., 10.]])
+    """
+    _check_rows(grads)
+    _check_writable("grads", grads)
+    offsets = _offsets(segments, grads)
+    _check_matrix("coefficients", coefficients, grads, offsets, (grads.shape[0], grads.shape[0]))
+    _ops.mix_(grads, coefficients, offsets)
+    return grads
+
+
+def pcgrad(
+    grads: Tensor,
+    *,
+    variant: str = "paper",
+    reduction: Literal["sum", "mean", "none"] | None = None,
+    order: Tensor | None = None,
+    generator: Generator | None = None,
+    segments: Segments | None = None,
+) -> Tensor:
+    """PCGrad on packed task gradients: project each row away from those it conflicts with, then merge.
+
+    Args:
+        grads: ``[T, N]`` fp16/bf16/fp32/fp64, rows contiguous, any row stride; CPU or CUDA. Not changed.
+        variant: which published PCGrad: paper, pytorch-pcgrad, tensorflow, torchjd, libmtl or tensorlogic.
+        reduction: ``sum`` or ``mean`` of the projected rows, or ``none``: the projected rows themselves.
+            None: the variant's own.
+        order: ``[T, T]`` int64 (``[S, T, T]`` with segments), see ``pcgrad_coefficients``. None: drawn as the
+            variant draws it.
+        generator: a ``torch.Generator`` (CPU) or ``random.Random`` to draw from. None: the global generator of
+            the variant's original.
+        segments: offsets ``[S + 1]``, see ``gram``: each range of columns is a problem of its own.
+    Returns:
+        The merged gradient ``[N]``, or the projected rows ``[T, N]`` for ``reduction="none"``.
+    Raises:
+        TypeError: wrong dtype or generator.
+        ValueError: unknown variant or reduction, rank, layout, device or length mismatch, no permutation.
+    Numerics: see ``gram`` and ``combine``; results scale with the gradients, from 1e-30 to 1e+18 in fp32.
+    Source: Yu et al. 2020, arXiv:2001.06782, Alg. 1. Oracle: ``reference.merge``.
+    Example:
+        >>> J = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+        >>> fastpcgrad.pcgrad(J, reduction="none")
+        tensor([[0.5000, 0.5000],
+                [0.0000, 1.0000]])
+    """
+    _check_rows(grads)
+    chosen = variants.get(variant)
+    if reduction not in ("sum", "mean", "none", None):
+        raise ValueError(f"reduction must be 'sum', 'mean', 'none' or None; found {reduction!r}")
+    offsets = _offsets(segments, grads)
+    order = _order_for(grads, offsets, chosen, order, generator)
+    guards = (chosen.self_projection, chosen.eps, chosen.min_squared_norm)
+    if reduction == "none":
+        rows = grads.detach().clone(memory_format=torch.contiguous_format)
+        _ops.pcgrad_(rows, order, *guards, offsets)
+        return rows
+    scale = 1.0 / grads.shape[0] if (reduction or chosen.reduction) == "mean" else 1.0
+    merged: Tensor = _ops.pcgrad(grads, order, *guards, scale, offsets)[0]
+    return merged
+
+
+def pcgrad_(
+    grads: Tensor,
+    *,
+    variant: str = "paper",
+    order: Tensor | None = None,
+    generator: Generator | None = None,
+    segments: Segments | None = None,
+) -> Tensor:
+    """PCGrad's sequential projections, in place: row i becomes g_i', the projected gradient of task i.
+
+    Args:
+        grads: ``[T, N]`` fp16/bf16/fp32/fp64, rows contiguous, any row stride; CPU or CUDA. Overwritten.
+        variant, order, generator, segments: see ``pcgrad``.
+    Returns:
+        ``grads`` itself.
+    Raises:
+        TypeError: wrong dtype or generator.
+        ValueError: unknown variant, rank, layout, device or length mismatch, no permutation.
+        RuntimeError: ``grads`` requires grad.
+    Numerics: see ``gram`` and ``mix_``. Source: Yu et al. 2020, arXiv:2001.06782, Alg. 1.
+    Example:
+        >>> fastpcgrad.pcgrad_(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))
+        tensor([[0.5000, 0.5000],
+                [0.0000, 1.0000]])
+    """
+    _check_rows(grads)
+    _check_writable("grads", grads)
+    chosen = variants.get(variant)
+    offsets = _offsets(segments, grads)
+    order = _order_for(grads, offsets, chosen, order, generator)
+    _ops.pcgrad_(grads, order, chosen.self_projection, chosen.eps, chosen.min_squared_norm, offsets)
+    return grads
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; found {type(value).__name__}")
+
+
+def _check_rows(grads: Tensor) -> None:
+    _check_tensor("grads", grads)
+    if grads.layout != torch.strided:
+        raise ValueError(f"grads must be dense; found layout {grads.layout}")
+    if grads.dtype not in ROW_DTYPES:
+        raise TypeError(f"grads must be float16, bfloat16, float32 or float64; found {grads.dtype}")
+    if grads.dim() != 2 or grads.shape[0] == 0:
+        raise ValueError(f"grads must be [T, N] with T >= 1 task gradients; found {list(grads.shape)}")
+    if grads.shape[1] > 1 and grads.stride(1) != 1:
+        raise ValueError(f"the rows of grads must be contiguous; found strides {grads.stride()}")
+
+
+def _check_writable(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} requires grad and would be overwritten; detach it or use torch.no_grad()")
+    if tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[-1] and tensor.dim() == 2:
+        raise ValueError(f"{name} has overlapping rows and would be overwritten; strides {tensor.stride()}")
+
+
+def _check_out(out: Tensor, grads: Tensor) -> None:
+    _check_tensor("out", out)
+    if out.dtype != grads.dtype or out.device != grads.device:
+        raise ValueError(f"out must be {grads.dtype} on {grads.device}, as grads; found {out.dtype} on {out.device}")
+    if out.shape != grads.shape[1:] or (out.numel() > 1 and out.stride(0) != 1):
+        raise ValueError(
+            f"out must be contiguous [{grads.shape[1]}]; found {list(out.shape)} with strides {out.stride()}"
+        )
+    if torch.is_grad_enabled() and (out.requires_grad or grads.requires_grad):
+        raise RuntimeError("combine with out= has no derivative: a tensor requires grad; use torch.no_grad()")
+
+
+def _check_matrix(name: str, value: Tensor, grads: Tensor, offsets: Tensor | None, shape: tuple[int, ...]) -> None:
+    _check_tensor(name, value)
+    if value.dtype != torch.float64:
+        raise TypeError(f"{name} must be float64; found {value.dtype}")
+    expected = shape if offsets is None else (offsets.shape[0] - 1, *shape)
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} must be {list(expected)} for grads {list(grads.shape)}; found {list(value.shape)}")
+    if value.device != grads.device:
+        raise ValueError(f"{name} must be on {grads.device}, as grads; found {value.device}")
+
+
+def _check_guards(eps: float, min_squared_norm: float) -> None:
+    if not eps >= 0 or not min_squared_norm >= 0:
+        raise ValueError(
+            f"eps and min_squared_norm must not be negative; found eps={eps}, min_squared_norm={min_squared_norm}"
+        )
+
+
+def _offsets(segments: Segments | None, grads: Tensor) -> Tensor | None:
+    """Validated int64 offsets on the device of ``grads``. Offsets that lie on a GPU are taken as they are."""
+    if segments is None:
+        return None
+    if isinstance(segments, Tensor):
+        if segments.dtype != torch.int64 or segments.dim() != 1 or segments.shape[0] < 2:
+            raise ValueError(
+                f"segments must be int64 offsets [S + 1] with S >= 1; found {segments.dtype} {list(segments.shape)}"
+            )
+        if segments.device.type != "cpu" or torch.compiler.is_compiling():
+            return segments.to(grads.device)
+        values = segments.tolist()
+    else:
+        values = [int(offset) for offset in segments]
+    if len(values) < 2 or values[0] != 0 or values[-1] != grads.shape[1] or values != sorted(values):
+        shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
+        raise ValueError(f"segments must be non-decreasing offsets from 0 to N={grads.shape[1]}; found {shown}")
+    return torch.tensor(values, dtype=torch.int64).to(grads.device)
+
+
+def _check_order(order: Tensor, tasks: int, count: int | None, device: torch.device) -> Tensor:
+    _check_tensor("order", order)
+    allowed = [(tasks, tasks)] if count is None else [(tasks, tasks), (count, tasks, tasks)]
+    if order.dtype != torch.int64 or tuple(order.shape) not in allowed:
+        raise ValueError(
+            f"order must be int64 {' or '.join(str(list(shape)) for shape in allowed)}; "
+            f"found {order.dtype} {list(order.shape)}"
+        )
+    if order.device != device:
+        raise ValueError(f"order must be on {device}, as the gradients; found {order.device}")
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        wanted = list(range(tasks))
+        for row in order.reshape(-1, tasks).tolist():
+            if sorted(row) != wanted:
+                raise ValueError(f"each row of order must be a permutation of 0..{tasks - 1}; found {row}")
+    return order
+
+
+def _order_for(
+    grads: Tensor,
+    offsets: Tensor | None,
+    variant: variants.Variant,
+    order: Tensor | None,
+    generator: Generator | None,
+) -> Tensor:
+    tasks, count = grads.shape[0], None if offsets is None else offsets.shape[0] - 1
+    if order is not None:
+        return _check_order(order, tasks, count, grads.device)
+    variants.check_generator(generator)
+    return variant.draw_orders(tasks, count, generator).to(grads.device)
+
+
+def check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    """The task losses as a list.
+
+    Raises:
+        TypeError: no sequence of tensors, or complex or integer losses.
+        ValueError: empty, not scalar, without grad, or on several devices; the message shows what was found.
+    """
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            raise ValueError(f"losses must be scalars, or one tensor [T]; found a tensor {list(losses.shape)}")
+        losses = losses.unbind()
+    found = list(losses)
+    if not found:
+        raise ValueError("losses must hold at least one task loss; found none")
+    for t, loss in enumerate(found):
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"losses[{t}] must be a torch.Tensor; found {type(loss).__name__}")
+        if not loss.is_floating_point():
+            raise TypeError(f"losses[{t}] must be real floating point; found {loss.dtype}")
+        if loss.numel() != 1:
+            raise ValueError(f"losses[{t}] must be a scalar; found shape {list(loss.shape)}")
+        if not loss.requires_grad:
+            raise ValueError(f"losses[{t}] has no grad: it depends on nothing that requires grad")
+    devices = {loss.device for loss in found}
+    if len(devices) > 1:
+        raise ValueError(f"losses must be on one device; found {', '.join(sorted(map(str, devices)))}")
+    return found

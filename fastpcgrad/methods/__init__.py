@@ -1,0 +1,6 @@
+"""Methods that merge task gradients: one file a method."""
+
+from .base import Method, Solution
+from .pcgrad import PCGrad
+
+__all__ = ["Method", "PCGrad", "Solution"]

@@ -1,0 +1,85 @@
+"""PCGrad as a method on the Gram matrix, in every published variant."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from .. import _ops, variants
+from ..functional import pcgrad_coefficients
+from ..variants import Generator
+from .base import Method, Solution
+
+
+class PCGrad(Method):
+    """Project each task gradient away from those it conflicts with, then sum or average.
+
+    Args:
+        variant: paper, pytorch-pcgrad, tensorflow, torchjd, libmtl or tensorlogic.
+        reduction: ``sum`` or ``mean``; None: the variant's own.
+        generator: a ``torch.Generator`` (CPU) or ``random.Random`` for the order of the projections. None: the
+            global generator of the variant's original.
+    Raises:
+        TypeError: a generator of another type.
+        ValueError: unknown variant or reduction.
+    Source: Yu et al. 2020, arXiv:2001.06782, Alg. 1. Oracle: ``reference.merge``.
+    Example:
+        >>> G = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)
+        >>> fastpcgrad.methods.PCGrad().weights(G)
+        tensor([2.0000, 1.5000], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        variant: str = "paper",
+        reduction: Literal["sum", "mean"] | None = None,
+        generator: Generator | None = None,
+    ) -> None:
+        self.variant = variants.get(variant)
+        if reduction not in ("sum", "mean", None):
+            raise ValueError(f"reduction must be 'sum', 'mean' or None; found {reduction!r}")
+        variants.check_generator(generator)
+        self.reduction = reduction or self.variant.reduction
+        self.generator = generator
+        self.scope = self.variant.scope
+
+    def coefficients(self, gram: Tensor) -> Tensor:
+        """C such that the projected gradient of task i is Σ_k C_ik g_k; draws a new order.
+
+        Args:
+            gram: ``[T, T]`` or ``[S, T, T]`` float64.
+        Returns:
+            float64 of the same shape.
+        """
+        count = gram.shape[0] if gram.dim() == 3 else None
+        order = self.variant.draw_orders(gram.shape[-1], count, self.generator).to(gram.device)
+        return pcgrad_coefficients(
+            gram,
+            order,
+            self.variant.self_projection,
+            self.variant.eps,
+            min_squared_norm=self.variant.min_squared_norm,
+        )
+
+    def solve(self, gram: Tensor) -> Solution:
+        coefficients = self.coefficients(gram)
+        weights = coefficients.sum(dim=-2)
+        if self.reduction == "mean":
+            weights /= gram.shape[-1]
+        return Solution(weights, coefficients)
+
+    def merge(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Solution]:
+        variant, tasks = self.variant, rows.shape[0]
+        scale = 1.0 / tasks if self.reduction == "mean" else 1.0
+        order = variant.draw_order(tasks, self.generator).to(rows.device)
+        guards = (variant.self_projection, variant.eps, variant.min_squared_norm)
+        gram, coefficients = _ops.pcgrad_out(rows, order, *guards, scale, None, out)
+        return gram, Solution(coefficients.sum(dim=0).mul_(scale), coefficients)
+
+    def partial_weights(self, weights: Tensor) -> Tensor:
+        averaged = self.reduction == "mean" and self.variant.partial_sum
+        return weights * weights.shape[-1] if averaged else weights
+
+    def __repr__(self) -> str:
+        return f"PCGrad(variant={self.variant.name!r}, reduction={self.reduction!r})"

@@ -1,0 +1,333 @@
+"""GradientSurgery: one task at a time into its row, then one merged gradient."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from operator import is_
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .merging import merge
+from .methods import Method, PCGrad
+from .report import ConflictReport
+from .task_gradients import TaskGradients
+
+Granularity = Literal["model", "group", "parameter"]
+
+_LATE_BYTES = 1 << 20
+"""Gradients of small parameters are collected after a task's backward, all at once; this many bytes (or 1 % of a
+row, if that is more) may wait until then. Larger ones are taken while they are still in the cache, and freed."""
+
+
+class GradientSurgery:
+    """Fills one row with each task's gradient, then merges the rows into ``.grad``.
+
+    Inside ``task(t)`` gradients go into row t instead of ``.grad``; several backward passes of one task add up.
+    Each task's graph can be freed before the next task's forward. ``merge`` replaces ``.grad`` of every parameter
+    that takes part; starting the next round gives the previous merged gradient's memory back to the rows.
+
+    Args:
+        optimizer_or_params: an optimizer, or parameters (or dicts of them, as optimizers take). An optimizer's
+            parameters are looked up at each round, so that ones added, frozen or unfrozen later are seen.
+        num_tasks: T.
+        method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
+        shared: the parameters that undergo surgery; the gradients of the others are summed. None: as the method's
+            original has it (nearly all: every parameter).
+        row_dtype: dtype of the rows; None: that of the parameters. bfloat16 halves the memory.
+        row_device: None; rows lie where the parameters are.
+        granularity: ``model``: one surgery over all parameters. ``group`` or ``parameter``: one for each parameter
+            group, or for each parameter. A method whose original works on each parameter does so anyway.
+        process_group: None; distributed training is not covered by this version.
+    Memory: T rows of N elements, where N counts the trainable parameters: T·N·itemsize bytes, of which row 0 becomes
+        ``.grad``. Fewer rows are touched when fewer tasks are there.
+    Raises:
+        TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
+        ValueError: no parameters, parameters that are no leaves, on several devices or of several dtypes.
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> surgery = fastpcgrad.GradientSurgery(model.parameters(), num_tasks=2)
+        >>> for t in range(2):
+        ...     with surgery.task(t):
+        ...         model(torch.randn(8, 4))[:, t].square().mean().backward()
+        >>> report = surgery.merge()
+        >>> report.gram.shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        optimizer_or_params: torch.optim.Optimizer | Iterable[Any],
+        num_tasks: int,
+        method: Method | None = None,
+        *,
+        shared: Iterable[Tensor] | None = None,
+        row_dtype: torch.dtype | None = None,
+        row_device: torch.device | str | None = None,
+        granularity: Granularity = "model",
+        process_group: object | None = None,
+    ) -> None:
+        if not isinstance(num_tasks, int) or num_tasks < 1:
+            raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
+        if method is not None and not isinstance(method, Method):
+            raise TypeError(f"method must be a fastpcgrad.methods.Method; found {method!r}")
+        if granularity not in ("model", "group", "parameter"):
+            raise ValueError(f"granularity must be 'model', 'group' or 'parameter'; found {granularity!r}")
+        if row_device is not None:
+            raise NotImplementedError(f"rows lie on the parameters' device; found row_device={row_device!r}")
+        if process_group is not None:
+            raise NotImplementedError("this version does not reduce gradients over processes: process_group=None")
+        self.num_tasks = num_tasks
+        self.method = PCGrad() if method is None else method
+        self.granularity = granularity
+        self.row_dtype = row_dtype
+        self._groups = _parameter_groups(optimizer_or_params)
+        self._shared = None if shared is None else {id(p): p for p in _tensors("shared", shared)}
+        self._found: list[Tensor] = []
+        self._parameters: list[Tensor] = []
+        self._grads: TaskGradients | None = None
+        self._hooks = _Hooks(self)
+        self._merged: list[Tensor | None] = []
+        self._inside: _Task | None = None
+        self._resolve()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows, whether or not they are allocated yet."""
+        return self._rows_now().nbytes
+
+    def task(self, index: int) -> _Task:
+        """A context in which gradients go into the row of task ``index``.
+
+        Enter it again for further micro-batches of the same task: they add up. A task counts as present, with a
+        zero gradient for what it did not touch, once it was entered and left without an exception.
+
+        Raises:
+            IndexError: not in 0..num_tasks-1.
+            RuntimeError: inside another task, or the parameters changed since the round began.
+        """
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.num_tasks:
+            raise IndexError(f"task index must be an integer in 0..{self.num_tasks - 1}; found {index!r}")
+        return _Task(self, index)
+
+    @torch.no_grad()
+    def merge(self) -> ConflictReport:
+        """Merge the rows of this round into ``.grad``.
+
+        Tasks that were absent take no part. A parameter that no task touched gets ``.grad = None``.
+
+        Returns:
+            what conflicted and what became of it.
+        Raises:
+            RuntimeError: no task was there, or inside a task. Nothing is changed.
+        """
+        grads = self._rows_now()
+        if self._inside is not None:
+            raise RuntimeError(f"merge() inside task({self._inside.index}): leave the task first")
+        if not grads.tasks:
+            raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
+        for row in range(len(grads.tasks)):
+            grads.close_row(row)
+        shared = None if self._shared is None else [id(p) in self._shared for p in self._parameters]
+        report, present = merge(grads, self.method, grads.rows[0], shared, self._problem_of_each())
+        self._publish(grads.views(0), present)
+        grads.clear()
+        return report
+
+    def discard(self) -> None:
+        """Forget the rows of this round, as if no task had been there; ``.grad`` stays as it is.
+
+        Raises:
+            RuntimeError: inside a task.
+        """
+        if self._inside is not None:
+            raise RuntimeError(f"discard() inside task({self._inside.index}): leave the task first")
+        self._rows_now().clear()
+
+    def _rows_now(self) -> TaskGradients:
+        assert self._grads is not None
+        return self._grads
+
+    def _resolve(self) -> None:
+        """Look the trainable parameters up; lay the rows out anew where they changed."""
+        found = [p for group in self._groups for p in group["params"] if p.requires_grad]
+        if self._grads is not None and len(found) == len(self._found) and all(map(is_, found, self._found)):
+            return
+        if self._grads is not None and self._grads.tasks:
+            raise RuntimeError(
+                f"the trainable parameters changed within a round ({len(self._found)} before, {len(found)} now) "
+                f"while rows of tasks {self._grads.tasks} are filled: call merge() or discard() first"
+            )
+        parameters = list({id(p): p for p in found}.values())
+        _check_parameters(parameters, self._shared)
+        self._grads = TaskGradients(parameters, self.num_tasks, self.row_dtype)
+        self._found, self._parameters, self._merged = found, parameters, []
+        self._hooks.attach(parameters)
+
+    def _problem_of_each(self) -> list[int] | None:
+        if self.granularity == "model":
+            return None
+        if self.granularity == "parameter":
+            return list(range(len(self._parameters)))
+        owner = {id(p): g for g, group in enumerate(self._groups) for p in group["params"]}
+        return [owner[id(p)] for p in self._parameters]
+
+    def _publish(self, views: Sequence[Tensor], present: Sequence[bool]) -> None:
+        """Set ``.grad``: the views themselves, or copies where the rows have another dtype."""
+        self._merged = []
+        for p, view, there in zip(self._parameters, views, present, strict=True):
+            merged = (view if view.dtype == p.dtype else view.to(p.dtype)) if there else None
+            p.grad = merged
+            self._merged.append(merged)
+
+    def _release_merged(self) -> None:
+        """Drop the last merged gradient where it is still ``.grad``: its memory becomes a row again."""
+        for p, merged in zip(self._parameters, self._merged, strict=True) if self._merged else ():
+            if merged is not None and p.grad is merged:
+                p.grad = None
+        self._merged = []
+
+    def _begin(self, task: _Task) -> int:
+        if self._inside is not None:
+            raise RuntimeError(f"task({task.index}) inside task({self._inside.index}): tasks do not nest")
+        self._resolve()
+        grads = self._rows_now()
+        if not grads.tasks:
+            self._release_merged()
+        row = grads.open_row(task.index)
+        self._inside = task
+        return row
+
+    def _collect(self, row: int) -> None:
+        """Move what lies in ``.grad`` into the row."""
+        self._rows_now().store_all(row, [p.grad for p in self._parameters])
+        for p in self._parameters:
+            p.grad = None
+
+
+class _Task:
+    """One stay inside a task. Gradients that were there before are set aside and come back afterwards."""
+
+    __slots__ = ("_aside", "_row", "_surgery", "index")
+
+    def __init__(self, surgery: GradientSurgery, index: int) -> None:
+        self.index = index
+        self._surgery = surgery
+        self._row = -1
+        self._aside: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> None:
+        surgery = self._surgery
+        self._row = surgery._begin(self)
+        self._aside = [(p, p.grad) for p in surgery._parameters if p.grad is not None]
+        for p, _ in self._aside:
+            p.grad = None
+
+    def take(self, index: int, parameter: Tensor) -> None:
+        """A hook's call: this parameter's gradient is complete."""
+        if parameter.grad is not None:
+            self._surgery._rows_now().store(self._row, index, parameter.grad)
+            parameter.grad = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        surgery = self._surgery
+        try:
+            if kind is None:
+                surgery._collect(self._row)
+            else:
+                # What the row holds is no whole gradient: this task is absent unless it is entered again.
+                surgery._rows_now().drop_row(self._row)
+        finally:
+            surgery._inside = None
+            if kind is not None:
+                for p in surgery._parameters:
+                    p.grad = None
+            for p, grad in self._aside:
+                p.grad = grad
+
+
+class _Hooks:
+    """Takes the gradients of large parameters as soon as autograd has them.
+
+    The hooks hold the surgery weakly: they must not keep its buffer alive as long as the model lives.
+    """
+
+    def __init__(self, surgery: GradientSurgery) -> None:
+        self._surgery = weakref.ref(surgery)
+        self._handles: list[Any] = []
+        weakref.finalize(surgery, _remove, self._handles)
+
+    def attach(self, parameters: Sequence[Tensor]) -> None:
+        _remove(self._handles)
+        for index in _taken_early(parameters):
+            self._handles.append(parameters[index].register_post_accumulate_grad_hook(self._hook(index)))
+
+    def _hook(self, index: int) -> Any:
+        reference = self._surgery
+
+        def take(parameter: Tensor) -> None:
+            surgery = reference()
+            if surgery is not None and surgery._inside is not None:
+                surgery._inside.take(index, parameter)
+
+        return take
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _taken_early(parameters: Sequence[Tensor]) -> list[int]:
+    """The largest parameters, so many that the others together may wait."""
+    sizes = [p.numel() * p.element_size() for p in parameters]
+    may_wait = max(_LATE_BYTES, sum(sizes) // 100)
+    early, waiting = [], sum(sizes)
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        if waiting <= may_wait:
+            break
+        early.append(index)
+        waiting -= sizes[index]
+    return early
+
+
+def _tensors(name: str, values: Iterable[Any]) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        raise TypeError(f"{name} must be an iterable of tensors; found a single tensor {list(values.shape)}")
+    found = list(values)
+    for value in found:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be tensors; found {type(value).__name__}")
+    return found
+
+
+def _parameter_groups(source: torch.optim.Optimizer | Iterable[Any]) -> list[dict[str, Any]]:
+    """An optimizer's own list of groups (later changes are seen), or groups made of parameters."""
+    if isinstance(source, torch.optim.Optimizer):
+        return source.param_groups
+    if isinstance(source, Tensor):
+        raise TypeError(f"parameters must be an iterable of tensors; found a single tensor {list(source.shape)}")
+    values: list[Any] = list(source)
+    if values and all(isinstance(value, dict) for value in values):
+        groups = [{"params": _tensors("parameters", value["params"])} for value in values]
+    else:
+        groups = [{"params": _tensors("parameters", values)}]
+    if not any(group["params"] for group in groups):
+        raise ValueError("optimizer_or_params holds no parameters")
+    return groups
+
+
+def _check_parameters(parameters: Sequence[Tensor], shared: dict[int, Tensor] | None) -> None:
+    for p in parameters:
+        if not p.is_leaf:
+            raise ValueError(f"parameters must be leaves of the graph; found {list(p.shape)} with {p.grad_fn}")
+    known = {id(p) for p in parameters}
+    for p in (shared or {}).values():
+        if p.requires_grad and id(p) not in known:
+            raise ValueError(f"shared holds a tensor {list(p.shape)} that is none of the parameters")
