@@ -90,8 +90,7 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext):
         target, in_source = self.get_ext_fullpath(ext.name), self.get_ext_filename(ext.name)
-        self.mkpath(os.path.dirname(target))
-        self.mkpath(self.build_temp)
+        list(map(self.mkpath, (os.path.dirname(target), self.build_temp)))
         if not self.force and not newer_group(INPUTS, in_source if self.editable_mode else target):
             return self.editable_mode and self.copy_file(in_source, target)
         commands, link = cpu_commands() if ext.name.endswith("cpu") else cuda_commands()
@@ -101,6 +100,7 @@ class BuildExt(build_ext):
         self.spawn([*link, *objects, "-o", target])
 
     def copy_extensions_to_source(self):
+        list(map(Path.unlink, Path("fastpcgrad").glob("*.so")))  # a process may have it mapped: not overwritten
         super().copy_extensions_to_source()
         write_notes("fastpcgrad")
 

@@ -57,11 +57,12 @@ FPG_EXPORT int fpg_cpu_combine(const void* grads, int64_t tasks, int64_t width, 
 FPG_EXPORT int fpg_cpu_mix(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
                            const int64_t* offsets, int64_t segments, const double* coefficients, int threads);
 
-/* gram, projections, and out = scale * (column sums of C) J, in one call. A null `out` replaces J by C J instead. */
+/* gram, projections, weights = scale * (column sums of C), and out = weights J, in one call. A null `out` replaces J by
+ * C J instead; `weights` is not written then. */
 FPG_EXPORT int fpg_cpu_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
                               const int64_t* offsets, int64_t segments, const int64_t* order, int order_per_segment,
                               int self_projection, double eps, double min_squared_norm, double scale, double* gram,
-                              double* coefficients, void* out, int threads);
+                              double* coefficients, double* weights, void* out, int threads);
 
 #ifdef __cplusplus
 }

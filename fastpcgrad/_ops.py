@@ -22,8 +22,10 @@ SCHEMAS: dict[str, str] = {
     "combine": "(Tensor grads, Tensor weights, Tensor? segments=None) -> Tensor",
     "combine_out": "(Tensor grads, Tensor weights, Tensor? segments, Tensor(a!) out) -> ()",
     "mix_": "(Tensor(a!) grads, Tensor coefficients, Tensor? segments=None) -> ()",
-    "pcgrad": f"(Tensor grads, {_SOLVE}, float scale, Tensor? segments=None) -> (Tensor, Tensor, Tensor)",
-    "pcgrad_out": (f"(Tensor grads, {_SOLVE}, float scale, Tensor? segments, Tensor(a!) out) -> (Tensor, Tensor)"),
+    "pcgrad": f"(Tensor grads, {_SOLVE}, float scale, Tensor? segments=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "pcgrad_out": (
+        f"(Tensor grads, {_SOLVE}, float scale, Tensor? segments, Tensor(a!) out) -> (Tensor, Tensor, Tensor)"
+    ),
     "pcgrad_": f"(Tensor(a!) grads, {_SOLVE}, Tensor? segments=None) -> (Tensor, Tensor)",
 }
 
@@ -81,8 +83,9 @@ def _(
     min_squared_norm: float,
     scale: float,
     segments: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return grads.new_empty(grads.shape[1]), new_gram(grads, segments), new_gram(grads, segments)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gram = new_gram(grads, segments)
+    return grads.new_empty(grads.shape[1]), gram, torch.empty_like(gram), gram.new_empty(gram.shape[:-1])
 
 
 @torch.library.register_fake("fastpcgrad::pcgrad_out", lib=LIBRARY)
@@ -95,8 +98,9 @@ def _(
     scale: float,
     segments: Tensor | None,
     out: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return new_gram(grads, segments), new_gram(grads, segments)
+) -> tuple[Tensor, Tensor, Tensor]:
+    gram = new_gram(grads, segments)
+    return gram, torch.empty_like(gram), gram.new_empty(gram.shape[:-1])
 
 
 @torch.library.register_fake("fastpcgrad::pcgrad_", lib=LIBRARY)
@@ -139,9 +143,9 @@ def _combine_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]
     grads, weights, segments = ctx.saved_tensors
     scaled = weights.to(grads.dtype)
     if segments is None:
-        return scaled[:, None] * grad_out, (grads @ grad_out).to(weights.dtype), None
+        return scaled[:, None] * grad_out, grads.to(weights.dtype) @ grad_out.to(weights.dtype), None
     owner = _owner_of_each_column(segments, grads.shape[1])
-    products = (grads * grad_out).to(weights.dtype)
+    products = grads.to(weights.dtype) * grad_out.to(weights.dtype)
     grad_weights = products.new_zeros(weights.shape[::-1]).index_add(1, owner, products).mT
     return scaled.mT[:, owner] * grad_out, grad_weights, None
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import methods
-from .functional import check_losses
+from .functional import check_losses, check_tensors
 from .merging import merge
 from .task_gradients import TaskGradients
 
@@ -32,17 +32,18 @@ def grad(
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
         TypeError, ValueError: see ``functional.check_losses``; inputs without grad, of several devices or dtypes.
+        RuntimeError: a reentrant checkpoint hides what lies behind it.
     Memory: (T + 1)·N·itemsize bytes; N·itemsize remain.
     Example:
         >>> x = torch.ones(2, requires_grad=True)
         >>> fastpcgrad.grad([x[0] - x[1], x[1]], [x])
-        (tensor([1.0000, 0.5000]),)
+        (tensor([1.5000, 0.5000]),)
     """
     found = check_losses(losses)
-    targets = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    _check_inputs(targets)
-    merged, present = _merged(found, targets, methods.PCGrad() if method is None else method, retain_graph)
-    return tuple(view if there else None for view, there in zip(merged, present, strict=True))
+    targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
+    _leaves(found)
+    merged = _merged(found, targets, method, retain_graph)
+    return tuple(merged[id(target)] for target in targets)
 
 
 def backward(
@@ -59,54 +60,62 @@ def backward(
         inputs: leaves that require grad; None: all leaves of the graphs.
         method, retain_graph: see ``grad``.
     Raises:
-        TypeError, ValueError: see ``grad``; inputs that are no leaves. ``.grad`` is not changed.
-        RuntimeError: ``inputs`` is None and a reentrant checkpoint hides the leaves behind it.
+        TypeError, ValueError, RuntimeError: see ``grad``; inputs that are no leaves. ``.grad`` is not changed.
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> fastpcgrad.backward([x[0] - x[1], x[1]])
+        >>> x.grad
+        tensor([1.5000, 0.5000])
     """
     found = check_losses(losses)
-    if inputs is None:
-        targets = _leaves(found)
-    else:
-        targets = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-        for t in targets:
-            if isinstance(t, Tensor) and not t.is_leaf:
-                raise ValueError(f"inputs of backward must be leaves; found {list(t.shape)} with {t.grad_fn}")
-    _check_inputs(targets)
-    merged, present = _merged(found, targets, methods.PCGrad() if method is None else method, retain_graph)
+    leaves = _leaves(found)
+    targets = leaves if inputs is None else _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
+    for target in targets:
+        if not target.is_leaf:
+            raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
+    merged = _merged(found, targets, method, retain_graph)
     with torch.no_grad():
-        for target, view, there in zip(targets, merged, present, strict=True):
-            if there:
-                target.grad = view if target.grad is None else target.grad.add_(view)
+        for target in {id(target): target for target in targets}.values():
+            new, old = merged[id(target)], target.grad
+            if new is not None and old is not None:
+                new = old.add_(new) if old.layout == torch.strided else new.add_(old)
+            target.grad = old if new is None else new
 
 
 def _merged(
-    losses: Sequence[Tensor], inputs: Sequence[Tensor], method: methods.Method, retain_graph: bool
-) -> tuple[list[Tensor], list[bool]]:
+    losses: Sequence[Tensor], targets: Sequence[Tensor], method: methods.Method | None, retain_graph: bool
+) -> dict[int, Tensor | None]:
+    """The merged gradient by the id of its input; an input that stands there twice counts once."""
+    method = methods.check_method(method, methods.PCGrad)
+    inputs = list({id(target): target for target in targets}.values())
     grads = TaskGradients(inputs, len(losses))
     for t, loss in enumerate(losses):
         keep = retain_graph or t < len(losses) - 1
         found = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
-        row = grads.open_row(t)
-        grads.store_all(row, found)
-        grads.close_row(row)
-    with torch.no_grad():
-        out = torch.empty(grads.width, dtype=grads.dtype, device=grads.device)
-        _, present = merge(grads, method, out)
-        views = [out.as_strided(place.shape, place.stride, place.offset) for place in grads.places]
-    return views, present
+        grads.store_all(grads.open_row(t), found)
+    out = torch.empty(grads.width, dtype=grads.dtype, device=grads.device)
+    _, present = merge(grads, method, out)
+    return {
+        id(target): out.as_strided(place.shape, place.stride, place.offset) if there else None
+        for target, place, there in zip(inputs, grads.places, present, strict=True)
+    }
 
 
-def _check_inputs(inputs: Sequence[Any]) -> None:
-    if not inputs:
+def _check_inputs(inputs: Iterable[Any]) -> list[Tensor]:
+    found = check_tensors("inputs", inputs)
+    if not found:
         raise ValueError("inputs must hold at least one tensor; found none")
-    for i, value in enumerate(inputs):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"inputs[{i}] must be a torch.Tensor; found {type(value).__name__}")
+    for i, value in enumerate(found):
         if not value.requires_grad:
             raise ValueError(f"inputs[{i}] does not require grad")
+    return found
 
 
 def _leaves(losses: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves that the losses depend on, in the order in which the graph reaches them."""
+    """The leaves that the losses depend on; RuntimeError where a reentrant checkpoint hides some.
+
+    Autograd itself would give None for what lies behind such a checkpoint, without a word.
+    """
     found: dict[int, Tensor] = {id(loss): loss for loss in losses if loss.is_leaf}
     queue = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     seen = set(queue)

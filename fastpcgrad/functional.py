@@ -6,8 +6,9 @@ them runs on the T×T Gram matrix. The kernels check nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from operator import index
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def gram(grads: Tensor, segments: Segments | None = None) -> Tensor:
     Returns:
         ``[T, T]`` float64 on the device of ``grads``; ``[S, T, T]`` with segments.
     Raises:
-        TypeError: ``grads`` is no tensor or of another dtype.
+        TypeError: ``grads`` is no tensor or of another dtype; offsets that are no integers.
         ValueError: rank, layout or offsets are wrong; the message shows what was found.
     Numerics: products of fp16/bf16/fp32 rows are summed in fp32 lanes that go to float64 at least every 1024
         columns; rows whose squares would leave fp32's range are summed in float64 from the start. The same input
@@ -99,7 +100,9 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor | None = None, *, segmen
         ``[N]`` in the dtype of ``grads``: ``out`` if given.
     Raises:
         TypeError: wrong dtype.
-        ValueError: rank, layout, device or length mismatch; the message shows what was found.
+        ValueError: rank, layout, device or length mismatch, or ``out`` overlaps rows without being one; the message
+            shows what was found.
+        RuntimeError: ``out`` is given and a tensor requires grad.
     Numerics: accumulates in fp32 (fp64 for fp64 rows, and where a weight leaves fp32's range). A zero weight
         does not hide NaN or inf.
     Oracle: ``reference.combine``.
@@ -113,7 +116,7 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor | None = None, *, segmen
     _check_matrix("weights", weights, grads, offsets, (grads.shape[0],))
     if out is None:
         return _ops.combine(grads, weights, offsets)
-    _check_out(out, grads)
+    _check_out(out, grads, weights)
     _ops.combine_out(grads, weights, offsets, out)
     return out
 
@@ -143,6 +146,8 @@ def mix_(grads: Tensor, coefficients: Tensor, *, segments: Segments | None = Non
     _check_writable("grads", grads)
     offsets = _offsets(segments, grads)
     _check_matrix("coefficients", coefficients, grads, offsets, (grads.shape[0], grads.shape[0]))
+    if coefficients.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("mix_ has no derivative: coefficients requires grad; use torch.no_grad()")
     _ops.mix_(grads, coefficients, offsets)
     return grads
 
@@ -255,7 +260,7 @@ def _check_writable(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has overlapping rows and would be overwritten; strides {tensor.stride()}")
 
 
-def _check_out(out: Tensor, grads: Tensor) -> None:
+def _check_out(out: Tensor, grads: Tensor, weights: Tensor) -> None:
     _check_tensor("out", out)
     if out.dtype != grads.dtype or out.device != grads.device:
         raise ValueError(f"out must be {grads.dtype} on {grads.device}, as grads; found {out.dtype} on {out.device}")
@@ -263,8 +268,22 @@ def _check_out(out: Tensor, grads: Tensor) -> None:
         raise ValueError(
             f"out must be contiguous [{grads.shape[1]}]; found {list(out.shape)} with strides {out.stride()}"
         )
-    if torch.is_grad_enabled() and (out.requires_grad or grads.requires_grad):
+    if torch.is_grad_enabled() and (out.requires_grad or grads.requires_grad or weights.requires_grad):
         raise RuntimeError("combine with out= has no derivative: a tensor requires grad; use torch.no_grad()")
+    if not torch.compiler.is_compiling() and _overlaps_rows(out, grads):
+        raise ValueError(
+            "out overlaps the rows of grads without being one of them: it would be read after it is written"
+        )
+
+
+def _overlaps_rows(out: Tensor, grads: Tensor) -> bool:
+    """Whether ``out`` shares memory with some row but does not begin where that row does."""
+    (tasks, width), stride = grads.shape, grads.stride(0)
+    distance = (out.data_ptr() - grads.data_ptr()) // grads.element_size()
+    if not -width < distance < (tasks - 1) * stride + width:
+        return False
+    within = distance % stride if stride else distance
+    return within != 0 and (within < width or within + width > stride)
 
 
 def _check_matrix(name: str, value: Tensor, grads: Tensor, offsets: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -298,11 +317,14 @@ def _offsets(segments: Segments | None, grads: Tensor) -> Tensor | None:
             return segments.to(grads.device)
         values = segments.tolist()
     else:
-        values = [int(offset) for offset in segments]
+        try:
+            values = [index(offset) for offset in segments]
+        except TypeError:
+            raise TypeError(f"segments must be a tensor or a sequence of integers; found {segments!r}") from None
     if len(values) < 2 or values[0] != 0 or values[-1] != grads.shape[1] or values != sorted(values):
         shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
         raise ValueError(f"segments must be non-decreasing offsets from 0 to N={grads.shape[1]}; found {shown}")
-    return torch.tensor(values, dtype=torch.int64).to(grads.device)
+    return torch.tensor(values, dtype=torch.int64, device="cpu").to(grads.device)
 
 
 def _check_order(order: Tensor, tasks: int, count: int | None, device: torch.device) -> Tensor:
@@ -348,6 +370,8 @@ def check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
         if losses.dim() != 1:
             raise ValueError(f"losses must be scalars, or one tensor [T]; found a tensor {list(losses.shape)}")
         losses = losses.unbind()
+    if not isinstance(losses, Iterable):
+        raise TypeError(f"losses must be a sequence of scalar tensors; found {type(losses).__name__}")
     found = list(losses)
     if not found:
         raise ValueError("losses must hold at least one task loss; found none")
@@ -364,3 +388,18 @@ def check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
     if len(devices) > 1:
         raise ValueError(f"losses must be on one device; found {', '.join(sorted(map(str, devices)))}")
     return found
+
+
+def check_tensors(name: str, values: Iterable[Any]) -> list[Tensor]:
+    """``values`` as a list.
+
+    Raises:
+        TypeError: a single tensor, no iterable, or something in it is no tensor.
+    """
+    if isinstance(values, Tensor) or not isinstance(values, Iterable):
+        found = f"a single tensor {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"{name} must be an iterable of tensors; found {found}")
+    tensors = list(values)
+    for i, value in enumerate(tensors):
+        _check_tensor(f"{name}[{i}]", value)
+    return tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -33,17 +34,18 @@ def merge(
     """Write the merged gradient of all filled rows to ``out`` ``[N]``, which may be one of the rows.
 
     Args:
-        grads: the rows, each closed.
+        grads: the rows, filled; what tasks did not touch is zeroed.
         method: makes weights of a Gram matrix.
         shared: for each parameter whether it undergoes surgery; the others are summed. None: the method's scope.
         groups: for each parameter the problem (0..) that it belongs to; None: one problem, or the method's scope.
     Returns:
         the report, and for each parameter whether it has a merged gradient.
     """
+    complete = grads.close()
     tasks = len(grads.tasks)
     ascending = sorted(range(tasks), key=grads.tasks.__getitem__)
     in_order = ascending == list(range(tasks))
-    if in_order and grads.complete and shared is groups is None and method.scope != "parameter":
+    if complete and in_order and shared is groups is None and method.scope != "parameter":
         gram, solution = method.merge(grads.rows, out)
         report = ConflictReport(tuple(grads.tasks), gram, solution.weights, solution.coefficients, None)
         return report, [True] * len(grads.places)
@@ -52,7 +54,7 @@ def merge(
     everywhere = [count == tasks for count in touches]
     problems = _problems(method, everywhere, shared, groups)
     runs = _runs(grads, problems, everywhere)
-    segments = torch.tensor([0, *(run.end for run in runs)]).to(grads.device) if len(runs) > 1 else None
+    segments = _on(grads.device, [0, *(run.end for run in runs)]) if len(runs) > 1 else None
     by_problem = groups is not None or method.scope == "parameter"
 
     gram = _grams(grads.rows, segments, runs, by_problem)
@@ -64,13 +66,8 @@ def merge(
         weights = weights[..., sorted(range(tasks), key=ascending.__getitem__)]
     functional.combine(grads.rows, _run_weights(weights, runs, method), out, segments=segments)
 
-    report = ConflictReport(
-        tasks=tuple(sorted(grads.tasks)),
-        gram=gram.sum(dim=0) if by_problem else gram,
-        weights=solution.weights,
-        coefficients=solution.coefficients,
-        segment_grams=gram if by_problem else None,
-    )
+    total, per_problem = (gram.sum(dim=0), gram) if by_problem else (gram, None)
+    report = ConflictReport(tuple(sorted(grads.tasks)), total, solution.weights, solution.coefficients, per_problem)
     drop_partial = method.scope == "parameter"
     kept = [
         count > 0 and (whole or problem is None or not drop_partial)
@@ -82,13 +79,16 @@ def merge(
 def _problems(
     method: Method, everywhere: Sequence[bool], shared: Sequence[bool] | None, groups: Sequence[int] | None
 ) -> list[int | None]:
-    """The problem of each parameter; None where its gradients are summed."""
+    """The problem of each parameter, numbered from 0; None where its gradients are summed."""
     count = len(everywhere)
-    if groups is None:
-        groups = range(count) if method.scope == "parameter" else [0] * count
+    if method.scope == "parameter":
+        groups = range(count)
+    elif groups is None:
+        groups = [0] * count
     if shared is None:
         shared = everywhere if method.scope == "shared" else [True] * count
-    return [problem if inside else None for problem, inside in zip(groups, shared, strict=True)]
+    numbers = {group: n for n, group in enumerate(sorted(set(compress(groups, shared))))}
+    return [numbers[group] if inside else None for group, inside in zip(groups, shared, strict=True)]
 
 
 def _runs(grads: TaskGradients, problems: Sequence[int | None], everywhere: Sequence[bool]) -> list[_Run]:
@@ -112,15 +112,19 @@ def _grams(rows: Tensor, segments: Tensor | None, runs: Sequence[_Run], by_probl
     if not by_problem:
         return grams[inside].sum(dim=0)
     owners = [run.problem for run in runs if run.problem is not None]
-    result = grams.new_zeros(max(owners, default=0) + 1, *grams.shape[1:])
-    return result.index_add_(0, torch.tensor(owners, dtype=torch.int64).to(rows.device), grams[inside])
+    if owners == list(range(len(runs))):
+        return grams
+    result = grams.new_zeros(max(owners, default=-1) + 1, *grams.shape[1:])
+    return result.index_put_((_on(rows.device, owners),), grams[inside], accumulate=True)
 
 
 def _run_weights(weights: Tensor, runs: Sequence[_Run], method: Method) -> Tensor:
     """The weights of each run ``[R, T]``; ``[T]`` for a single run."""
     each = weights[None] if weights.dim() == 1 else weights
+    if len(each) == 0:  # nothing undergoes surgery
+        each = each.new_ones(1, each.shape[1])
     if len(runs) > 1 or len(each) > 1:
-        each = each[[0 if weights.dim() == 1 else run.problem or 0 for run in runs]]
+        each = each[[run.problem or 0 for run in runs]]
     partial = [run.problem is not None and not run.everywhere for run in runs]
     summed = [run.problem is None for run in runs]
     if any(partial):
@@ -131,4 +135,8 @@ def _run_weights(weights: Tensor, runs: Sequence[_Run], method: Method) -> Tenso
 
 
 def _column(flags: Sequence[bool], like: Tensor) -> Tensor:
-    return torch.tensor(flags)[:, None].to(like.device)
+    return torch.tensor(flags, device="cpu")[:, None].to(like.device)
+
+
+def _on(device: torch.device, values: Sequence[int | None]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu").to(device)

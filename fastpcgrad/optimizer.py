@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import methods
-from .functional import check_losses
+from .functional import check_losses, check_tensors
 from .report import ConflictReport
 from .surgery import GradientSurgery
 from .variants import Generator
@@ -72,12 +73,16 @@ class PCGrad(torch.optim.Optimizer):
                 f"found besides it variant={variant!r}, reduction={reduction!r}, generator={generator!r}"
             )
         self.optimizer = optimizer
+        self._opt_called = False
         self.report: ConflictReport | None = None
         self._method = method
-        self._shared = None if shared is None else list(shared)
+        self._shared = None if shared is None else check_tensors("shared", shared)
         self._row_dtype = row_dtype
         self._process_group = process_group
         self._surgery = self._surgery_for(1)
+        # Schedulers look here whether a step was made; the wrapped optimizer may be the one that is asked to make it.
+        note = optimizer.register_step_post_hook(_note_step(weakref.ref(self)))
+        weakref.finalize(self, note.remove)
 
     def _surgery_for(self, num_tasks: int) -> GradientSurgery:
         return GradientSurgery(
@@ -98,6 +103,8 @@ class PCGrad(torch.optim.Optimizer):
         Raises:
             TypeError: objectives that are no real floating-point tensors.
             ValueError: none given, not scalar, without grad, on several devices. ``.grad`` is not changed.
+            Whatever a backward pass raises; then ``.grad`` is None where it held the last merged gradient, whose
+            memory is that of the rows, and as before elsewhere.
         """
         losses = check_losses(objectives)
         if len(losses) > self._surgery.num_tasks:
@@ -131,12 +138,20 @@ class PCGrad(torch.optim.Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
@@ -164,3 +179,11 @@ class PCGrad(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"PCGrad({self._method!r}, {self.optimizer!r})"
+
+
+def _note_step(wrapper: weakref.ref[PCGrad]) -> Callable[..., None]:
+    def note(*_: Any) -> None:
+        if (alive := wrapper()) is not None:
+            alive._opt_called = True
+
+    return note

@@ -76,7 +76,9 @@ class ConflictReport:
             ``conflict_rate``, ``cos_min``, ``cos_mean`` (NaN for a single task) and for each task ``grad_norm/…``,
             ``weight/…`` (the mean over S problems) and ``removed_frac/…``.
         """
-        pairs, count = self.pair_cosines, len(self.tasks)
+        if names is not None and len(names) <= max(self.tasks):
+            raise ValueError(f"names must name all tasks up to {max(self.tasks)}; found {len(names)} names")
+        pairs = self.pair_cosines
         nothing = pairs.new_full((1,), torch.nan)
         weights = self.weights if self.weights.dim() == 1 else self.weights.mean(dim=0)
         heads = torch.stack(
@@ -86,7 +88,6 @@ class ConflictReport:
         labels = [str(t) if names is None else names[t] for t in self.tasks]
         keys = ["conflict_rate", "cos_min", "cos_mean"]
         keys += [f"{kind}/{label}" for kind in ("grad_norm", "weight", "removed_frac") for label in labels]
-        assert len(values) == 3 + 3 * count
         return {prefix + key: value for key, value in zip(keys, values, strict=True)}
 
     def __repr__(self) -> str:

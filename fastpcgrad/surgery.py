@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .functional import check_tensors
 from .merging import merge
-from .methods import Method, PCGrad
+from .methods import Method, PCGrad, check_method
 from .report import ConflictReport
 from .task_gradients import TaskGradients
 
@@ -72,8 +73,6 @@ class GradientSurgery:
     ) -> None:
         if not isinstance(num_tasks, int) or num_tasks < 1:
             raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
-        if method is not None and not isinstance(method, Method):
-            raise TypeError(f"method must be a fastpcgrad.methods.Method; found {method!r}")
         if granularity not in ("model", "group", "parameter"):
             raise ValueError(f"granularity must be 'model', 'group' or 'parameter'; found {granularity!r}")
         if row_device is not None:
@@ -81,12 +80,14 @@ class GradientSurgery:
         if process_group is not None:
             raise NotImplementedError("this version does not reduce gradients over processes: process_group=None")
         self.num_tasks = num_tasks
-        self.method = PCGrad() if method is None else method
+        self.method = check_method(method, PCGrad)
         self.granularity = granularity
         self.row_dtype = row_dtype
-        self._groups = _parameter_groups(optimizer_or_params)
-        self._shared = None if shared is None else {id(p): p for p in _tensors("shared", shared)}
+        self._source = _parameter_source(optimizer_or_params)
+        self._shared = None if shared is None else {id(p): p for p in check_tensors("shared", shared)}
         self._found: list[Tensor] = []
+        self._kinds: list[tuple[torch.dtype, torch.device, torch.Size]] = []
+        self._problems: list[int] | None = None
         self._parameters: list[Tensor] = []
         self._grads: TaskGradients | None = None
         self._hooks = _Hooks(self)
@@ -113,7 +114,6 @@ class GradientSurgery:
             raise IndexError(f"task index must be an integer in 0..{self.num_tasks - 1}; found {index!r}")
         return _Task(self, index)
 
-    @torch.no_grad()
     def merge(self) -> ConflictReport:
         """Merge the rows of this round into ``.grad``.
 
@@ -129,10 +129,8 @@ class GradientSurgery:
             raise RuntimeError(f"merge() inside task({self._inside.index}): leave the task first")
         if not grads.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
-        for row in range(len(grads.tasks)):
-            grads.close_row(row)
         shared = None if self._shared is None else [id(p) in self._shared for p in self._parameters]
-        report, present = merge(grads, self.method, grads.rows[0], shared, self._problem_of_each())
+        report, present = merge(grads, self.method, grads.rows[0], shared, self._problems)
         self._publish(grads.views(0), present)
         grads.clear()
         return report
@@ -153,8 +151,9 @@ class GradientSurgery:
 
     def _resolve(self) -> None:
         """Look the trainable parameters up; lay the rows out anew where they changed."""
-        found = [p for group in self._groups for p in group["params"] if p.requires_grad]
-        if self._grads is not None and len(found) == len(self._found) and all(map(is_, found, self._found)):
+        found = [p for group in self._source.param_groups for p in group["params"] if p.requires_grad]
+        same = self._grads is not None and len(found) == len(self._found) and all(map(is_, found, self._found))
+        if same and (self._rows_now().tasks or [(p.dtype, p.device, p.shape) for p in found] == self._kinds):
             return
         if self._grads is not None and self._grads.tasks:
             raise RuntimeError(
@@ -162,9 +161,11 @@ class GradientSurgery:
                 f"while rows of tasks {self._grads.tasks} are filled: call merge() or discard() first"
             )
         parameters = list({id(p): p for p in found}.values())
-        _check_parameters(parameters, self._shared)
+        _check_parameters(parameters, self._shared, self.row_dtype)
         self._grads = TaskGradients(parameters, self.num_tasks, self.row_dtype)
         self._found, self._parameters, self._merged = found, parameters, []
+        self._kinds = [(p.dtype, p.device, p.shape) for p in found]
+        self._problems = self._problem_of_each()
         self._hooks.attach(parameters)
 
     def _problem_of_each(self) -> list[int] | None:
@@ -172,7 +173,7 @@ class GradientSurgery:
             return None
         if self.granularity == "parameter":
             return list(range(len(self._parameters)))
-        owner = {id(p): g for g, group in enumerate(self._groups) for p in group["params"]}
+        owner = {id(p): g for g, group in enumerate(self._source.param_groups) for p in group["params"]}
         return [owner[id(p)] for p in self._parameters]
 
     def _publish(self, views: Sequence[Tensor], present: Sequence[bool]) -> None:
@@ -297,36 +298,47 @@ def _taken_early(parameters: Sequence[Tensor]) -> list[int]:
     return early
 
 
-def _tensors(name: str, values: Iterable[Any]) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        raise TypeError(f"{name} must be an iterable of tensors; found a single tensor {list(values.shape)}")
-    found = list(values)
-    for value in found:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be tensors; found {type(value).__name__}")
-    return found
+class _Groups:
+    """Parameters that were given without an optimizer."""
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        self.param_groups = param_groups
 
 
-def _parameter_groups(source: torch.optim.Optimizer | Iterable[Any]) -> list[dict[str, Any]]:
-    """An optimizer's own list of groups (later changes are seen), or groups made of parameters."""
+def _parameter_source(source: torch.optim.Optimizer | Iterable[Any]) -> torch.optim.Optimizer | _Groups:
+    """What has ``param_groups``: an optimizer, which is asked anew each round, or groups made of parameters."""
     if isinstance(source, torch.optim.Optimizer):
-        return source.param_groups
-    if isinstance(source, Tensor):
-        raise TypeError(f"parameters must be an iterable of tensors; found a single tensor {list(source.shape)}")
-    values: list[Any] = list(source)
+        return source
+    values = [] if isinstance(source, Tensor) or not isinstance(source, Iterable) else list(source)
     if values and all(isinstance(value, dict) for value in values):
-        groups = [{"params": _tensors("parameters", value["params"])} for value in values]
+        groups = values
     else:
-        groups = [{"params": _tensors("parameters", values)}]
+        groups = [{"params": check_tensors("optimizer_or_params", values or source)}]
+    for group in groups:
+        if "params" not in group:
+            raise ValueError(f"a parameter group must have 'params'; found keys {sorted(group)}")
+    groups = [{"params": check_tensors("params", _as_list(group["params"]))} for group in groups]
     if not any(group["params"] for group in groups):
         raise ValueError("optimizer_or_params holds no parameters")
-    return groups
+    return _Groups(groups)
 
 
-def _check_parameters(parameters: Sequence[Tensor], shared: dict[int, Tensor] | None) -> None:
+def _as_list(params: Any) -> Any:
+    """A group may hold a single tensor, as optimizers allow."""
+    return [params] if isinstance(params, Tensor) else params
+
+
+def _check_parameters(
+    parameters: Sequence[Tensor], shared: dict[int, Tensor] | None, row_dtype: torch.dtype | None
+) -> None:
     for p in parameters:
         if not p.is_leaf:
             raise ValueError(f"parameters must be leaves of the graph; found {list(p.shape)} with {p.grad_fn}")
+    dtypes = sorted({str(p.dtype) for p in parameters})
+    if len(dtypes) > 1 and row_dtype is None:
+        raise ValueError(
+            f"parameters have several dtypes ({', '.join(dtypes)}); choose one for the rows with row_dtype"
+        )
     known = {id(p) for p in parameters}
     for p in (shared or {}).values():
         if p.requires_grad and id(p) not in known:

@@ -39,15 +39,16 @@ class TaskGradients:
         capacity: the number of rows.
         dtype: of the rows; None: that of the parameters.
     Raises:
-        TypeError: a dtype that rows cannot have.
+        TypeError: a dtype that gradients or rows cannot have.
         ValueError: parameters on several devices, or of several dtypes without ``dtype``.
     """
 
     def __init__(self, parameters: Sequence[Tensor], capacity: int, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype or _common_dtype(parameters)
         self.device = _common_device(parameters)
-        if self.dtype not in ROW_DTYPES:
-            raise TypeError(f"rows must be float16, bfloat16, float32 or float64; found {self.dtype}")
+        for found in (self.dtype, *(p.dtype for p in parameters)):
+            if found not in ROW_DTYPES:
+                raise TypeError(f"gradients must be float16, bfloat16, float32 or float64; found {found}")
         self.places = _layout(parameters, self.dtype)
         self.by_offset = sorted(range(len(self.places)), key=lambda p: (self.places[p].offset, self.places[p].length))
         """The parameters in the order of their columns."""
@@ -67,13 +68,8 @@ class TaskGradients:
 
     @property
     def rows(self) -> Tensor:
-        """J: the filled rows, ``[k, N]``. Parameters that a task did not touch are zero after ``close_row``."""
+        """J: the filled rows, ``[k, N]``. Parameters that a task did not touch are zero after ``close``."""
         return self._blocks[len(self.tasks)]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every task of the filled rows touched every parameter."""
-        return all(map(all, self._touched))
 
     def views(self, row: int) -> list[Tensor]:
         """The places of all parameters in one row, in the parameters' shapes."""
@@ -109,16 +105,18 @@ class TaskGradients:
             for index, grad in enumerate(grads):
                 if grad is not None:
                     self.store(row, index, grad)
-        else:
+        elif grads:
             torch._foreach_copy_(self._views[row], [_plain(grad) for grad in grads if grad is not None])
             touched[:] = b"\1" * len(touched)
 
-    def close_row(self, row: int) -> None:
-        """Zero what the row's task did not touch; to be called once the row is complete."""
-        touched = self._touched[row]
-        if not all(touched):
-            untouched = [view for view, there in zip(self._views[row], touched, strict=True) if not there]
-            torch._foreach_zero_(untouched)
+    def close(self) -> bool:
+        """Zero what tasks did not touch, once all rows are filled; says whether every task touched everything."""
+        complete = True
+        for views, touched in zip(self._views, self._touched, strict=False):
+            if not all(touched):
+                torch._foreach_zero_([view for view, there in zip(views, touched, strict=True) if not there])
+                complete = False
+        return complete
 
     def drop_row(self, row: int) -> None:
         """Forget a row, as if its task had been absent. The last row takes its place."""
@@ -155,10 +153,7 @@ def _plain(grad: Tensor) -> Tensor:
 def _common_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     dtypes = {p.dtype for p in parameters}
     if len(dtypes) > 1:
-        raise ValueError(
-            f"parameters have several dtypes ({', '.join(sorted(map(str, dtypes)))}); "
-            "say with row_dtype in which one their gradients are to be packed"
-        )
+        raise ValueError(f"gradients of several dtypes cannot share a row; found {', '.join(sorted(map(str, dtypes)))}")
     return dtypes.pop() if dtypes else torch.float32
 
 

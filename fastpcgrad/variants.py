@@ -56,13 +56,13 @@ class Variant:
     def draw_order(self, tasks: int, generator: Generator | None = None) -> Tensor:
         """The order of j for each i, ``[T, T]`` int64 on the CPU; advances the generator as the original does."""
         if self.order == "fixed":
-            return torch.arange(tasks).repeat(tasks, 1)
+            return torch.arange(tasks, device="cpu").repeat(tasks, 1)
         if isinstance(generator, torch.Generator) or (generator is None and self.source == "torch"):
             return self._draw_with_randperm(tasks, generator)
         return self._draw_with_shuffle(tasks, random if generator is None else generator)
 
     def _draw_with_randperm(self, tasks: int, generator: torch.Generator | None) -> Tensor:
-        rows = [torch.randperm(tasks, generator=generator) for _ in range(tasks)]
+        rows = [torch.randperm(tasks, generator=generator, device="cpu") for _ in range(tasks)]
         if self.order == "cumulative":
             for i in range(1, tasks):
                 rows[i] = rows[i - 1][rows[i]]
@@ -74,13 +74,14 @@ class Variant:
             items = rows[-1].copy() if rows and self.order == "cumulative" else list(range(tasks))
             source.shuffle(items)
             rows.append(items)
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def draw_orders(self, tasks: int, count: int | None, generator: Generator | None = None) -> Tensor:
         """One order ``[T, T]``, or for ``count`` independent problems one each: ``[count, T, T]``."""
         if count is None or self.order == "fixed":
             return self.draw_order(tasks, generator)
-        return torch.stack([self.draw_order(tasks, generator) for _ in range(count)])
+        orders = [self.draw_order(tasks, generator) for _ in range(count)]
+        return torch.stack(orders) if orders else torch.empty(0, tasks, tasks, dtype=torch.int64, device="cpu")
 
 
 VARIANTS: dict[str, Variant] = {

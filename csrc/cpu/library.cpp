@@ -42,7 +42,7 @@ struct Rows {
 
   int64_t first(int64_t s) const { return offsets ? offsets[s] : 0; }
   int64_t last(int64_t s) const { return offsets ? offsets[s + 1] : width; }
-  bool valid() const { return dtype >= 0 && dtype < kRowTypes && tasks > 0 && width >= 0 && segments > 0; }
+  bool valid() const { return dtype >= 0 && dtype < kRowTypes && tasks > 0 && width >= 0 && segments >= 0; }
 };
 
 struct Piece {
@@ -278,7 +278,8 @@ int fpg_cpu_mix(void* grads, int64_t tasks, int64_t width, int64_t row_stride, i
 
 int fpg_cpu_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype, const int64_t* offsets,
                    int64_t segments, const int64_t* order, int order_per_segment, int self_projection, double eps,
-                   double min_squared_norm, double scale, double* gram, double* coefficients, void* out, int threads) {
+                   double min_squared_norm, double scale, double* gram, double* coefficients, double* weights,
+                   void* out, int threads) {
   const Rows rows{grads, tasks, width, row_stride, dtype, offsets, segments};
   const fpg::Projection projection{self_projection != 0, eps, min_squared_norm};
   return fpg::guarded(rows, [&] {
@@ -286,13 +287,11 @@ int fpg_cpu_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_stride
     fpg::gram(rows, pieces, gram, threads);
     fpg::solve(gram, tasks, segments, order, order_per_segment != 0, projection, coefficients, threads);
     if (out == nullptr) return fpg::mix(rows, pieces, coefficients, threads);
-    std::vector<double> weights(static_cast<size_t>(segments * tasks));
     for (int64_t s = 0; s < segments; ++s) {
       for (int64_t k = 0; k < tasks; ++k) {
-        weights[static_cast<size_t>(s * tasks + k)] =
-            fpg::merged_weight(coefficients + s * tasks * tasks, tasks, k, scale);
+        weights[s * tasks + k] = fpg::merged_weight(coefficients + s * tasks * tasks, tasks, k, scale);
       }
     }
-    fpg::combine(rows, pieces, weights.data(), out, threads);
+    fpg::combine(rows, pieces, weights, out, threads);
   });
 }

@@ -98,12 +98,12 @@ def _pcgrad(
     min_squared_norm: float,
     scale: float,
     segments: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = grads.new_empty(grads.shape[1])
-    gram, coefficients = select(grads.device.type).pcgrad(
+    gram, coefficients, weights = select(grads.device.type).pcgrad(
         grads, order, self_projection, eps, min_squared_norm, scale, segments, out
     )
-    return out, gram, coefficients
+    return out, gram, coefficients, weights
 
 
 def _pcgrad_out(
@@ -115,9 +115,9 @@ def _pcgrad_out(
     scale: float,
     segments: Tensor | None,
     out: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _mark_written(out)
-    result: tuple[Tensor, Tensor] = select(grads.device.type).pcgrad(
+    result: tuple[Tensor, Tensor, Tensor] = select(grads.device.type).pcgrad(
         grads, order, self_projection, eps, min_squared_norm, scale, segments, out
     )
     return result

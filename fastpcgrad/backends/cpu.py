@@ -19,7 +19,7 @@ _ARGUMENTS = {
     "fpg_cpu_pcgrad_coefficients": (_POINTER, _I64, _I64, *_SOLVE, _POINTER, _INT),
     "fpg_cpu_combine": (*_ROWS, _POINTER, _POINTER, _INT),
     "fpg_cpu_mix": (*_ROWS, _POINTER, _INT),
-    "fpg_cpu_pcgrad": (*_ROWS, *_SOLVE, _F64, _POINTER, _POINTER, _POINTER, _INT),
+    "fpg_cpu_pcgrad": (*_ROWS, *_SOLVE, _F64, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
     "fpg_cpu_use_isa": (ctypes.c_char_p,),
     "fpg_cpu_isa": (),
 }
@@ -116,8 +116,21 @@ def pcgrad(
     scale: float,
     segments: Tensor | None,
     out: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out.data_ptr())
+) -> tuple[Tensor, Tensor, Tensor]:
+    order, segments = order.contiguous(), _dense(segments)
+    matrix, coefficients = _ops.new_gram(grads, segments), _ops.new_gram(grads, segments)
+    weights = matrix.new_empty(matrix.shape[:-1])
+    _call(
+        "fpg_cpu_pcgrad",
+        *_rows(grads, segments),
+        *_solve(order, self_projection, eps, min_squared_norm),
+        scale,
+        matrix.data_ptr(),
+        coefficients.data_ptr(),
+        weights.data_ptr(),
+        out.data_ptr(),
+    )
+    return matrix, coefficients, weights
 
 
 def pcgrad_(
@@ -128,29 +141,17 @@ def pcgrad_(
     min_squared_norm: float,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, 1.0, segments, None)
-
-
-def _pcgrad(
-    grads: Tensor,
-    order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
-    scale: float,
-    segments: Tensor | None,
-    out: int | None,
-) -> tuple[Tensor, Tensor]:
     order, segments = order.contiguous(), _dense(segments)
     matrix, coefficients = _ops.new_gram(grads, segments), _ops.new_gram(grads, segments)
     _call(
         "fpg_cpu_pcgrad",
         *_rows(grads, segments),
         *_solve(order, self_projection, eps, min_squared_norm),
-        scale,
+        1.0,
         matrix.data_ptr(),
         coefficients.data_ptr(),
-        out,
+        None,
+        None,
     )
     return matrix, coefficients
 

@@ -35,7 +35,7 @@ def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     for s, a, b in _chunks(grads, segments):
         block = grads[:, a:b].double()
         _batched(result, segments)[s] += block @ block.mT
-    return result
+    return result.tril() + result.tril(-1).mT  # to the bit symmetric, which a matrix product need not be
 
 
 def pcgrad_coefficients(
@@ -89,11 +89,12 @@ def pcgrad(
     scale: float,
     segments: Tensor | None,
     out: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     matrix = gram(grads, segments)
     coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
-    combine(grads, scale * coefficients.sum(dim=-2), segments, out)
-    return matrix, coefficients
+    weights = scale * coefficients.sum(dim=-2)
+    combine(grads, weights, segments, out)
+    return matrix, coefficients, weights
 
 
 def pcgrad_(

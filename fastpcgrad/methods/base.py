@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -20,6 +21,15 @@ class Solution(NamedTuple):
 
     weights: Tensor
     coefficients: Tensor | None
+
+
+def check_method(method: Method | None, default: Callable[[], Method]) -> Method:
+    """``method``, or the default for None; TypeError for anything that is no ``Method``."""
+    if method is None:
+        return default()
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a fastpcgrad.methods.Method or None; found {method!r}")
+    return method
 
 
 class Method(ABC):

@@ -74,8 +74,8 @@ class PCGrad(Method):
         scale = 1.0 / tasks if self.reduction == "mean" else 1.0
         order = variant.draw_order(tasks, self.generator).to(rows.device)
         guards = (variant.self_projection, variant.eps, variant.min_squared_norm)
-        gram, coefficients = _ops.pcgrad_out(rows, order, *guards, scale, None, out)
-        return gram, Solution(coefficients.sum(dim=0).mul_(scale), coefficients)
+        gram, coefficients, weights = _ops.pcgrad_out(rows, order, *guards, scale, None, out)
+        return gram, Solution(weights, coefficients)
 
     def partial_weights(self, weights: Tensor) -> Tensor:
         averaged = self.reduction == "mean" and self.variant.partial_sum

@@ -1,0 +1,1 @@
+"""fastpcgrad measured against its peers: ``python -m benchmarks.run``, then ``python -m benchmarks.plot``."""

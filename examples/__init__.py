@@ -1,0 +1,1 @@
+"""Runnable scripts on real data: ``python -m examples.multidigits`` from the repository root."""

@@ -1,0 +1,34 @@
+"""The Triton backend: CUDA devices, or any device under Triton's interpreter (``TRITON_INTERPRET=1``).
+
+Triton is imported at the first call, not with the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .launch import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficients
+
+__all__ = ["combine", "gram", "mix_", "pcgrad", "pcgrad_", "pcgrad_coefficients", "why_unavailable"]
+
+
+def why_unavailable(device_type: str) -> str | None:
+    """None where this backend can run tensors of that device, else the reason."""
+    try:
+        launch = importlib.import_module(".launch", __name__)
+    except Exception as error:  # Triton raises more than ImportError where its libraries do not fit the machine.
+        return f"triton cannot be imported: {type(error).__name__}: {error}"
+    if device_type == "cuda" or launch.interpreted():
+        return None
+    return (
+        f"Triton compiles for CUDA devices; found device type {device_type!r} "
+        "(TRITON_INTERPRET=1, set before triton is imported, runs the kernels anywhere)"
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module(".launch", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,603 @@
+# mypy: ignore-errors
+# A kernel's parameters are typed by Triton (constexpr, or the string annotations that fix a width), not by Python.
+"""The Triton kernels: Gram, its reduction and its rescue, the T×T solve, combine and mix.
+
+Addressing. Every offset is int64. ``stride`` counts units of ``UNIT`` elements: where base and row stride are
+16-byte aligned the host passes ``UNIT`` = 16 / itemsize, so that the compiler knows each row's alignment and loads
+16 bytes at once; else ``UNIT`` = 1. Loops over whole blocks carry no column mask, which would undo that.
+
+Items. Blocks of columns lie on one grid from column 0, whatever the segments. A (block, segment) pair that meet has
+item number block + segment: going through the columns, each new pair raises one of the two, so numbers are unique
+and below blocks + segments - 1, and a binary search in the segment offsets finds the pair again, with no table.
+
+Partial Grams. An item writes the lower triangle, packed by rows (entry i(i+1)/2 + j), as float64.
+"""
+
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+# Whether kernels run as NumPy: TRITON_INTERPRET=1 when triton was imported.
+INTERPRETED = tl.constexpr(isinstance(tl.sum, InterpretedFunction))
+
+# Squared norms outside 2^-80 .. 2^120 are redone, weights outside 2^-100 .. 2^100 accumulate in float64.
+SMALLEST_SQUARE = tl.constexpr(2.0**-80)
+LARGEST_SQUARE = tl.constexpr(2.0**120)
+SMALLEST_WEIGHT = tl.constexpr(2.0**-100)
+LARGEST_WEIGHT = tl.constexpr(2.0**100)
+
+REDO = tl.constexpr(1)
+REDO_UNLESS_ZERO = tl.constexpr(2)
+
+# Columns at a time where a block is not whole, or its weights need float64: few, so that this rare work does not
+# set the registers of the whole kernel.
+NARROW_BLOCK = tl.constexpr(512)
+
+_INTEGERS = ["width", "stride", "count", "span", "slots", "items"]
+
+
+@triton.jit
+def _segment_bounds(segments, s, width):
+    """Columns [a, b) of segment s; clamped, for offsets on the device cannot be validated without a sync."""
+    a = tl.minimum(tl.maximum(tl.load(segments + s), 0), width)
+    b = tl.minimum(tl.maximum(tl.load(segments + s + 1), a), width)
+    return a, b
+
+
+@triton.jit
+def _locate(segments, count, width, k, block):
+    """Item k → its segment, and the columns [lo, hi) where that segment meets block k - segment."""
+    s = k * 0
+    end = s + count
+    while end - s > 1:
+        middle = (s + end) // 2
+        reached = tl.load(segments + middle) // block + middle <= k
+        s = tl.where(reached, middle, s)
+        end = tl.where(reached, end, middle)
+    a, b = _segment_bounds(segments, s, width)
+    lo = tl.maximum(a, (k - s) * block)
+    hi = tl.maximum(tl.minimum(b, (k - s + 1) * block), lo)
+    return s, lo, hi
+
+
+@triton.jit
+def _share(segments, count, width, k, span, slots, BLOCK: tl.constexpr, SEGMENTED: tl.constexpr):
+    """Gram item k → its segment; the whole blocks first, first + step, ... < last; its partial blocks' [lo, hi)."""
+    if SEGMENTED:
+        s, lo, hi = _locate(segments, count, width, k, span * BLOCK)
+        first = (lo + BLOCK - 1) // BLOCK
+        last = hi // BLOCK
+        step = s * 0 + 1
+    else:
+        # Strided shares: all items walk through the columns together, so the last columns are in L2 at the end.
+        s = k * 0
+        first = k
+        last = width // BLOCK + s
+        step = slots + s
+        # Numbers of blocks fit 32 bits, where a division takes a few instructions rather than a call.
+        owner = last.to(tl.int32) % slots.to(tl.int32)
+        lo = tl.where(owner == k, last * BLOCK, width)
+        hi = width + s
+    return s, first, last, step, lo, hi
+
+
+@triton.jit
+def _edges(lo, hi, BLOCK: tl.constexpr):
+    """Which partial blocks [lo, hi) has: the first one's number, the last one's, and how many (0, 1 or 2)."""
+    left = lo // BLOCK
+    right = hi // BLOCK
+    has_left = (lo % BLOCK != 0) & (hi > lo)
+    has_right = (hi % BLOCK != 0) & (hi > lo) & ((right != left) | (lo % BLOCK == 0))
+    return tl.where(has_left, left, right), right, has_left.to(tl.int32) + has_right.to(tl.int32)
+
+
+@triton.jit
+def _split_columns(x, FOLD: tl.constexpr):
+    """The FOLD neighbouring columns that one thread loaded, as FOLD tensors: registers are only renamed."""
+    parts = (x,)
+    for level in tl.static_range(3):
+        if 2**level < FOLD:
+            halves = ()
+            for q in tl.static_range(2**level):
+                even, odd = tl.split(tl.reshape(parts[q], [parts[q].shape[0] // 2, 2]))
+                halves = halves + (even, odd)
+            parts = halves
+    return parts
+
+
+@triton.jit
+def _add_row_products(
+    acc, block, stride, lo, hi, T: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """acc[i, j] += row_i * row_j, a lane a thread and column group, over one block of columns."""
+    cols = tl.arange(0, BLOCK)
+    rows = ()
+    for t in tl.static_range(T):
+        if MASKED:
+            x = tl.load((block + t * stride) + cols, mask=(cols >= lo) & (cols < hi), other=0.0)
+        else:
+            x = tl.load((block + t * stride) + cols)
+        rows = rows + (_split_columns(x.to(ACC), FOLD),)
+    out = ()
+    for i in tl.static_range(T):
+        for j in tl.static_range(i + 1):
+            lanes = acc[i * (i + 1) // 2 + j]
+            for q in tl.static_range(FOLD):
+                lanes += rows[i][q] * rows[j][q]
+            out = out + (lanes,)
+    return out
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def gram_rows(
+    grads, partials, segments, width: "i64", stride: "i64", count: "i64", span: "i64", slots: "i64",
+    T: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """Small T: a thread owns columns and keeps the whole triangle. The host bounds the products a lane takes."""
+    PAIRS: tl.constexpr = T * (T + 1) // 2
+    k = tl.program_id(0).to(tl.int64)
+    stride = stride.to(tl.int64) * UNIT
+    s, first, last, step, lo, hi = _share(segments, count, width, k, span, slots, BLOCK, SEGMENTED)
+
+    acc = ()
+    for _ in tl.static_range(PAIRS):
+        acc = acc + (tl.zeros([BLOCK // FOLD], ACC),)
+    for b in range(first, last, step):
+        acc = _add_row_products(acc, grads + b * BLOCK, stride, 0, 0, T, BLOCK, FOLD, ACC, False)
+    # Partial blocks go a column a thread: no more registers and code than they need.
+    left, right, edges = _edges(lo, hi, BLOCK)
+    for e in range(0, edges):
+        start = tl.where(e == 0, left, right) * BLOCK
+        for column in range(start, start + BLOCK, BLOCK // FOLD):
+            acc = _add_row_products(
+                acc, grads + column, stride, lo - column, hi - column, T, BLOCK // FOLD, 1, ACC, True
+            )
+
+    # Eight sums share one reduction across the threads, and so its barriers.
+    entries = tl.arange(0, 8)
+    for g in tl.static_range((PAIRS + 7) // 8):
+        e = ()
+        for q in tl.static_range(8):
+            e = e + (acc[min(8 * g + q, PAIRS - 1)],)
+        even = tl.join(tl.join(e[0], e[4]), tl.join(e[2], e[6]))
+        odd = tl.join(tl.join(e[1], e[5]), tl.join(e[3], e[7]))
+        lanes = tl.reshape(tl.join(even, odd), [BLOCK // FOLD, 8])
+        sums = tl.sum(lanes.to(tl.float64), axis=0)
+        tl.store(partials + k * PAIRS + 8 * g + entries, sums, mask=8 * g + entries < PAIRS)
+
+
+@triton.jit
+def _tile_pair(q):
+    """Number q of the lower triangle of tiles → (row of tiles, column of tiles)."""
+    i = q * 0
+    while (i + 1) * (i + 2) // 2 <= q:
+        i += 1
+    return i, q - i * (i + 1) // 2
+
+
+@triton.jit
+def _load_tile(
+    grads, rows, start, stride, lo, hi, T: tl.constexpr, WARPS: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """[WARPS, rows, K]: each warp its own K columns, so that the dot product splits its inner dimension by warp."""
+    cols = tl.arange(0, WARPS)[:, None, None] * K + tl.arange(0, K)[None, None, :]
+    mask = (rows < T)[None, :, None]
+    if MASKED:
+        mask = mask & (cols >= lo - start) & (cols < hi - start)
+    return tl.load(grads + start + rows.to(tl.int64)[None, :, None] * stride + cols, mask=mask, other=0.0)
+
+
+@triton.jit
+def _tile_products(x, y, PRECISION: tl.constexpr):
+    """x yᵀ for each warp, in float64: an fp32 accumulator of the tensor cores takes the K columns of one tile."""
+    if INTERPRETED:  # NumPy has no bfloat16 products.
+        if x.dtype == tl.bfloat16:
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+    return tl.dot(x, tl.permute(y, (0, 2, 1)), input_precision=PRECISION).to(tl.float64)
+
+
+@triton.jit
+def _store_tile(partials, total, k, rows, others, T: tl.constexpr):
+    g = tl.sum(total, axis=0)
+    i = rows[:, None]
+    j = others[None, :]
+    tl.store(partials + k * (T * (T + 1) // 2) + i * (i + 1) // 2 + j, g, mask=(i < T) & (j <= i))
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def gram_tiles(
+    grads, partials, segments, width: "i64", stride: "i64", count: "i64", span: "i64", slots: "i64",
+    T: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, EDGE: tl.constexpr,
+    WARPS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """Larger T: tensor-core products of ROWS-row tiles, one pair of tiles a program."""
+    BLOCK: tl.constexpr = WARPS * K
+    k = tl.program_id(0).to(tl.int64)
+    stride = stride.to(tl.int64) * UNIT
+    s, first, last, step, lo, hi = _share(segments, count, width, k, span, slots, BLOCK, SEGMENTED)
+    i, j = _tile_pair(tl.program_id(1))
+    rows = i * ROWS + tl.arange(0, ROWS)
+    others = j * ROWS + tl.arange(0, ROWS)
+
+    total = tl.zeros([WARPS, ROWS, ROWS], tl.float64)
+    for b in tl.range(first, last, step, num_stages=STAGES):
+        x = _load_tile(grads, rows, b * BLOCK, stride, lo, hi, T, WARPS, K, False)
+        y = x
+        if T > ROWS:
+            y = _load_tile(grads, others, b * BLOCK, stride, lo, hi, T, WARPS, K, False)
+        total += _tile_products(x, y, PRECISION)
+    left, right, edges = _edges(lo, hi, BLOCK)
+    # Partial blocks go by narrow tiles: fewer registers, so that they do not push the loop above into spilling.
+    for e in tl.range(0, edges, num_stages=1):
+        start = tl.where(e == 0, left, right) * BLOCK
+        for column in tl.range(start, start + BLOCK, WARPS * EDGE, num_stages=1):
+            x = _load_tile(grads, rows, column, stride, lo, hi, T, WARPS, EDGE, True)
+            y = x
+            if T > ROWS:
+                y = _load_tile(grads, others, column, stride, lo, hi, T, WARPS, EDGE, True)
+            total += _tile_products(x, y, PRECISION)
+    _store_tile(partials, total, k, rows, others, T)
+
+
+@triton.jit
+def _has_nonzero(row, begin, step, lo, hi, BLOCK: tl.constexpr):
+    """Whether one row has a nonzero in an item's columns."""
+    seen = tl.zeros([min(BLOCK, NARROW_BLOCK)], tl.int32)
+    for start in range(begin, hi, step):
+        for column in range(0, BLOCK, min(BLOCK, NARROW_BLOCK)):
+            at = start + column + tl.arange(0, min(BLOCK, NARROW_BLOCK))
+            x = tl.load(row + at, mask=(at >= lo) & (at < hi), other=0.0)
+            seen = seen | (x.to(tl.float32) != 0).to(tl.int32)
+    return tl.max(seen, axis=0)
+
+
+@triton.jit
+def _wide_products(
+    row, grads, others, stride, begin, step, lo, hi, T: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Σ row * other over an item's columns, for ROWS other rows, in float64."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for start in range(begin, hi, step):
+        for column in range(0, BLOCK, COLUMNS):
+            at = start + column + tl.arange(0, COLUMNS)
+            inside = (at >= lo) & (at < hi)
+            x = tl.load(row + at, mask=inside, other=0.0).to(tl.float64)
+            address = grads + others.to(tl.int64)[:, None] * stride + at[None, :]
+            y = tl.load(address, mask=(others < T)[:, None] & inside[None, :], other=0.0)
+            total += x[None, :] * y.to(tl.float64)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def gram_rescue(
+    grads, partials, flags, segments, width: "i64", stride: "i64", count: "i64", span: "i64", slots: "i64",
+    T: tl.constexpr, PAD: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """Redo with float64 products what fp32 could not hold; returns at once where no row is flagged.
+
+    A squared norm of zero is either a row of zeros, whose products are right as they are, or an underflow: such
+    rows are read first, by themselves, so that an absent task costs one row's bytes. BLOCK, span and slots are
+    those of the first pass: an item has the same columns.
+    """
+    k = tl.program_id(0).to(tl.int64)
+    stride = stride.to(tl.int64) * UNIT
+    if SEGMENTED:
+        s, lo, hi = _locate(segments, count, width, k, span * BLOCK)
+        begin = lo // BLOCK * BLOCK
+        step = k * 0 + BLOCK
+    else:
+        s = k * 0
+        lo = s
+        hi = width + s
+        begin = k * BLOCK
+        step = slots * BLOCK + s
+    flags += s * T
+    e = tl.arange(0, PAD)
+    any_flag = tl.max(tl.load(flags + e, mask=e < T, other=0), axis=0)
+    for t in range(0, tl.where(any_flag > 0, T, 0)):
+        row = grads + t * stride
+        redo = tl.load(flags + t)
+        if redo == REDO_UNLESS_ZERO:
+            redo = _has_nonzero(row, begin, step, lo, hi, BLOCK)
+        if redo > 0:
+            for tile in range(0, T, ROWS):
+                others = tile + tl.arange(0, ROWS)
+                sums = _wide_products(row, grads, others, stride, begin, step, lo, hi, T, BLOCK, ROWS, COLUMNS)
+                # A pair of flagged rows belongs to the later one.
+                other_flag = tl.load(flags + others, mask=others < T, other=0)
+                mask = (others <= t) | ((others < T) & (other_flag == 0))
+                i = tl.maximum(others, t)
+                j = tl.minimum(others, t)
+                tl.store(partials + k * (T * (T + 1) // 2) + i * (i + 1) // 2 + j, sums, mask=mask)
+
+
+@triton.jit
+def _sum_partials(partials, p, begin, end, PAIRS: tl.constexpr, DEPTH: tl.constexpr):
+    total = tl.zeros([DEPTH, p.shape[0]], tl.float64)
+    for k in range(begin, end, DEPTH):
+        item = k + tl.arange(0, DEPTH)
+        mask = (item < end)[:, None] & (p < PAIRS)[None, :]
+        total += tl.load(partials + item[:, None] * PAIRS + p[None, :], mask=mask, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def gram_reduce(
+    partials, flags, segments, gram, width: "i64", count: "i64", span: "i64", slots: "i64",
+    T: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, DEPTH: tl.constexpr, GUARD: tl.constexpr,
+    AGAIN: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """Partial Grams → G, in item order. GUARD flags the rows out of range; AGAIN runs only where some are."""
+    PAIRS: tl.constexpr = T * (T + 1) // 2
+    groups = (PAIRS + ENTRIES - 1) // ENTRIES
+    pid = tl.program_id(0)
+    s = (pid // groups).to(tl.int64)
+    p = pid % groups * ENTRIES + tl.arange(0, ENTRIES)
+    if SEGMENTED:
+        a, b = _segment_bounds(segments, s, width)
+        begin = a // (span * BLOCK) + s
+        end = tl.where(b > a, (b - 1) // (span * BLOCK) + s + 1, begin)
+    else:
+        begin = s * 0
+        end = slots + begin
+    if AGAIN:
+        t = tl.arange(0, triton.next_power_of_2(T))
+        flagged = tl.max(tl.load(flags + s * T + t, mask=t < T, other=0), axis=0)
+        begin = tl.where(flagged > 0, begin, end)
+
+    g = _sum_partials(partials, p, begin, end, PAIRS, DEPTH)
+    # The root of 8p+1 in fp32 may be off by one at either side of a whole number.
+    i = ((tl.sqrt((8 * p + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
+    j = p - i * (i + 1) // 2
+    mask = p < PAIRS
+    if AGAIN:
+        mask = mask & (flagged > 0)
+    tl.store(gram + s * (T * T) + i * T + j, g, mask=mask)
+    tl.store(gram + s * (T * T) + j * T + i, g, mask=mask)
+    if GUARD:
+        out_of_range = (g < SMALLEST_SQUARE) | (g > LARGEST_SQUARE)
+        flag = tl.where(g == 0, REDO_UNLESS_ZERO, tl.where(out_of_range, REDO, 0))
+        tl.store(flags + s * T + i, flag, mask=mask & (i == j))
+
+
+@triton.jit
+def solve(
+    gram, order, coefficients, order_stride: "i64", self_projection: "i32", eps: "fp64", min_squared_norm: "fp64",
+    T: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """Row i of one T×T problem a program: v = C_i G is kept up to date, projection by projection."""
+    i = tl.program_id(0) % T
+    s = (tl.program_id(0) // T).to(tl.int64)
+    gram += s * (T * T)
+    order += s * order_stride + i * T
+    t = tl.arange(0, PAD)
+    v = tl.load(gram + i * T + t, mask=t < T, other=0.0)
+    c = tl.where(t == i, 1.0, 0.0).to(tl.float64)
+    invalid = i * 0
+    floor = tl.full([], min_squared_norm, tl.float64)
+    for step in range(0, T):
+        wanted = tl.load(order + step)
+        invalid += tl.where((wanted < 0) | (wanted >= T), 1, 0)
+        j = tl.minimum(tl.maximum(wanted, 0), T - 1)
+        row = tl.load(gram + j * T + t, mask=t < T, other=0.0)
+        square = tl.load(gram + j * T + j)
+        dot = tl.sum(tl.where(t == j, v, 0.0), axis=0)
+        conflict = (dot < 0) & (dot > -float("inf")) & (square > floor) & (square < float("inf"))
+        conflict = conflict & ((j != i) | (self_projection != 0))
+        factor = tl.where(conflict, -dot, 0.0) / tl.where(conflict, square + eps, 1.0)
+        c = tl.where(t == j, c + factor, c)
+        # A number, not a truth value: the interpreter spreads a scalar one over a block as the floats it came from.
+        project = tl.where(conflict, 1, 0)
+        v = tl.where(project > 0, v + factor * row, v)
+    c = tl.where(invalid > 0, float("nan"), c)
+    tl.store(coefficients + s * (T * T) + i * T + t, c, mask=t < T)
+
+
+@triton.jit
+def column_sums(coefficients, weights, scale: "fp64", T: tl.constexpr, PAD: tl.constexpr):
+    """weights[s, j] = scale * Σ_i C[s, i, j], rows added in order."""
+    s = tl.program_id(0).to(tl.int64)
+    t = tl.arange(0, PAD)
+    total = tl.zeros([PAD], tl.float64)
+    for i in range(0, T):
+        total += tl.load(coefficients + s * (T * T) + i * T + t, mask=t < T, other=0.0)
+    tl.store(weights + s * T + t, total * scale, mask=t < T)
+
+
+@triton.jit
+def _needs_float64(values):
+    size = tl.abs(values)
+    outside = (size != 0) & ((size < SMALLEST_WEIGHT) | (size > LARGEST_WEIGHT))
+    return tl.max(outside.to(tl.int32)) > 0
+
+
+@triton.jit
+def _columns(segments, count, width, k, BLOCK: tl.constexpr, SEGMENTED: tl.constexpr):
+    """Item k of combine and mix → its segment, its block's first column, and where [lo, hi) lies in the block."""
+    if SEGMENTED:
+        s, lo, hi = _locate(segments, count, width, k, BLOCK)
+        start = (k - s) * BLOCK
+    else:
+        s = k * 0
+        start = k * BLOCK
+        lo = start
+        hi = tl.minimum(start + BLOCK, width)
+    return s, start, lo - start, hi - start
+
+
+@triton.jit
+def _to_rows(x, dtype: tl.constexpr):
+    """Round an accumulator to the rows' dtype."""
+    if dtype != tl.float64:
+        x = x.to(tl.float32)
+    if INTERPRETED:  # Its own conversion truncates.
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            x = tl.where(x == x, nearest.to(tl.uint32).to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def _combine_partly(
+    block, weights, out, stride, lo, hi, T: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The columns [lo, hi) of one block, in the order and with the roundings of a whole block."""
+    for start in range(0, BLOCK, min(BLOCK, NARROW_BLOCK)):
+        cols = start + tl.arange(0, min(BLOCK, NARROW_BLOCK))
+        mask = (cols >= lo) & (cols < hi)
+        acc = tl.zeros([min(BLOCK, NARROW_BLOCK)], ACC)
+        for t in range(0, T):
+            x = tl.load((block + t * stride) + cols, mask=mask, other=0.0)
+            acc += tl.load(weights + t).to(ACC) * x.to(ACC)
+        tl.store(out + cols, _to_rows(acc, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def combine(
+    grads, weights, segments, out, width: "i64", stride: "i64", count: "i64", items: "i64",
+    T: tl.constexpr, PAD: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    UNROLL: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """out = w J, last columns first: gram read those last. ``out`` may be a row: columns are read, then written."""
+    k = items - 1 - tl.program_id(0).to(tl.int64)
+    stride = stride.to(tl.int64) * UNIT
+    s, start, lo, hi = _columns(segments, count, width, k, BLOCK, SEGMENTED)
+    weights += s * T
+    t = tl.arange(0, PAD)
+    block = grads + start
+    if _needs_float64(tl.load(weights + t, mask=t < T, other=0.0)):
+        _combine_partly(block, weights, out + start, stride, lo, hi, T, BLOCK, tl.float64)
+    elif (lo <= 0) & (hi >= BLOCK):
+        cols = tl.arange(0, BLOCK)
+        acc = tl.zeros([BLOCK], ACC)
+        if UNROLL:
+            for row in tl.static_range(T):
+                x = tl.load((block + row * stride) + cols)
+                acc += tl.load(weights + row).to(ACC) * x.to(ACC)
+        else:
+            for row in tl.range(0, T, loop_unroll_factor=4):
+                x = tl.load((block + row * stride) + cols)
+                acc += tl.load(weights + row).to(ACC) * x.to(ACC)
+        tl.store((out + start) + cols, _to_rows(acc, out.dtype.element_ty))
+    else:
+        _combine_partly(block, weights, out + start, stride, lo, hi, T, BLOCK, ACC)
+
+
+@triton.jit
+def _mix_columns(
+    block, coefficients, stride, cols, mask, T: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """rows ← C rows over some columns: every row is in registers before the first is written."""
+    rows = ()
+    for t in tl.static_range(T):
+        if MASKED:
+            rows = rows + (tl.load((block + t * stride) + cols, mask=mask, other=0.0),)
+        else:
+            rows = rows + (tl.load((block + t * stride) + cols),)
+    for i in range(0, T):
+        acc = tl.zeros([COLUMNS], ACC)
+        for t in tl.static_range(T):
+            acc += tl.load(coefficients + i * T + t).to(ACC) * rows[t].to(ACC)
+        mixed = _to_rows(acc, block.dtype.element_ty)
+        if MASKED:
+            tl.store((block + i * stride) + cols, mixed, mask=mask)
+        else:
+            tl.store((block + i * stride) + cols, mixed)
+
+
+@triton.jit
+def _mix_partly(
+    block, coefficients, stride, lo, hi, T: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    for start in range(0, BLOCK, min(BLOCK, NARROW_BLOCK)):
+        cols = start + tl.arange(0, min(BLOCK, NARROW_BLOCK))
+        mask = (cols >= lo) & (cols < hi)
+        _mix_columns(block, coefficients, stride, cols, mask, T, min(BLOCK, NARROW_BLOCK), ACC, True)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def mix_rows(
+    grads, coefficients, narrow, segments, width: "i64", stride: "i64", count: "i64", items: "i64",
+    T: tl.constexpr, PAD: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """J ← C J for small T, last columns first. ``narrow`` is C in the accumulator's dtype."""
+    k = items - 1 - tl.program_id(0).to(tl.int64)
+    stride = stride.to(tl.int64) * UNIT
+    s, start, lo, hi = _columns(segments, count, width, k, BLOCK, SEGMENTED)
+    coefficients += s * (T * T)
+    narrow += s * (T * T)
+    e = tl.arange(0, PAD)
+    block = grads + start
+    if _needs_float64(tl.load(coefficients + e, mask=e < T * T, other=0.0)):
+        _mix_partly(block, coefficients, stride, lo, hi, T, BLOCK, tl.float64)
+    elif (lo <= 0) & (hi >= BLOCK):
+        _mix_columns(block, narrow, stride, tl.arange(0, BLOCK), None, T, BLOCK, ACC, False)
+    else:
+        _mix_partly(block, narrow, stride, lo, hi, T, BLOCK, ACC)
+
+
+@triton.jit
+def _mix_rows_wide(block, coefficients, x, stride, cols, inside, T: tl.constexpr, PAD: tl.constexpr):
+    """One row of C at a time over a tile that is already held, in float64."""
+    t = tl.arange(0, PAD)
+    for row in range(0, T):
+        c = tl.load(coefficients + row * T + t, mask=t < T, other=0.0)
+        mixed = tl.sum(c[:, None] * x.to(tl.float64), axis=0)
+        tl.store(block + row * stride + cols, _to_rows(mixed, block.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def mix_tiles(
+    grads, coefficients, narrow, segments, width: "i64", stride: "i64", count: "i64", items: "i64",
+    T: tl.constexpr, PAD: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """J ← C J for larger T: a block of all rows is held while C's rows go by, ROWS at a time."""
+    k = items - 1 - tl.program_id(0).to(tl.int64)
+    stride = stride.to(tl.int64) * UNIT
+    s, start, lo, hi = _columns(segments, count, width, k, BLOCK, SEGMENTED)
+    coefficients += s * (T * T)
+    narrow += s * (T * T)
+    block = grads + start
+    t = tl.arange(0, PAD)
+    cols = tl.arange(0, BLOCK)
+    inside = (cols >= lo) & (cols < hi)
+    whole = (lo <= 0) & (hi >= BLOCK)
+    address = block + t.to(tl.int64)[:, None] * stride + cols[None, :]
+    if whole:
+        x = tl.load(address, mask=(t < T)[:, None], other=0.0)
+    else:
+        x = tl.load(address, mask=(t < T)[:, None] & inside[None, :], other=0.0)
+
+    if grads.dtype.element_ty == tl.float64:
+        _mix_rows_wide(block, coefficients, x, stride, cols, inside, T, PAD)
+    else:
+        wide = k < 0
+        for tile in range(0, T, ROWS):
+            i = tile + tl.arange(0, ROWS)
+            mask = (i < T)[:, None] & (t < T)[None, :]
+            wide = wide | _needs_float64(tl.load(coefficients + i[:, None] * T + t[None, :], mask=mask, other=0.0))
+        if wide:
+            _mix_rows_wide(block, coefficients, x, stride, cols, inside, T, PAD)
+        else:
+            for tile in range(0, T, ROWS):
+                i = tile + tl.arange(0, ROWS)
+                mask = (i < T)[:, None]
+                c = tl.load(narrow + i[:, None] * T + t[None, :], mask=mask & (t < T)[None, :], other=0.0)
+                product = tl.dot(c, x.to(tl.float32), input_precision=PRECISION)
+                mixed = _to_rows(product, grads.dtype.element_ty)
+                target = block + i.to(tl.int64)[:, None] * stride + cols[None, :]
+                if whole:
+                    tl.store(target, mixed, mask=mask)
+                else:
+                    tl.store(target, mixed, mask=mask & inside[None, :])

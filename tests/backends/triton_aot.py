@@ -1,0 +1,190 @@
+"""Compile every Triton kernel ahead of time, as the launcher would, for GPUs that need not be there.
+
+Prints registers, spills and shared memory of each; exits with 1 where one spills, or where a kernel that streams
+aligned rows has no 16-byte loads. Run with ``TRITON_INTERPRET=0``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+TYPES = {
+    "partials": "*fp64", "gram": "*fp64", "coefficients": "*fp64", "weights": "*fp64", "flags": "*i32",
+    "segments": "*i64", "order": "*i64", "eps": "fp64", "min_squared_norm": "fp64", "scale": "fp64",
+    "self_projection": "i32",
+}  # fmt: skip
+STREAMING = {"gram_rows", "gram_tiles", "combine", "mix_rows", "mix_tiles"}
+WIDE_LOADS = re.compile(
+    r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x10|16)\b"
+)
+
+
+class Case(NamedTuple):
+    kernel: str
+    tasks: int
+    dtype: str
+    segmented: bool
+    arch: int
+    constants: dict[str, Any]
+
+
+class Outcome(NamedTuple):
+    case: Case
+    registers: int
+    spilled: int
+    shared: int
+    wide_loads: int
+
+
+def choices(tasks: int, dtype: torch.dtype, segmented: bool) -> list[Any]:
+    from fastpcgrad.backends.triton import launch
+
+    unit = 16 // dtype.itemsize
+    gram = launch.gram_choice(tasks, dtype, unit, segmented)
+    block = launch.block_of(gram)
+    guarded = launch.is_guarded(dtype)
+    found = [
+        gram,
+        launch.reduce_choice(tasks, segmented, block, guarded, False),
+        launch.combine_choice(tasks, dtype, unit, segmented),
+        launch.mix_choice(tasks, dtype, unit, segmented),
+    ]
+    if guarded:
+        found += [
+            launch.rescue_choice(tasks, unit, segmented, block),
+            launch.reduce_choice(tasks, segmented, block, False, True),
+        ]
+    if not segmented:
+        found += [launch.solve_choice(tasks), launch.sums_choice(tasks)]
+    return found
+
+
+def pointer_type(name: str, dtype: str) -> str:
+    if name in ("grads", "out"):
+        return f"*{dtype}"
+    if name == "narrow":
+        return "*fp64" if dtype == "fp64" else "*fp32"
+    return TYPES.get(name, "i64")
+
+
+def ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers a thread and bytes spilled, from the assembler that Triton ships."""
+    import triton.backends.nvidia
+
+    folder = Path(triton.backends.nvidia.__file__).parent / "bin"
+    assembler = folder / ("ptxas-blackwell" if arch >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas")
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "kernel.ptx")
+        source.write_text(ptx)
+        command = [str(assembler), "-v", f"--gpu-name={target[1]}", str(source), "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    assert registers is not None, report
+    return int(registers[1]), sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", report))
+
+
+def compile_case(case: Case) -> Outcome:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastpcgrad.backends.triton import kernels
+
+    kernel = getattr(kernels, case.kernel)
+    constants = dict(case.constants)
+    if "segments" in kernel.arg_names and not case.segmented:
+        constants["segments"] = None
+    signature = {
+        name: "constexpr" if name in constants else pointer_type(name, case.dtype) for name in kernel.arg_names
+    }
+    # What the launcher specialises on: pointers that are 16-byte aligned.
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
+    }
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", case.arch, 32),
+        options={"num_warps": 4},
+    )
+    ptx = compiled.asm["ptx"]
+    registers, spilled = ptxas_report(ptx, case.arch)
+    return Outcome(case, registers, spilled, compiled.metadata.shared, len(WIDE_LOADS.findall(ptx)))
+
+
+def all_cases(tasks: list[int], dtypes: list[str], archs: list[int]) -> list[Case]:
+    """Rows kernels: every T, dtype and architecture. The T×T ones: the smallest and the largest T. Segments: once."""
+    cases: dict[str, Case] = {}
+    for arch in archs:
+        for dtype in dtypes:
+            for count in tasks:
+                for segmented in (False, True) if (arch, count) == (archs[-1], tasks[-1]) else (False,):
+                    for choice in choices(count, DTYPES[dtype], segmented):
+                        name = choice.kernel.__name__
+                        over_rows = name in STREAMING or name == "gram_rescue"
+                        case = Case(name, count, dtype if over_rows else "-", segmented, arch, choice.constants)
+                        # Reductions of one T differ in the rows' block alone, a divisor.
+                        key = (name, count, segmented, arch, choice.constants.get("AGAIN"), case.dtype)
+                        if over_rows or count in (tasks[0], tasks[-1]):
+                            cases.setdefault(repr(key), case)
+    return list(cases.values())
+
+
+def faults(outcome: Outcome) -> list[str]:
+    found = []
+    if outcome.spilled:
+        found.append(f"spills {outcome.spilled} bytes")
+    if outcome.case.kernel in STREAMING and not outcome.wide_loads:
+        found.append("no 16-byte loads")
+    return found
+
+
+def use_cache(folder: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tasks", default="2,8,16,32")
+    parser.add_argument("--dtypes", default="fp32,bf16")
+    parser.add_argument("--archs", default="80,90,100")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    cases = all_cases(
+        [int(count) for count in arguments.tasks.split(",")],
+        arguments.dtypes.split(","),
+        [int(arch) for arch in arguments.archs.split(",")],
+    )
+    print(f"{'kernel':<14}{'T':>4} {'dtype':<6}{'segments':<9}{'sm':>4}{'registers':>10}{'spilled':>8}{'shared':>8}")
+    failed = 0
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(arguments.processes, get_context("spawn"), use_cache, (cache,)) as pool,
+    ):
+        for outcome in pool.map(compile_case, cases):
+            case, wrong = outcome.case, faults(outcome)
+            failed += bool(wrong)
+            print(
+                f"{case.kernel:<14}{case.tasks:>4} {case.dtype:<6}{'yes' if case.segmented else 'no':<9}{case.arch:>4}"
+                f"{outcome.registers:>10}{outcome.spilled:>8}{outcome.shared:>8}  {'; '.join(wrong)}",
+                flush=True,
+            )
+    print(f"{len(cases)} kernels compiled, {failed} at fault")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""What all tests share: the Triton interpreter, seeds, and the choice of a backend."""
+
+import os
+import random
+
+# The cores may be shared: a thread that waits for another must sleep, not spin. Read when torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # The Triton kernels run on CPU tensors under the interpreter, which has to be chosen before triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fastpcgrad import backends
+from fastpcgrad.backends import cpu
+
+BACKENDS = ("eager", "cpu-baseline", "cpu-avx2", "cpu-avx512")
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    torch.default_generator.manual_seed(0)  # torch.manual_seed takes milliseconds: it records a stack for CUDA
+    random.seed(0)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Forces each backend that runs CPU tensors, the compiled one with each instruction set.
+
+    ``parametrize("backend", ["triton"], indirect=True)`` chooses others: the interpreter is too slow for all cases.
+    """
+    name, _, isa = request.param.partition("-")
+    if reason := backends.why_unavailable(name, "cpu"):
+        pytest.skip(reason)
+    monkeypatch.setenv("FASTPCGRAD_BACKEND", name)
+    if not isa:
+        yield request.param
+        return
+    before = cpu.isa()
+    try:
+        cpu.use_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    cpu.use_isa(before)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """New memory holds NaN: a result that a kernel forgot to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def with_threads():
+    """Calls a function with a number of threads."""
+    before = torch.get_num_threads()
+
+    def call(threads, function):
+        torch.set_num_threads(threads)
+        return function()
+
+    yield call
+    torch.set_num_threads(before)

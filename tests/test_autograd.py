@@ -1,0 +1,268 @@
+"""backward and grad against the oracle, and what they leave alone."""
+
+import random
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fastpcgrad
+from fastpcgrad import methods, reference, variants
+from tests.linear_problems import random_problem
+
+for_every_variant = pytest.mark.parametrize("variant", list(variants.VARIANTS))
+
+
+def assert_all_close(found, expected):
+    assert [f is None for f in found] == [e is None for e in expected]
+    for f, e in zip(found, expected, strict=True):
+        if e is not None:
+            torch.testing.assert_close(f, e)
+
+
+def two_losses(model, x):
+    output = model(x)
+    return [output.square().mean(), (output - 1).abs().mean()]
+
+
+def plain_gradients(losses, inputs):
+    return [torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True) for loss in losses]
+
+
+@pytest.fixture
+def model():
+    return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 4, dtype=torch.float64)
+
+
+@for_every_variant
+def test_grad_is_the_oracles(variant):
+    for seed in range(60):
+        problem = random_problem(seed)
+        inputs = problem.parameters(torch.float64)
+        method = methods.PCGrad(variant, generator=random.Random(seed))
+        merged = fastpcgrad.grad(problem.losses(inputs), inputs, method=method)
+        assert isinstance(merged, tuple)
+        assert_all_close(merged, reference.merge(problem.gradients, inputs, variant, random.Random(seed)))
+
+
+@for_every_variant
+def test_backward_adds_the_oracles_gradient_to_grad(variant):
+    for seed in range(30):
+        problem = random_problem(seed)
+        inputs = problem.parameters(torch.float64)
+        generator = random.Random(seed)
+        expected = reference.merge(problem.gradients, inputs, variant, generator)
+        again = reference.merge(problem.gradients, inputs, variant, generator)
+        method = methods.PCGrad(variant, generator=random.Random(seed))
+        for _ in range(2):
+            fastpcgrad.backward(problem.losses(inputs), inputs, method=method)
+        sums = [None if e is None else e + a for e, a in zip(expected, again, strict=True)]
+        assert_all_close([p.grad for p in inputs], sums)
+
+
+def test_the_default_method_is_the_papers_from_torchs_generator(model, x):
+    inputs = list(model.parameters())
+    losses = two_losses(model, x) + two_losses(model, x + 1)
+    expected = reference.merge(plain_gradients(losses, inputs), inputs, "paper", torch.Generator().manual_seed(9))
+    torch.manual_seed(9)
+    assert_all_close(fastpcgrad.grad(losses, inputs), expected)
+
+
+def test_grad_touches_no_grad_and_runs_no_accumulation_hook(model, x):
+    inputs, calls = list(model.parameters()), []
+    inputs[0].grad = kept = torch.full_like(inputs[0], 3.0)
+    for p in inputs:
+        p.register_post_accumulate_grad_hook(calls.append)
+    fastpcgrad.grad(two_losses(model, x), inputs)
+    assert inputs[0].grad is kept and (kept == 3).all()
+    assert all(p.grad is None for p in inputs[1:]) and not calls
+    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in inputs)
+
+
+def test_grad_takes_inputs_that_are_no_leaves():
+    """Surgery on a shared representation: the gradients of the losses with respect to the trunk's output."""
+    z = torch.randn(6, 4, dtype=torch.float64, requires_grad=True) * 2.0
+    losses = [(z * 3).sin().sum(), z.square().sum(), -z.sum()]
+    expected = reference.merge(plain_gradients(losses, [z]), [z], "tensorflow")
+    assert_all_close(fastpcgrad.grad(losses, [z], method=methods.PCGrad("tensorflow")), expected)
+
+
+def test_a_single_tensor_of_losses_and_a_single_input_will_do(model, x):
+    method = methods.PCGrad("tensorflow")
+    inputs = list(model.parameters())
+    together = fastpcgrad.grad(torch.stack(two_losses(model, x)), inputs, method=method)
+    assert_all_close(together, fastpcgrad.grad(two_losses(model, x), inputs, method=method))
+    (alone,) = fastpcgrad.grad(two_losses(model, x), inputs[0], method=method)
+    assert alone.shape == inputs[0].shape
+
+
+def test_an_input_that_no_loss_depends_on_has_no_gradient(model, x):
+    unused = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    *_, nothing = fastpcgrad.grad(two_losses(model, x), [*model.parameters(), unused])
+    assert nothing is None
+    fastpcgrad.backward(two_losses(model, x), [*model.parameters(), unused])
+    assert unused.grad is None
+
+
+def test_backward_without_inputs_finds_the_leaves(model, x):
+    frozen, other = model[0].bias.requires_grad_(False), torch.ones((), dtype=torch.float64, requires_grad=True)
+    losses = [*two_losses(model, x), other, (model(x) * other).sum()]  # one loss is a leaf itself
+    leaves = [*(p for p in model.parameters() if p.requires_grad), other]
+    expected = reference.merge(plain_gradients(losses, leaves), leaves, "tensorflow")
+    fastpcgrad.backward(losses, method=methods.PCGrad("tensorflow"))
+    assert_all_close([p.grad for p in leaves], expected)
+    assert frozen.grad is None
+
+
+def test_backward_does_not_reach_leaves_that_are_not_named(model, x):
+    fastpcgrad.backward(two_losses(model, x), [model[2].weight])
+    assert model[2].weight.grad is not None
+    assert all(p.grad is None for p in model.parameters() if p is not model[2].weight)
+
+
+def test_backward_adds_once_to_an_input_that_is_named_twice(model, x):
+    weight = model[2].weight
+    (expected,) = fastpcgrad.grad(two_losses(model, x), [weight], method=methods.PCGrad("tensorflow"))
+    fastpcgrad.backward(two_losses(model, x), [weight, weight], method=methods.PCGrad("tensorflow"))
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_backward_adds_to_a_sparse_gradient():
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1, 1])).sum().backward()
+    expected = embedding.weight.grad.to_dense() + 1
+    fastpcgrad.backward([embedding.weight.sum()], [embedding.weight])
+    torch.testing.assert_close(embedding.weight.grad.to_dense(), expected)
+
+
+def test_the_last_pass_frees_the_graph_unless_it_is_retained(model, x):
+    losses, inputs = two_losses(model, x), list(model.parameters())
+    method = methods.PCGrad("tensorflow")
+    first = fastpcgrad.grad(losses, inputs, method=method, retain_graph=True)
+    assert_all_close(fastpcgrad.grad(losses, inputs, method=method), first)
+    with pytest.raises(RuntimeError, match="second time"):
+        fastpcgrad.grad(losses, inputs, method=method)
+
+
+def test_checkpointing_that_is_not_reentrant_changes_nothing(model, x):
+    method, inputs = methods.PCGrad("tensorflow"), list(model.parameters())
+    expected = fastpcgrad.grad(two_losses(model, x), inputs, method=method)
+    checkpointed = two_losses(lambda z: checkpoint(model, z, use_reentrant=False), x)
+    assert_all_close(fastpcgrad.grad(checkpointed, inputs, method=method, retain_graph=True), expected)
+    fastpcgrad.backward(checkpointed, method=method)
+    assert_all_close([p.grad for p in inputs], expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda losses, inputs: fastpcgrad.grad(losses, inputs),
+        lambda losses, inputs: fastpcgrad.backward(losses, inputs),
+        lambda losses, inputs: fastpcgrad.backward(losses),
+    ],
+    ids=["grad", "backward with inputs", "backward without inputs"],
+)
+def test_reentrant_checkpoints_raise_where_they_would_hide_gradients(call, model, x):
+    losses = two_losses(lambda z: checkpoint(model, z, use_reentrant=True), x.requires_grad_())
+    with pytest.raises(RuntimeError, match="reentrant"):
+        call(losses, list(model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_sparse_gradients_are_made_dense():
+    embedding = torch.nn.Embedding(5, 3, sparse=True, dtype=torch.float64)
+    losses = [embedding(torch.tensor([0, 1])).sum(), -embedding(torch.tensor([1, 4])).sum()]
+    tasks = [[g.to_dense() for g in row] for row in plain_gradients(losses, [embedding.weight])]
+    (merged,) = fastpcgrad.grad(losses, [embedding.weight], method=methods.PCGrad("tensorflow"))
+    torch.testing.assert_close(merged, reference.merge(tasks, [embedding.weight], "tensorflow")[0])
+
+
+def test_a_non_finite_gradient_reaches_the_merged_gradient_at_its_place(model, x):
+    inputs = list(model.parameters())
+    losses = [*two_losses(model, x), inputs[3][0] * torch.nan]
+    merged = fastpcgrad.grad(losses, inputs)
+    assert [int(g.isnan().sum()) for g in merged] == [0, 0, 0, 1]
+    assert merged[3][0].isnan()
+
+
+BAD_LOSSES = [
+    ([], ValueError, ["losses", "none"]),
+    (torch.zeros(0, requires_grad=True), ValueError, ["losses", "none"]),
+    (torch.zeros((), requires_grad=True), ValueError, ["losses", "[]"]),
+    (torch.zeros(2, 2, requires_grad=True), ValueError, ["losses", "[2, 2]"]),
+    ([torch.zeros(2, requires_grad=True)], ValueError, ["losses[0]", "[2]"]),
+    ([torch.zeros(())], ValueError, ["losses[0]", "grad"]),
+    ([1.0], TypeError, ["losses[0]", "float"]),
+    ({"task": torch.zeros((), requires_grad=True)}, TypeError, ["losses[0]", "str"]),
+    (None, TypeError, ["losses", "NoneType"]),
+    ([torch.zeros((), dtype=torch.int64)], TypeError, ["losses[0]", "int64"]),
+    ([torch.zeros((), dtype=torch.complex64, requires_grad=True)], TypeError, ["losses[0]", "complex64"]),
+    (
+        [torch.zeros((), device=device, requires_grad=True) for device in ("cpu", "meta")],
+        ValueError,
+        ["one device", "cpu", "meta"],
+    ),
+]
+"""Losses, the exception, and words of its message; the drop-in refuses the same."""
+
+
+@pytest.mark.parametrize("call", [fastpcgrad.grad, fastpcgrad.backward])
+@pytest.mark.parametrize(("losses", "error", "words"), BAD_LOSSES)
+def test_bad_losses_are_named_and_nothing_changes(call, losses, error, words):
+    p = torch.zeros(2, requires_grad=True)
+    p.grad = kept = torch.ones(2)
+    with pytest.raises(error) as caught:
+        call(losses, [p])
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert p.grad is kept and kept.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("call", [fastpcgrad.grad, fastpcgrad.backward])
+@pytest.mark.parametrize(
+    ("inputs", "error", "words"),
+    [
+        ([], ValueError, ["inputs", "none"]),
+        ([1.0], TypeError, ["inputs[0]", "float"]),
+        ([torch.zeros(2)], ValueError, ["inputs[0]", "require"]),
+        ([torch.zeros(2, dtype=torch.complex64, requires_grad=True)], TypeError, ["complex64"]),
+        (
+            [torch.zeros(2, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64)],
+            ValueError,
+            ["float32", "float64"],
+        ),
+        (
+            [torch.zeros(2, device=device, requires_grad=True) for device in ("cpu", "meta")],
+            ValueError,
+            ["one device", "cpu", "meta"],
+        ),
+    ],
+)
+def test_bad_inputs_are_named(call, inputs, error, words):
+    with pytest.raises(error) as caught:
+        call([torch.zeros((), requires_grad=True)], inputs)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_errors_about_inputs_do_not_tell_of_options_that_grad_does_not_have():
+    inputs = [torch.zeros(2, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64)]
+    with pytest.raises(ValueError, match="float64") as caught:
+        fastpcgrad.grad([inputs[0].sum()], inputs)
+    assert "row_dtype" not in str(caught.value)
+
+
+def test_backward_refuses_inputs_that_are_no_leaves():
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"leaves.*\[2\]"):
+        fastpcgrad.backward([x.sum()], [x * 2])
+
+
+@pytest.mark.parametrize("call", [fastpcgrad.grad, fastpcgrad.backward])
+def test_a_method_that_is_none_is_named(call):
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(TypeError, match=r"method.*paper"):
+        call([x.sum()], [x], method="paper")

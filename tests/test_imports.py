@@ -1,0 +1,160 @@
+"""Who may import whom: each module of the package imports only what lies in a lower room."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastpcgrad
+
+PACKAGE = Path(fastpcgrad.__file__).parent
+
+FLOORS = (
+    {"reference", "variants", "_version"},
+    {"_ops", "_native"},
+    {"functional"},
+    {"backends"},
+    {"methods"},
+    {"task_gradients", "report"},
+    {"merging"},
+    {"surgery", "autograd"},
+    {"optimizer"},
+    {"config"},
+    {"__init__"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+ONLY = {"reference": set(), "backends": {"_ops", "_native", "reference"}}
+"""Rooms that may import less than all that lies below them."""
+
+THIRD_PARTY = {"torch": None, "numpy": {"config"}, "triton": {"backends.triton"}, "matplotlib": {"report"}}
+"""Packages and the modules (with what lies in them) that may import them; None: all."""
+INSIDE_FUNCTIONS = {"matplotlib"}
+"""Optional packages: importing the module must not need them."""
+
+
+def imports(module, source, is_package=False):
+    """The dotted name of each import, made absolute, and whether it is at module level."""
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside_functions = {inner for function in functions for inner in ast.walk(function)}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = _base(module, node, is_package)
+            # What is imported from a package of ours may be a module.
+            names = [f"{base}.{alias.name}" for alias in node.names] if _is_own_package(base) else [base]
+        yield from ((name, node not in inside_functions) for name in names)
+
+
+def _base(module, node, is_package):
+    """What stands between ``from`` and ``import``, without leading dots."""
+    parts = module.split(".")
+    above = parts[: len(parts) + is_package - node.level] if node.level else []
+    return ".".join([*above, *([node.module] if node.module else [])])
+
+
+def _is_own_package(name):
+    root, *parts = name.split(".")
+    return root == "fastpcgrad" and PACKAGE.joinpath(*parts, "__init__.py").exists()
+
+
+def room_of(name):
+    """The room of a dotted name inside the package: fastpcgrad.backends.cpu lies in backends."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def violations(module, source, is_package=False):
+    room = room_of(module)
+    if room not in FLOOR:
+        return [f"{module} belongs to no room"]
+    reasons = []
+    for name, at_module_level in imports(module, source, is_package):
+        top = name.split(".")[0]
+        if top == "fastpcgrad":
+            target = room_of(name)
+            if target not in FLOOR:
+                reasons.append(f"{module} imports {name}, which is no room")
+            elif target != room and not (FLOOR[target] < FLOOR[room] and target in ONLY.get(room, FLOOR)):
+                reasons.append(f"{module} imports {name}")
+        elif top in sys.stdlib_module_names:
+            continue
+        elif top not in THIRD_PARTY or not _within(module, THIRD_PARTY[top]):
+            reasons.append(f"{module} imports {name}")
+        elif top in INSIDE_FUNCTIONS and at_module_level:
+            reasons.append(f"{module} imports the optional {name} at module level")
+    return reasons
+
+
+def _within(module, owners):
+    return owners is None or any(f"{module}.".startswith(f"fastpcgrad.{owner}.") for owner in owners)
+
+
+def modules():
+    """(dotted name, file, whether it is a package's own file) of everything in the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ["fastpcgrad", *path.relative_to(PACKAGE).with_suffix("").parts]
+        is_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if is_package else parts)
+        yield pytest.param(name, path, is_package, id=name)
+
+
+@pytest.mark.parametrize(("module", "path", "is_package"), list(modules()))
+def test_each_module_imports_only_lower_rooms(module, path, is_package):
+    assert violations(module, path.read_text(encoding="utf-8"), is_package) == []
+
+
+def test_every_room_exists():
+    assert all((PACKAGE / f"{room}.py").exists() or (PACKAGE / room).is_dir() for room in FLOOR)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("reference", "from . import variants"),
+        ("reference", "import numpy"),
+        ("variants", "from ._ops import gram"),
+        ("variants", "from .reference import Generator"),
+        ("functional", "from . import backends"),
+        ("functional", "import fastpcgrad.methods"),
+        ("functional", "import fastpcgrad"),
+        ("functional", "from fastpcgrad import gram"),
+        ("backends.eager", "from ..functional import gram"),
+        ("backends.eager", "from .. import variants"),
+        ("backends.triton.launch", "from ... import functional"),
+        ("backends.cpu", "import triton"),
+        ("methods.pcgrad", "def f():\n    from ..surgery import GradientSurgery"),
+        ("surgery", "from .autograd import grad"),
+        ("task_gradients", "from .report import ConflictReport"),
+        ("report", "import matplotlib.pyplot"),
+        ("merging", "import matplotlib"),
+        ("optimizer", "import scipy"),
+        ("optimizer", "from .nowhere import thing"),
+        ("nowhere", ""),
+    ],
+)
+def test_a_violation_is_found(module, source):
+    assert len(violations(f"fastpcgrad.{module}", source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("reference", "import random\nimport torch"),
+        ("functional", "from . import _ops, variants\nfrom .variants import Generator"),
+        ("backends.triton.launch", "import triton\nfrom ... import _ops\nfrom . import kernels"),
+        ("methods.pcgrad", "from .. import _ops\nfrom ..functional import gram\nfrom .base import Method"),
+        ("config", "import numpy\nfrom . import backends"),
+        ("report", "def plot():\n    import matplotlib.pyplot"),
+    ],
+)
+def test_what_is_allowed_passes(module, source):
+    assert violations(f"fastpcgrad.{module}", source) == []
+
+
+def test_relative_imports_of_a_package_start_from_itself():
+    assert violations("fastpcgrad", "from . import methods\nfrom .optimizer import PCGrad", is_package=True) == []
+    assert violations("fastpcgrad.backends", "from .. import _ops\nfrom .cpu import gram", is_package=True) == []
+    assert violations("fastpcgrad.backends", "from .. import functional", is_package=True) != []
