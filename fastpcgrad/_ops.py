@@ -7,6 +7,7 @@ ranges, each with a Gram matrix, weights or coefficients of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ SCHEMAS: dict[str, str] = {
 
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
+
+KERNELS: dict[str, Callable[..., Any]] = {}
+"""The Python body of each op, by its name. For tensors that are nobody else's, outside of any graph, calling it
+directly saves the dispatcher's 20 µs, which a small model would notice."""
 
 gram = torch.ops.fastpcgrad.gram.default
 pcgrad_coefficients = torch.ops.fastpcgrad.pcgrad_coefficients.default

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ConflictReport:
     """How the task gradients of one surgery conflicted and what was made of them.
 

@@ -144,16 +144,17 @@ def _mark_written(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-for _name, _kernel in {
-    "gram": _gram,
-    "pcgrad_coefficients": _pcgrad_coefficients,
-    "combine": _combine,
-    "combine_out": _combine_out,
-    "mix_": _mix_,
-    "pcgrad": _pcgrad,
-    "pcgrad_out": _pcgrad_out,
-    "pcgrad_": _pcgrad_,
-}.items():
+_ops.KERNELS.update(
+    gram=_gram,
+    pcgrad_coefficients=_pcgrad_coefficients,
+    combine=_combine,
+    combine_out=_combine_out,
+    mix_=_mix_,
+    pcgrad=_pcgrad,
+    pcgrad_out=_pcgrad_out,
+    pcgrad_=_pcgrad_,
+)
+for _name, _kernel in _ops.KERNELS.items():
     # One Python body serves both dispatch keys: the backend decides by the tensor's device.
     for _key in ("CPU", "CUDA"):
         _ops.LIBRARY.impl(_name, _kernel, _key)

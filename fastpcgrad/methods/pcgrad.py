@@ -72,9 +72,11 @@ class PCGrad(Method):
     def merge(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Solution]:
         variant, tasks = self.variant, rows.shape[0]
         scale = 1.0 / tasks if self.reduction == "mean" else 1.0
-        order = variant.draw_order(tasks, self.generator).to(rows.device)
+        order = variant.draw_order(tasks, self.generator)
+        if not rows.is_cpu:
+            order = order.to(rows.device)
         guards = (variant.self_projection, variant.eps, variant.min_squared_norm)
-        gram, coefficients, weights = _ops.pcgrad_out(rows, order, *guards, scale, None, out)
+        gram, coefficients, weights = _ops.KERNELS["pcgrad_out"](rows, order, *guards, scale, None, out)
         return gram, Solution(weights, coefficients)
 
     def partial_weights(self, weights: Tensor) -> Tensor:

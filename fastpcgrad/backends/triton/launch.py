@@ -20,8 +20,9 @@ from . import kernels
 _WARPS = 4
 _THREADS = 32 * _WARPS
 _LARGEST_UNROLLED = 32
-# An fp32 accumulator takes at most this many products before they go to float64.
-_PRODUCTS = 1024
+# An fp32 accumulator takes at most this many products before they go to float64: a lane that holds one large product
+# loses up to half of its last place with each further one, and 32 stay within 1e-6 of the sum of the squares.
+_PRODUCTS = 32
 # Shares of the columns, and blocks a share should at least have, before partial Grams cost more than they bring.
 _SLOTS = 1024
 _BLOCKS_A_SLOT = 4
