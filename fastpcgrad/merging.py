@@ -42,14 +42,13 @@ def merge(
         the report, and for each parameter whether it has a merged gradient.
     """
     complete = grads.close()
-    tasks = len(grads.tasks)
-    ascending = sorted(range(tasks), key=grads.tasks.__getitem__)
-    in_order = ascending == list(range(tasks))
+    in_order = grads.tasks == sorted(grads.tasks)
     if complete and in_order and shared is groups is None and method.scope != "parameter":
         gram, solution = method.merge(grads.rows, out)
         report = ConflictReport(tuple(grads.tasks), gram, solution.weights, solution.coefficients, None)
         return report, [True] * len(grads.places)
 
+    tasks = len(grads.tasks)
     touches = [sum(column) for column in zip(*map(grads.touched, range(tasks)), strict=True)]
     everywhere = [count == tasks for count in touches]
     problems = _problems(method, everywhere, shared, groups)
@@ -58,6 +57,7 @@ def merge(
     by_problem = groups is not None or method.scope == "parameter"
 
     gram = _grams(grads.rows, segments, runs, by_problem)
+    ascending = sorted(range(tasks), key=grads.tasks.__getitem__)
     if not in_order:  # methods see tasks in their own order, not in that of their arrival
         gram = gram[..., ascending, :][..., ascending]
     solution = method.solve(gram)

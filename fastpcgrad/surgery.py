@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from types import TracebackType
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from .merging import merge
 from .methods import Method, PCGrad, check_method
 from .report import ConflictReport
 from .task_gradients import TaskGradients
+
+_KIND = attrgetter("dtype", "device", "shape")
 
 Granularity = Literal["model", "group", "parameter"]
 
@@ -153,7 +155,7 @@ class GradientSurgery:
         """Look the trainable parameters up; lay the rows out anew where they changed."""
         found = [p for group in self._source.param_groups for p in group["params"] if p.requires_grad]
         same = self._grads is not None and len(found) == len(self._found) and all(map(is_, found, self._found))
-        if same and (self._rows_now().tasks or [(p.dtype, p.device, p.shape) for p in found] == self._kinds):
+        if same and (self._rows_now().tasks or list(map(_KIND, found)) == self._kinds):
             return
         if self._grads is not None and self._grads.tasks:
             raise RuntimeError(
@@ -164,7 +166,7 @@ class GradientSurgery:
         _check_parameters(parameters, self._shared, self.row_dtype)
         self._grads = TaskGradients(parameters, self.num_tasks, self.row_dtype)
         self._found, self._parameters, self._merged = found, parameters, []
-        self._kinds = [(p.dtype, p.device, p.shape) for p in found]
+        self._kinds = list(map(_KIND, found))
         self._problems = self._problem_of_each()
         self._hooks.attach(parameters)
 
@@ -178,11 +180,13 @@ class GradientSurgery:
 
     def _publish(self, views: Sequence[Tensor], present: Sequence[bool]) -> None:
         """Set ``.grad``: the views themselves, or copies where the rows have another dtype."""
-        self._merged = []
-        for p, view, there in zip(self._parameters, views, present, strict=True):
-            merged = (view if view.dtype == p.dtype else view.to(p.dtype)) if there else None
+        dtype = self._rows_now().dtype
+        self._merged = [
+            (view if p.dtype == dtype else view.to(p.dtype)) if there else None
+            for p, view, there in zip(self._parameters, views, present, strict=True)
+        ]
+        for p, merged in zip(self._parameters, self._merged, strict=True):
             p.grad = merged
-            self._merged.append(merged)
 
     def _release_merged(self) -> None:
         """Drop the last merged gradient where it is still ``.grad``: its memory becomes a row again."""

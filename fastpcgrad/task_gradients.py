@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter, is_not
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,9 @@ _ALIGNMENT = 64
 _PAGE = 4096
 _SKEW = 5 * _ALIGNMENT
 """Rows of a large buffer start this far apart modulo a page: rows a power of two apart would share cache sets."""
+
+
+_REQUIRES_GRAD, _LAYOUT, _DENSE = attrgetter("requires_grad"), attrgetter("layout"), {torch.strided}
 
 
 @dataclass(frozen=True)
@@ -98,16 +104,17 @@ class TaskGradients:
             view.copy_(_plain(grad))
             touched[index] = 1
 
-    def store_all(self, row: int, grads: Sequence[Tensor | None]) -> None:
-        """``store`` for all parameters at once; None leaves a parameter as it is."""
+    def store_all(self, row: int, grads: list[Any] | tuple[Any, ...]) -> None:
+        """``store`` for all parameters, a gradient or None each; None leaves a parameter as it is."""
         touched = self._touched[row]
-        if any(touched) or any(grad is None for grad in grads):
-            for index, grad in enumerate(grads):
-                if grad is not None:
-                    self.store(row, index, grad)
-        elif grads:
-            torch._foreach_copy_(self._views[row], [_plain(grad) for grad in grads if grad is not None])
+        whole = grads and not any(touched) and all(map(is_not, grads, repeat(None)))
+        if whole and not any(map(_REQUIRES_GRAD, grads)) and set(map(_LAYOUT, grads)) == _DENSE:
+            torch._foreach_copy_(self._views[row], grads)
             touched[:] = b"\1" * len(touched)
+            return
+        for index, grad in enumerate(grads):
+            if grad is not None:
+                self.store(row, index, grad)
 
     def close(self) -> bool:
         """Zero what tasks did not touch, once all rows are filled; says whether every task touched everything."""

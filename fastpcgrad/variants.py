@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol
 
 import torch
@@ -74,7 +75,9 @@ class Variant:
             items = rows[-1].copy() if rows and self.order == "cumulative" else list(range(tasks))
             source.shuffle(items)
             rows.append(items)
-        return torch.tensor(rows, dtype=torch.int64, device="cpu")
+        if tasks > 3:
+            return torch.tensor(rows, dtype=torch.int64, device="cpu")
+        return _small_order(tuple(map(tuple, rows)))
 
     def draw_orders(self, tasks: int, count: int | None, generator: Generator | None = None) -> Tensor:
         """One order ``[T, T]``, or for ``count`` independent problems one each: ``[count, T, T]``."""
@@ -82,6 +85,12 @@ class Variant:
             return self.draw_order(tasks, generator)
         orders = [self.draw_order(tasks, generator) for _ in range(count)]
         return torch.stack(orders) if orders else torch.empty(0, tasks, tasks, dtype=torch.int64, device="cpu")
+
+
+@cache
+def _small_order(rows: tuple[tuple[int, ...], ...]) -> Tensor:
+    """The few orders of up to three tasks, made once: for a small model a new tensor is a cost."""
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 VARIANTS: dict[str, Variant] = {
