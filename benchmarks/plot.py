@@ -127,17 +127,19 @@ def _step_table(latest: Sequence[Row]) -> str:
     cases = _by_case(latest, "step", "step")
     subjects = [s for s in dict.fromkeys(s for found in cases.values() for s in found) if s != "plain"]
     lines = [
-        (_model(next(iter(found.values()))), *(_ratio(found.get(s), "plain") for s in subjects))
+        (f"{_model(next(iter(found.values())))}{label}", *(_ratio(found.get(s), "plain", whole) for s in subjects))
         for found in cases.values()
+        for label, whole in (("", False), (": whole step", True))
     ]
     header = ("T backwards and surgery / T plain backwards", *map(_display, subjects))
     return _markdown(header, lines) if lines else ""
 
 
-def _ratio(row: Row | None, to: str) -> str:
+def _ratio(row: Row | None, to: str, whole: bool) -> str:
     if row is None:
         return ""
-    return f"{row.ratios[to]:.2f}×" if to in row.ratios else row.status.partition(" (")[0]
+    ratios = row.whole_ratios if whole else row.ratios
+    return f"{ratios[to]:.2f}×" if to in ratios else row.status.partition(" (")[0]
 
 
 def _memory_table(latest: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import methods
+from ._native import prefer_huge_pages
 from .functional import check_losses, check_tensors
 from .merging import merge
 from .task_gradients import TaskGradients
@@ -95,7 +96,7 @@ def _merged(
         found = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
         grads.store_all(grads.open_row(t), found)
         del found  # before the merged gradient is allocated
-    out = torch.empty(grads.width, dtype=grads.dtype, device=grads.device)
+    out = prefer_huge_pages(torch.empty(grads.width, dtype=grads.dtype, device=grads.device))
     _, present = merge(grads, method, out)
     return {
         id(target): out.as_strided(place.shape, place.stride, place.offset) if there else None

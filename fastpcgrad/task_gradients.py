@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._native import prefer_huge_pages
 from .functional import ROW_DTYPES
 
 _ALIGNMENT = 64
@@ -140,7 +141,8 @@ class TaskGradients:
         self.tasks, self._touched = [], []
 
     def _allocate(self) -> None:
-        buffer = torch.empty(self._capacity * self.row_stride, dtype=self.dtype, device=self.device)
+        size = self._capacity * self.row_stride
+        buffer = prefer_huge_pages(torch.empty(size, dtype=self.dtype, device=self.device))
         starts = [row * self.row_stride for row in range(self._capacity)]
         self._views = [
             [buffer.as_strided(place.shape, place.stride, start + place.offset) for place in self.places]

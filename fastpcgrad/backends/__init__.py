@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _ops
+from .. import _native, _ops
 
 NAMES = ("eager", "cpu", "cuda", "triton")
 _AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
@@ -75,7 +75,7 @@ def _pcgrad_coefficients(
 
 
 def _combine(grads: Tensor, weights: Tensor, segments: Tensor | None = None) -> Tensor:
-    out = grads.new_empty(grads.shape[1])
+    out = _native.prefer_huge_pages(grads.new_empty(grads.shape[1]))
     select(grads.device.type).combine(grads, weights, segments, out)
     return out
 
@@ -99,7 +99,7 @@ def _pcgrad(
     scale: float,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = grads.new_empty(grads.shape[1])
+    out = _native.prefer_huge_pages(grads.new_empty(grads.shape[1]))
     gram, coefficients, weights = select(grads.device.type).pcgrad(
         grads, order, self_projection, eps, min_squared_norm, scale, segments, out
     )
