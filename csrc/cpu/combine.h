@@ -20,6 +20,13 @@ inline Vector<Acc> weighted_sum(const Row* rows, int64_t row_stride, const Acc* 
   return sum;
 }
 
+// Asks for what lies one block before `from`; an integer, since there may be nothing there.
+template <class Row>
+inline void prefetch_before(const Row* from) {
+  const uintptr_t before = reinterpret_cast<uintptr_t>(from) - kCombineBlock * sizeof(Row);
+  __builtin_prefetch(reinterpret_cast<const void*>(before), 0, 2);
+}
+
 // block (+)= weighted rows over `columns`, a multiple of the lanes.
 template <class Acc, int kRows, bool kFirst, class Row>
 inline void combine_group(const Row* rows, int64_t row_stride, int64_t columns, const double* weights, Acc* block) {
@@ -28,7 +35,7 @@ inline void combine_group(const Row* rows, int64_t row_stride, int64_t columns, 
   for (int64_t n = 0; n < columns; n += kLanes<Acc>) {
     // The block that comes next lies before this one, where the hardware does not look ahead.
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows + r * row_stride + n - kCombineBlock, 0, 2);
+    for (int r = 0; r < kRows; ++r) prefetch_before(rows + r * row_stride + n);
     const Vector<Acc> start = kFirst ? Vector<Acc>{} : load_unaligned<Vector<Acc>>(block + n);
     store_unaligned(block + n, weighted_sum<Acc, kRows>(rows + n, row_stride, w, start));
   }
