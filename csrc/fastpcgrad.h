@@ -44,7 +44,8 @@ FPG_EXPORT int fpg_cpu_gram(const void* grads, int64_t tasks, int64_t width, int
                             const int64_t* offsets, int64_t segments, double* gram, int threads);
 
 /* PCGrad's projections on `segments` Gram matrices. `order` is [T, T], or [segments, T, T] when order_per_segment.
- * Row i of coefficients[s] combines the task gradients into g_i'. An index outside 0..T-1 makes its row NaN. */
+ * Row i of coefficients[s] combines the task gradients into g_i'. An index outside 0..T-1 makes its row NaN.
+ * One thread does it: `threads` is there for the entry points to be alike. */
 FPG_EXPORT int fpg_cpu_pcgrad_coefficients(const double* gram, int64_t tasks, int64_t segments, const int64_t* order,
                                            int order_per_segment, int self_projection, double eps,
                                            double min_squared_norm, double* coefficients, int threads);

@@ -43,7 +43,7 @@ def grad(
     """
     found = check_losses(losses)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
-    _leaves(found)
+    _leaves(found)  # for its error
     merged = _merged(found, targets, method, retain_graph)
     return tuple(merged[id(target)] for target in targets)
 

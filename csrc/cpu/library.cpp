@@ -161,9 +161,8 @@ void gram(const Rows& rows, const std::vector<Piece>& pieces, double* result, in
 }
 
 void solve(const double* gram, int64_t tasks, int64_t segments, const int64_t* order, bool order_per_segment,
-           Projection projection, double* coefficients, int threads) {
+           Projection projection, double* coefficients) {
   std::vector<double> dots(static_cast<size_t>(tasks));
-  (void)threads;
   for (int64_t row = 0; row < segments * tasks; ++row) {
     const int64_t s = row / tasks, i = row % tasks;
     const int64_t* places = order + (order_per_segment ? row : i) * tasks;
@@ -256,12 +255,11 @@ int fpg_cpu_gram(const void* grads, int64_t tasks, int64_t width, int64_t row_st
 
 int fpg_cpu_pcgrad_coefficients(const double* gram, int64_t tasks, int64_t segments, const int64_t* order,
                                 int order_per_segment, int self_projection, double eps, double min_squared_norm,
-                                double* coefficients, int threads) {
+                                double* coefficients, int /*threads*/) {
   const Rows rows{gram, tasks, 0, 0, FPG_F64, nullptr, segments};
   const fpg::Projection projection{self_projection != 0, eps, min_squared_norm};
-  return fpg::guarded(rows, [&] {
-    fpg::solve(gram, tasks, segments, order, order_per_segment != 0, projection, coefficients, threads);
-  });
+  return fpg::guarded(
+      rows, [&] { fpg::solve(gram, tasks, segments, order, order_per_segment != 0, projection, coefficients); });
 }
 
 int fpg_cpu_combine(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
@@ -285,7 +283,7 @@ int fpg_cpu_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_stride
   return fpg::guarded(rows, [&] {
     const std::vector<fpg::Piece> pieces = fpg::plan(rows);
     fpg::gram(rows, pieces, gram, threads);
-    fpg::solve(gram, tasks, segments, order, order_per_segment != 0, projection, coefficients, threads);
+    fpg::solve(gram, tasks, segments, order, order_per_segment != 0, projection, coefficients);
     if (out == nullptr) return fpg::mix(rows, pieces, coefficients, threads);
     for (int64_t s = 0; s < segments; ++s) {
       for (int64_t k = 0; k < tasks; ++k) {

@@ -117,6 +117,31 @@ def pcgrad(
     segments: Tensor | None,
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out.data_ptr())
+
+
+def pcgrad_(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    segments: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, 1.0, segments, None)[:2]
+
+
+def _pcgrad(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    segments: Tensor | None,
+    out: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G, C and w; without ``out`` the rows are mixed in place and w is not written."""
     order, segments = order.contiguous(), _dense(segments)
     matrix, coefficients = _ops.new_gram(grads, segments), _ops.new_gram(grads, segments)
     weights = matrix.new_empty(matrix.shape[:-1])
@@ -128,32 +153,9 @@ def pcgrad(
         matrix.data_ptr(),
         coefficients.data_ptr(),
         weights.data_ptr(),
-        out.data_ptr(),
+        out,
     )
     return matrix, coefficients, weights
-
-
-def pcgrad_(
-    grads: Tensor,
-    order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
-    segments: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    order, segments = order.contiguous(), _dense(segments)
-    matrix, coefficients = _ops.new_gram(grads, segments), _ops.new_gram(grads, segments)
-    _call(
-        "fpg_cpu_pcgrad",
-        *_rows(grads, segments),
-        *_solve(order, self_projection, eps, min_squared_norm),
-        1.0,
-        matrix.data_ptr(),
-        coefficients.data_ptr(),
-        None,
-        None,
-    )
-    return matrix, coefficients
 
 
 def _solve(
