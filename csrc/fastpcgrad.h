@@ -2,10 +2,12 @@
  *
  * Plain pointers and sizes, no torch headers: one build serves every torch and Python version.
  *
- * J is T rows of N elements: element (t, n) lies at data + t * row_stride + n, in elements. Rows need no alignment
- * beyond their element's. `offsets` cuts the columns into `segments` ranges: offsets[0] = 0, offsets[segments] = N,
- * non-decreasing; a null `offsets` with segments = 1 means all columns. Each segment has a T x T matrix or T weights
- * of its own. All matrices and weights are dense, row-major float64.
+ * J is T rows of N elements, and comes in one of two forms. Packed: element (t, n) lies at data + t * row_stride + n,
+ * in elements. `offsets` cuts the columns into `segments` ranges: offsets[0] = 0, offsets[segments] = N,
+ * non-decreasing; a null `offsets` with segments = 1 means all columns. In blocks (functions that end in _blocks):
+ * rows[t * blocks + b] is where widths[b] columns of row t lie, null where they are all zero. Each segment, or each
+ * problem that blocks are assigned to, has a T x T matrix or T weights of its own. Rows need no alignment beyond their
+ * element's. All matrices and weights are dense, row-major float64.
  *
  * Every entry point returns FPG_OK or another fpg_status, and writes nothing unless it returns FPG_OK. Pointers are
  * not checked: shapes, devices and types are validated by the caller.
@@ -15,7 +17,7 @@
 
 #include <stdint.h>
 
-#define FPG_ABI_VERSION 1
+#define FPG_ABI_VERSION 2
 #define FPG_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -64,6 +66,23 @@ FPG_EXPORT int fpg_cpu_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t
                               const int64_t* offsets, int64_t segments, const int64_t* order, int order_per_segment,
                               int self_projection, double eps, double min_squared_norm, double scale, double* gram,
                               double* coefficients, double* weights, void* out, int threads);
+
+/* As fpg_cpu_gram. Block b counts for problem problem_of[b], for none where that is -1; a null `problem_of` means 0 for
+ * all. `gram` is [problems, T, T]. */
+FPG_EXPORT int fpg_cpu_gram_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks,
+                                   int dtype, const int64_t* problem_of, int64_t problems, double* gram, int threads);
+
+/* out[b] = weights[weights_of[b]] J_b for each block; a null `weights_of` means 0 for all. `weights` is [count, T].
+ * out[b] may be one of the block's rows. */
+FPG_EXPORT int fpg_cpu_combine_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks,
+                                      int dtype, const int64_t* weights_of, int64_t count, const double* weights,
+                                      void* const* out, int threads);
+
+/* As fpg_cpu_pcgrad, one problem of all blocks, merged to out[b]. `order` is [T, T]. */
+FPG_EXPORT int fpg_cpu_pcgrad_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks,
+                                     int dtype, const int64_t* order, int self_projection, double eps,
+                                     double min_squared_norm, double scale, double* gram, double* coefficients,
+                                     double* weights, void* const* out, int threads);
 
 #ifdef __cplusplus
 }

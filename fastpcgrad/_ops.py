@@ -7,8 +7,9 @@ ranges, each with a Gram matrix, weights or coefficients of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +35,26 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
 
 KERNELS: dict[str, Callable[..., Any]] = {}
-"""The Python body of each op, by its name. For tensors that are nobody else's, outside of any graph, calling it
-directly saves the dispatcher's 20 µs, which a small model would notice."""
+"""The Python body of each op, by its name; and the three that work on ``Blocks``, which are no ops, for no schema can
+hold what they take: ``gram_blocks``, ``combine_blocks`` and ``pcgrad_blocks``."""
+
+
+class Blocks(NamedTuple):
+    """J, T rows in blocks of columns, one a parameter, each row of a block in memory of its own.
+
+    Attributes:
+        tensors: for each task its row of each block, dense, in any order of dimensions, the same in all tasks; None:
+            all zero.
+        pointers: where those begin; 0 for None.
+        widths: the columns of each block.
+    """
+
+    tensors: Sequence[Sequence[Tensor | None]]
+    pointers: Sequence[Sequence[int]]
+    widths: array[int]
+    dtype: torch.dtype
+    device: torch.device
+
 
 gram = torch.ops.fastpcgrad.gram.default
 pcgrad_coefficients = torch.ops.fastpcgrad.pcgrad_coefficients.default

@@ -90,18 +90,14 @@ def _merged(
     """The merged gradient by the id of its input; an input that stands there twice counts once."""
     method = methods.check_method(method, methods.PCGrad)
     inputs = list({id(target): target for target in targets}.values())
-    grads = TaskGradients(inputs, len(losses))
+    grads = TaskGradients(inputs)
     for t, loss in enumerate(losses):
         keep = retain_graph or t < len(losses) - 1
-        found = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
-        grads.store_all(grads.open_row(t), found)
-        del found  # before the merged gradient is allocated
-    out = prefer_huge_pages(torch.empty(grads.width, dtype=grads.dtype, device=grads.device))
-    _, present = merge(grads, method, out)
-    return {
-        id(target): out.as_strided(place.shape, place.stride, place.offset) if there else None
-        for target, place, there in zip(inputs, grads.places, present, strict=True)
-    }
+        grads.put(t, list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)))
+    # What autograd.grad returns may be a tensor of the graph's own: it is not written to.
+    out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in grads.places()]
+    _, merged = merge(grads, method, out)
+    return dict(zip(map(id, inputs), merged, strict=True))
 
 
 def _check_inputs(inputs: Iterable[Any]) -> list[Tensor]:

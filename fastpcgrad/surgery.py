@@ -15,23 +15,19 @@ from .functional import check_tensors
 from .merging import merge
 from .methods import Method, PCGrad, check_method
 from .report import ConflictReport
-from .task_gradients import TaskGradients
+from .task_gradients import Row, TaskGradients
 
-_KIND = attrgetter("dtype", "device", "shape")
+_GRAD, _KIND = attrgetter("grad"), attrgetter("dtype", "device", "shape")
 
 Granularity = Literal["model", "group", "parameter"]
 
-_LATE_BYTES = 1 << 20
-"""Gradients of small parameters are collected after a task's backward, all at once; this many bytes (or 1 % of a
-row, if that is more) may wait until then. Larger ones are taken while they are still in the cache, and freed."""
-
 
 class GradientSurgery:
-    """Fills one row with each task's gradient, then merges the rows into ``.grad``.
+    """Takes each task's gradient as its row of J, then merges the rows into ``.grad``.
 
-    Inside ``task(t)`` gradients go into row t instead of ``.grad``; several backward passes of one task add up.
-    Each task's graph can be freed before the next task's forward. ``merge`` replaces ``.grad`` of every parameter
-    that takes part; starting the next round gives the previous merged gradient's memory back to the rows.
+    Inside ``task(t)`` gradients collect in ``.grad`` as ever; several backward passes of one task add up. Leaving it
+    takes them away as row t, without a copy. Each task's graph can be freed before the next task's forward. ``merge``
+    replaces ``.grad`` of every parameter that takes part: it is written over one of the rows.
 
     Args:
         optimizer_or_params: an optimizer, or parameters (or dicts of them, as optimizers take). An optimizer's
@@ -45,8 +41,8 @@ class GradientSurgery:
         granularity: ``model``: one surgery over all parameters. ``group`` or ``parameter``: one for each parameter
             group, or for each parameter. A method whose original works on each parameter does so anyway.
         process_group: None; distributed training is not covered by this version.
-    Memory: T rows of N elements, where N counts the trainable parameters: T·N·itemsize bytes, of which row 0 becomes
-        ``.grad``. Fewer rows are touched when fewer tasks are there.
+    Memory: T rows of N elements, where N counts the trainable parameters: T·N·itemsize bytes, of which one row becomes
+        ``.grad``. On the CPU they stay mapped until the next round's gradients take their place, one by one.
     Raises:
         TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
         ValueError: no parameters, parameters that are no leaves, on several devices or of several dtypes.
@@ -93,14 +89,14 @@ class GradientSurgery:
         self._parameters: list[Tensor] = []
         self._grads: TaskGradients | None = None
         self._hooks = _Hooks(self)
-        self._merged: list[Tensor | None] = []
+        self._merged: Row = []
         self._inside: _Task | None = None
         self._resolve()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows, whether or not they are allocated yet."""
-        return self._rows_now().nbytes
+        """Bytes of T rows, whether or not they are there yet."""
+        return self.num_tasks * self._rows_now().row_nbytes
 
     def task(self, index: int) -> _Task:
         """A context in which gradients go into the row of task ``index``.
@@ -132,8 +128,12 @@ class GradientSurgery:
         if not grads.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         shared = None if self._shared is None else [id(p) in self._shared for p in self._parameters]
-        report, present = merge(grads, self.method, grads.rows[0], shared, self._problems)
-        self._publish(grads.views(0), present)
+        report, merged = merge(grads, self.method, grads.places(), shared, self._problems)
+        if self._hooks.attached:  # the rows have another dtype than the parameters
+            merged = [m if m is None else m.to(p.dtype) for p, m in zip(self._parameters, merged, strict=True)]
+        for p, own in zip(self._parameters, merged, strict=True):
+            p.grad = own
+        self._merged = merged
         grads.clear()
         return report
 
@@ -164,11 +164,12 @@ class GradientSurgery:
             )
         parameters = list({id(p): p for p in found}.values())
         _check_parameters(parameters, self._shared, self.row_dtype)
-        self._grads = TaskGradients(parameters, self.num_tasks, self.row_dtype)
+        self._grads = TaskGradients(parameters, self.row_dtype)
         self._found, self._parameters, self._merged = found, parameters, []
         self._kinds = list(map(_KIND, found))
         self._problems = self._problem_of_each()
-        self._hooks.attach(parameters)
+        converted = any(p.dtype != self._grads.dtype for p in parameters)
+        self._hooks.attach(parameters if converted else [])
 
     def _problem_of_each(self) -> list[int] | None:
         if self.granularity == "model":
@@ -178,39 +179,22 @@ class GradientSurgery:
         owner = {id(p): g for g, group in enumerate(self._source.param_groups) for p in group["params"]}
         return [owner[id(p)] for p in self._parameters]
 
-    def _publish(self, views: Sequence[Tensor], present: Sequence[bool]) -> None:
-        """Set ``.grad``: the views themselves, or copies where the rows have another dtype."""
-        dtype = self._rows_now().dtype
-        self._merged = [
-            (view if p.dtype == dtype else view.to(p.dtype)) if there else None
-            for p, view, there in zip(self._parameters, views, present, strict=True)
-        ]
-        for p, merged in zip(self._parameters, self._merged, strict=True):
-            p.grad = merged
-
     def _release_merged(self) -> None:
-        """Drop the last merged gradient where it is still ``.grad``: its memory becomes a row again."""
+        """Drop the last merged gradient where it is still ``.grad``: its memory is for the next rows."""
         for p, merged in zip(self._parameters, self._merged, strict=True) if self._merged else ():
             if merged is not None and p.grad is merged:
                 p.grad = None
         self._merged = []
 
-    def _begin(self, task: _Task) -> int:
+    def _begin(self, task: _Task) -> Row | None:
         if self._inside is not None:
             raise RuntimeError(f"task({task.index}) inside task({self._inside.index}): tasks do not nest")
         self._resolve()
         grads = self._rows_now()
         if not grads.tasks:
             self._release_merged()
-        row = grads.open_row(task.index)
         self._inside = task
-        return row
-
-    def _collect(self, row: int) -> None:
-        """Move what lies in ``.grad`` into the row."""
-        self._rows_now().store_all(row, [p.grad for p in self._parameters])
-        for p in self._parameters:
-            p.grad = None
+        return grads.take(task.index)
 
 
 class _Task:
@@ -221,45 +205,54 @@ class _Task:
     def __init__(self, surgery: GradientSurgery, index: int) -> None:
         self.index = index
         self._surgery = surgery
-        self._row = -1
+        self._row: Row = []
         self._aside: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> None:
         surgery = self._surgery
-        self._row = surgery._begin(self)
-        self._aside = [(p, p.grad) for p in surgery._parameters if p.grad is not None]
+        row = surgery._begin(self)
+        parameters = surgery._parameters
+        self._aside = [(p, p.grad) for p in parameters if p.grad is not None]
         for p, _ in self._aside:
             p.grad = None
+        if surgery._hooks.attached:
+            self._row = row or [None] * len(parameters)
+        elif row is not None:  # autograd adds to what is there
+            for p, grad in zip(parameters, row, strict=True):
+                p.grad = grad
 
-    def take(self, index: int, parameter: Tensor) -> None:
-        """A hook's call: this parameter's gradient is complete."""
+    def convert(self, index: int, parameter: Tensor) -> None:
+        """A hook's call: this parameter's gradient is complete; add it to the row, in the row's dtype."""
         if parameter.grad is not None:
-            self._surgery._rows_now().store(self._row, index, parameter.grad)
+            self._surgery._rows_now().add(self._row, index, parameter.grad)
             parameter.grad = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         surgery = self._surgery
+        parameters = surgery._parameters
         try:
+            # With an exception, what there is is no whole gradient: this task is absent unless it is entered again.
             if kind is None:
-                surgery._collect(self._row)
-            else:
-                # What the row holds is no whole gradient: this task is absent unless it is entered again.
-                surgery._rows_now().drop_row(self._row)
+                if surgery._hooks.attached:
+                    for index, p in enumerate(parameters):
+                        self.convert(index, p)
+                else:
+                    self._row = list(map(_GRAD, parameters))
+                surgery._rows_now().put(self.index, self._row)
         finally:
             surgery._inside = None
-            if kind is not None:
-                for p in surgery._parameters:
-                    p.grad = None
+            for p in parameters:
+                p.grad = None
             for p, grad in self._aside:
                 p.grad = grad
 
 
 class _Hooks:
-    """Takes the gradients of large parameters as soon as autograd has them.
+    """Converts gradients to the dtype of the rows as soon as autograd has them, so that they are not all there at once.
 
-    The hooks hold the surgery weakly: they must not keep its buffer alive as long as the model lives.
+    The hooks hold the surgery weakly: they must not keep its rows alive as long as the model lives.
     """
 
     def __init__(self, surgery: GradientSurgery) -> None:
@@ -267,39 +260,30 @@ class _Hooks:
         self._handles: list[Any] = []
         weakref.finalize(surgery, _remove, self._handles)
 
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
     def attach(self, parameters: Sequence[Tensor]) -> None:
         _remove(self._handles)
-        for index in _taken_early(parameters):
-            self._handles.append(parameters[index].register_post_accumulate_grad_hook(self._hook(index)))
+        for index, p in enumerate(parameters):
+            self._handles.append(p.register_post_accumulate_grad_hook(self._hook(index)))
 
     def _hook(self, index: int) -> Any:
         reference = self._surgery
 
-        def take(parameter: Tensor) -> None:
+        def convert(parameter: Tensor) -> None:
             surgery = reference()
             if surgery is not None and surgery._inside is not None:
-                surgery._inside.take(index, parameter)
+                surgery._inside.convert(index, parameter)
 
-        return take
+        return convert
 
 
 def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
-
-
-def _taken_early(parameters: Sequence[Tensor]) -> list[int]:
-    """The largest parameters, so many that the others together may wait."""
-    sizes = [p.numel() * p.element_size() for p in parameters]
-    may_wait = max(_LATE_BYTES, sum(sizes) // 100)
-    early, waiting = [], sum(sizes)
-    for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
-        if waiting <= may_wait:
-            break
-        early.append(index)
-        waiting -= sizes[index]
-    return early
 
 
 class _Groups:

@@ -1,162 +1,153 @@
-"""The packed buffer: one row a task, one place a parameter, and who is there."""
+"""The task gradients of a round: kept where autograd put them, one list of tensors a task."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import repeat
-from operator import attrgetter, is_not
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._native import prefer_huge_pages
+from ._ops import Blocks
 from .functional import ROW_DTYPES
 
-_ALIGNMENT = 64
-"""Bytes: a cache line, and more than any vector load."""
-_PAGE = 4096
-_SKEW = 5 * _ALIGNMENT
-"""Rows of a large buffer start this far apart modulo a page: rows a power of two apart would share cache sets."""
-
-
-_REQUIRES_GRAD, _LAYOUT, _DENSE = attrgetter("requires_grad"), attrgetter("layout"), {torch.strided}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter lies in a row: ``length`` elements from ``offset``, laid out with ``stride``."""
-
-    offset: int
-    length: int
-    shape: torch.Size
-    stride: tuple[int, ...]
+Row = list[Tensor | None]
+"""One task's gradient of each parameter; None where it has none."""
 
 
 class TaskGradients:
-    """T task gradients as rows of one buffer J ``[T, N]``.
+    """The rows of J, one a task, in blocks, one a parameter.
 
-    Rows are filled in the order in which tasks come, so that J of a step with absent tasks is still one block of
-    rows. Parameters whose size is a multiple of a cache line come first, the others behind them: every large
-    view is aligned and there is no padding inside a row.
+    Nothing is copied: a row is the tensors that a backward pass left, taken over from ``.grad``. A tensor that is not
+    dense, not alone in its memory or of another dtype than the rows is replaced by a copy that is.
+
+    On the CPU the rows of the last round are kept, and each is freed just before its successor is made: the new
+    gradients then take over its memory, still mapped, instead of faulting in fresh pages.
 
     Args:
         parameters: tensors with the shapes, strides, dtype and device of the gradients; each once.
-        capacity: the number of rows.
         dtype: of the rows; None: that of the parameters.
     Raises:
         TypeError: a dtype that gradients or rows cannot have.
         ValueError: parameters on several devices, or of several dtypes without ``dtype``.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], capacity: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype or _common_dtype(parameters)
         self.device = _common_device(parameters)
         for found in (self.dtype, *(p.dtype for p in parameters)):
             if found not in ROW_DTYPES:
                 raise TypeError(f"gradients must be float16, bfloat16, float32 or float64; found {found}")
-        self.places = _layout(parameters, self.dtype)
-        self.by_offset = sorted(range(len(self.places)), key=lambda p: (self.places[p].offset, self.places[p].length))
-        """The parameters in the order of their columns."""
-        self.width = sum(place.length for place in self.places)
-        self.row_stride = _row_stride(self.width, self.dtype)
-        self.tasks: list[int] = []
-        """The task of each filled row."""
-        self._touched: list[bytearray] = []
-        self._views: list[list[Tensor]] = []
-        self._blocks: list[Tensor] = []
-        self._capacity = capacity
+        self.widths = array("q", (p.numel() for p in parameters))
+        self._strides = [_gradient_stride(p) for p in parameters]
+        self._rows: dict[int, Row] = {}
+        self._pointers: dict[int, list[int]] = {}
+        self._taken: set[int] = set()
+        self._spent: list[Row] = []
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the buffer once it is allocated, at the first row."""
-        return self._capacity * self.row_stride * self.dtype.itemsize
+    def row_nbytes(self) -> int:
+        """Bytes of one row."""
+        return sum(self.widths) * self.dtype.itemsize
 
     @property
-    def rows(self) -> Tensor:
-        """J: the filled rows, ``[k, N]``. Parameters that a task did not touch are zero after ``close``."""
-        return self._blocks[len(self.tasks)]
+    def tasks(self) -> list[int]:
+        """The tasks that have a row, ascending."""
+        return sorted(self._rows)
 
-    def views(self, row: int) -> list[Tensor]:
-        """The places of all parameters in one row, in the parameters' shapes."""
-        return self._views[row]
+    def take(self, task: int) -> Row | None:
+        """Give a task's row away, for more to be added; None for a task that has none, which is about to get one."""
+        row = self._rows.pop(task, None)
+        if row is not None:
+            self._taken.difference_update(self._pointers.pop(task))
+        elif self._spent:
+            del self._spent[0]
+        return row
 
-    def touched(self, row: int) -> bytearray:
-        """For each parameter 1 where the row's task has a gradient."""
-        return self._touched[row]
+    def put(self, task: int, row: Row) -> None:
+        """Take a task's row over.
 
-    def open_row(self, task: int) -> int:
-        """The row of a task, a new one the first time. Allocates the buffer on first use."""
-        if task in self.tasks:
-            return self.tasks.index(task)
-        if not self._views:
-            self._allocate()
-        self.tasks.append(task)
-        self._touched.append(bytearray(len(self.places)))
-        return len(self.tasks) - 1
+        Raises:
+            RuntimeError: a gradient lies where another task's lies: a backward pass has overwritten that one.
+        """
+        row = [
+            grad if grad is None or self._is_plain(grad, stride) else self._plain(grad, stride)
+            for grad, stride in zip(row, self._strides, strict=True)
+        ]
+        pointers = [0 if grad is None else grad.data_ptr() for grad in row]
+        distinct = set(pointers)
+        distinct.discard(0)
+        if len(distinct) + pointers.count(0) < len(pointers):
+            row, pointers = _apart(row)
+            distinct = set(pointers) - {0}
+        if not self._taken.isdisjoint(distinct):
+            raise RuntimeError(
+                f"task {task}'s gradient lies in the memory of another task's: a backward pass returned a buffer "
+                "that it uses again; let it return a clone"
+            )
+        self._taken |= distinct
+        self._rows[task], self._pointers[task] = row, pointers
 
-    def store(self, row: int, index: int, grad: Tensor) -> None:
-        """Put one parameter's gradient into its place: copied the first time, added after that."""
-        view, touched = self._views[row][index], self._touched[row]
-        if touched[index]:
-            view.add_(_plain(grad))
+    def add(self, row: Row, index: int, grad: Tensor) -> None:
+        """Add one parameter's gradient, of any dtype, to an open row."""
+        there = row[index]
+        if there is None:
+            row[index] = self._plain(grad, self._strides[index])
         else:
-            view.copy_(_plain(grad))
-            touched[index] = 1
+            there.add_(_dense(grad))
 
-    def store_all(self, row: int, grads: list[Any] | tuple[Any, ...]) -> None:
-        """``store`` for all parameters, a gradient or None each; None leaves a parameter as it is."""
-        touched = self._touched[row]
-        whole = grads and not any(touched) and all(map(is_not, grads, repeat(None)))
-        if whole and not any(map(_REQUIRES_GRAD, grads)) and set(map(_LAYOUT, grads)) == _DENSE:
-            torch._foreach_copy_(self._views[row], grads)
-            touched[:] = b"\1" * len(touched)
-            return
-        for index, grad in enumerate(grads):
-            if grad is not None:
-                self.store(row, index, grad)
+    def blocks(self) -> Blocks:
+        """J."""
+        tasks = self.tasks
+        tensors, pointers = [self._rows[t] for t in tasks], [self._pointers[t] for t in tasks]
+        return Blocks(tensors, pointers, self.widths, self.dtype, self.device)
 
-    def close(self) -> bool:
-        """Zero what tasks did not touch, once all rows are filled; says whether every task touched everything."""
-        complete = True
-        for views, touched in zip(self._views, self._touched, strict=False):
-            if not all(touched):
-                torch._foreach_zero_([view for view, there in zip(views, touched, strict=True) if not there])
-                complete = False
-        return complete
-
-    def drop_row(self, row: int) -> None:
-        """Forget a row, as if its task had been absent. The last row takes its place."""
-        last = len(self.tasks) - 1
-        if row != last:
-            for p, there in enumerate(self._touched[last]):
-                if there:
-                    self._views[row][p].copy_(self._views[last][p])
-            self.tasks[row], self._touched[row] = self.tasks[last], self._touched[last]
-        del self.tasks[last], self._touched[last]
+    def places(self) -> Row:
+        """Memory of the rows for the merged gradient: of the first task that has a gradient, for each parameter."""
+        first, *others = (self._rows[t] for t in self.tasks)
+        places = list(first)
+        for row in others:
+            if all(place is not None for place in places):
+                break
+            places = [grad if place is None else place for place, grad in zip(places, row, strict=True)]
+        return places
 
     def clear(self) -> None:
-        """Forget all rows; the memory stays."""
-        self.tasks, self._touched = [], []
+        """Forget all rows."""
+        self._spent = [self._rows[t] for t in self.tasks] if self.device.type == "cpu" else []
+        self._rows, self._pointers, self._taken = {}, {}, set()
 
-    def _allocate(self) -> None:
-        size = self._capacity * self.row_stride
-        buffer = prefer_huge_pages(torch.empty(size, dtype=self.dtype, device=self.device))
-        starts = [row * self.row_stride for row in range(self._capacity)]
-        self._views = [
-            [buffer.as_strided(place.shape, place.stride, start + place.offset) for place in self.places]
-            for start in starts
-        ]
-        self._blocks = [
-            buffer.as_strided((rows, self.width), (self.row_stride, 1)) for rows in range(self._capacity + 1)
-        ]
+    def _is_plain(self, grad: Tensor, stride: tuple[int, ...]) -> bool:
+        return (
+            not grad.requires_grad
+            and grad.layout is torch.strided
+            and grad.stride() == stride
+            and grad.dtype is self.dtype
+            and grad.untyped_storage().nbytes() == grad.nbytes
+        )
+
+    def _plain(self, grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+        """A copy with the stride and dtype of the rows."""
+        return torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(_dense(grad))
 
 
-def _plain(grad: Tensor) -> Tensor:
-    """Dense and outside of any graph (``create_graph=True`` gives gradients with a graph of their own)."""
+def _dense(grad: Tensor) -> Tensor:
+    """Strided and outside of any graph (``create_graph=True`` gives gradients with a graph of their own)."""
     grad = grad.detach() if grad.requires_grad else grad
     return grad if grad.layout == torch.strided else grad.to_dense()
+
+
+def _apart(row: Row) -> tuple[Row, list[int]]:
+    """A row whose parameters share a gradient (views of one tensor), with one for each; and where they lie."""
+    seen: set[int] = {0}
+    result: Row = []
+    for grad in row:
+        own = grad
+        if own is not None and own.numel() and own.data_ptr() in seen:
+            own = own.clone()
+        result.append(own)
+        seen.add(0 if own is None else own.data_ptr())
+    return result, [0 if grad is None else grad.data_ptr() for grad in result]
 
 
 def _common_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
@@ -173,6 +164,12 @@ def _common_device(parameters: Sequence[Tensor]) -> torch.device:
     return devices.pop() if devices else torch.device("cpu")
 
 
+def _gradient_stride(parameter: Tensor) -> tuple[int, ...]:
+    """A gradient has its parameter's strides (channels-last stays so) unless those leave gaps or overlap."""
+    dense = parameter.stride() if _is_dense(parameter) else torch.empty(parameter.shape, device="meta").stride()
+    return tuple(dense)
+
+
 def _is_dense(parameter: Tensor) -> bool:
     """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
     expected = 1
@@ -181,26 +178,3 @@ def _is_dense(parameter: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def _layout(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Place]:
-    quantum = _ALIGNMENT // dtype.itemsize
-    places: list[Place | None] = [None] * len(parameters)
-    offset = 0
-    by_alignment = sorted(range(len(parameters)), key=lambda p: parameters[p].numel() % quantum != 0)
-    for p in by_alignment:
-        like = parameters[p]
-        # A gradient has its parameter's strides (channels-last stays so) unless those leave gaps.
-        shape = torch.Size(like.shape)
-        stride = like.stride() if _is_dense(like) else torch.empty(shape, device="meta").stride()
-        places[p] = Place(offset, like.numel(), shape, tuple(stride))
-        offset += like.numel()
-    return [place for place in places if place is not None]
-
-
-def _row_stride(width: int, dtype: torch.dtype) -> int:
-    size = width * dtype.itemsize
-    size = -(-size // _ALIGNMENT) * _ALIGNMENT
-    if size >= 16 * _PAGE:
-        size = -(-size // _PAGE) * _PAGE + _SKEW
-    return size // dtype.itemsize

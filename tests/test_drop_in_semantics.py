@@ -9,22 +9,13 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import reference, surgery, variants
+from fastpcgrad import reference, variants
 from tests.linear_problems import KINDS, Problem, random_problem
 
-PROBLEMS = 250
-"""For each variant and each way of capturing gradients."""
+PROBLEMS = 500
+"""For each variant."""
 
 for_every_variant = pytest.mark.parametrize("variant", list(variants.VARIANTS))
-
-
-@pytest.fixture(params=["collected after backward", "taken by hooks"])
-def first_seed(request, monkeypatch):
-    """Both ways in which gradients get into their row, each on problems of its own."""
-    if request.param == "collected after backward":
-        return 0
-    monkeypatch.setattr(surgery, "_LATE_BYTES", 0)
-    return PROBLEMS
 
 
 def random_choices(seed: int, count: int) -> tuple[variants.Reduction | None, list[int] | None]:
@@ -124,14 +115,14 @@ def assert_merged_gradients(seed: int, variant: str, dtype: torch.dtype, toleran
 
 
 @for_every_variant
-def test_float64_gradients_and_generator_states_are_the_oracles(variant, first_seed):
-    for seed in range(first_seed, first_seed + PROBLEMS):
+def test_float64_gradients_and_generator_states_are_the_oracles(variant):
+    for seed in range(PROBLEMS):
         assert_merged_gradients(seed, variant, torch.float64, 1e-13)
 
 
 @for_every_variant
-def test_float32_models_are_within_1e_6_of_the_float64_oracle(variant, first_seed):
-    for seed in range(first_seed, first_seed + PROBLEMS, 2):
+def test_float32_models_are_within_1e_6_of_the_float64_oracle(variant):
+    for seed in range(0, PROBLEMS, 2):
         assert_merged_gradients(seed, variant, torch.float32, 1e-6)
 
 
@@ -149,10 +140,10 @@ def test_successive_steps_go_on_drawing_from_the_same_generator(variant):
 
 
 def test_the_random_problems_cover_what_they_are_meant_to():
-    problems = [random_problem(seed) for seed in range(2 * PROBLEMS)]
+    problems = [random_problem(seed) for seed in range(PROBLEMS)]
     assert {len(problem.gradients) for problem in problems} == set(range(1, 13))
     assert {kind for problem in problems for kind in problem.kinds} == set(KINDS)
     present = [[g is not None for g in gradients] for problem in problems for gradients in problem.gradients]
     assert any(not any(task) for task in present) and any(all(task) for task in present)
     zero = [g for problem in problems for task in problem.gradients for g in task if g is not None and not g.any()]
-    assert len(zero) > PROBLEMS
+    assert 2 * len(zero) > PROBLEMS

@@ -14,20 +14,19 @@ from tests.linear_problems import random_problem
 for_every_variant = pytest.mark.parametrize("variant", list(variants.VARIANTS))
 
 
-def packed(problem, order=None):
+def captured(problem, order=None):
     """The problem's gradients as rows, in the order in which the tasks come."""
-    grads = TaskGradients(problem.parameters(torch.float64), len(problem.gradients))
+    grads = TaskGradients(problem.parameters(torch.float64))
     for t in range(len(problem.gradients)) if order is None else order:
-        grads.store_all(grads.open_row(t), problem.gradients[t])
+        grads.put(t, [None if g is None else g.clone() for g in problem.gradients[t]])
     return grads
 
 
-def merged(grads, method, out=None, **options):
+def merged(grads, method, in_place=False, **options):
     """The report, and for each parameter its merged gradient or None."""
-    out = torch.full((grads.width,), torch.nan, dtype=torch.float64) if out is None else out
-    report, present = merge(grads, method, out, **options)
-    views = [out.as_strided(place.shape, place.stride, out.storage_offset() + place.offset) for place in grads.places]
-    return report, [view if there else None for view, there in zip(views, present, strict=True)]
+    places = grads.places()
+    out = places if in_place else [None if p is None else torch.full_like(p, torch.nan) for p in places]
+    return merge(grads, method, out, **options)
 
 
 def assert_all_close(found, expected):
@@ -58,18 +57,18 @@ def test_the_order_in_which_rows_came_makes_no_difference(variant):
     for seed in range(40):
         problem = random_problem(seed, max_tasks=6)
         order = random.Random(seed).sample(range(len(problem.gradients)), len(problem.gradients))
-        report, found = merged(packed(problem, order), methods.PCGrad(variant, generator=random.Random(seed)))
+        report, found = merged(captured(problem, order), methods.PCGrad(variant, generator=random.Random(seed)))
         expected = reference.merge(problem.gradients, problem.parameters(torch.float64), variant, random.Random(seed))
         assert report.tasks == tuple(range(len(problem.gradients)))
         assert_all_close(found, expected)
 
 
 @for_every_variant
-def test_out_may_be_the_first_row(variant):
+def test_out_may_be_memory_of_the_rows(variant):
     for seed in range(20):
         problem = random_problem(seed, max_tasks=6)
-        grads = packed(problem)
-        _, found = merged(grads, methods.PCGrad(variant, generator=random.Random(1)), out=grads.rows[0])
+        grads = captured(problem)
+        _, found = merged(grads, methods.PCGrad(variant, generator=random.Random(1)), in_place=True)
         expected = reference.merge(problem.gradients, problem.parameters(torch.float64), variant, random.Random(1))
         assert_all_close(found, expected)
 
@@ -84,7 +83,7 @@ def test_groups_are_problems_of_their_own(variant, reduction):
         groups = [draw.randrange(3) for _ in parameters]
         groups = [sorted(set(groups)).index(g) for g in groups]
         method = methods.PCGrad(variant, reduction, random.Random(seed))
-        _, found = merged(packed(problem), method, groups=groups)
+        _, found = merged(captured(problem), method, groups=groups)
         generator, expected = random.Random(seed), [None] * len(parameters)
         for group in range(max(groups) + 1):
             inside = [p for p, g in enumerate(groups) if g == group]
@@ -103,7 +102,7 @@ def test_the_reports_gram_spans_what_underwent_surgery(variant):
         problem = random_problem(seed, max_tasks=6)
         everywhere = [all(g is not None for g in column) for column in zip(*problem.gradients, strict=True)]
         inside = everywhere if variant == "libmtl" else [True] * len(everywhere)
-        report, _ = merged(packed(problem), methods.PCGrad(variant))
+        report, _ = merged(captured(problem), methods.PCGrad(variant))
         torch.testing.assert_close(report.gram, reference.gram(rows_inside(problem, inside)), rtol=1e-9, atol=0.0)
 
 
@@ -112,7 +111,7 @@ def test_what_is_not_shared_is_summed(shared):
     for seed in range(20):
         problem = random_problem(seed, max_tasks=4)
         inside = [shared[p % 3] for p in range(len(problem.kinds))]
-        report, found = merged(packed(problem), methods.PCGrad("tensorflow"), shared=inside)
+        report, found = merged(captured(problem), methods.PCGrad("tensorflow"), shared=inside)
         chosen = [p for p, there in enumerate(inside) if there]
         parameters = problem.parameters(torch.float64)
         assert_all_close(found, reference.merge(problem.gradients, parameters, "tensorflow", shared=chosen))
@@ -126,7 +125,7 @@ def test_what_no_task_touches_has_no_gradient_and_what_one_touches_has_one():
 
     for seed in range(40):
         problem = random_problem(seed)
-        _, found = merged(packed(problem), Sum())
+        _, found = merged(captured(problem), Sum())
         columns = zip(*problem.gradients, strict=True)
         present = [[g for g in column if g is not None] for column in columns]
         assert_all_close(found, [sum(column) if column else None for column in present])
@@ -140,9 +139,9 @@ def test_a_non_finite_gradient_stays_at_its_place(variant):
     for value in (torch.nan, torch.inf, -torch.inf):
         rows[2, 5] = value
         gradients = [list(row.split(widths)) for row in rows]
-        grads = TaskGradients(gradients[0], 4)
+        grads = TaskGradients(gradients[0])
         for t, task in enumerate(gradients):
-            grads.store_all(grads.open_row(t), task)
+            grads.put(t, list(task))
         _, found = merged(grads, methods.PCGrad(variant))
         finite = torch.cat(found).isfinite()
         assert finite.logical_not().nonzero().flatten().tolist() == [5]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastpcgrad
-from fastpcgrad import methods, reference, surgery
+from fastpcgrad import methods, reference
 from tests.test_autograd import BAD_LOSSES
 
 
@@ -550,11 +550,9 @@ def test_the_merged_gradient_scales_with_the_losses(model, x, scale):
 
 
 def test_large_parameters_give_the_numbers_of_small_ones(x):
-    """Above 1 MiB gradients are taken by hooks during backward."""
+    """So large that the work is spread over threads."""
     model = Model(width=1 << 16)
     parameters = list(model.parameters())
-    early = surgery._taken_early(parameters)
-    assert 0 < len(early) < len(parameters)
     optimizer = fixed(torch.optim.SGD(parameters, lr=1e-5))
     for _ in range(2):
         optimizer.zero_grad()
@@ -575,10 +573,8 @@ def test_tied_parameters_have_the_sum_of_their_uses(x):
     assert_merged(list(tied.parameters()), losses())
 
 
-@pytest.mark.parametrize("late_bytes", [1 << 20, 0])
-def test_gradients_with_a_graph_of_their_own(model, x, late_bytes, monkeypatch):
+def test_gradients_with_a_graph_of_their_own(model, x):
     """A gradient penalty: create_graph=True inside the forward of each task."""
-    monkeypatch.setattr(surgery, "_LATE_BYTES", late_bytes)
     optimizer = fixed(torch.optim.SGD(model.parameters(), lr=0.1))
 
     def losses():
@@ -593,9 +589,7 @@ def test_gradients_with_a_graph_of_their_own(model, x, late_bytes, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")  # the cycle that it warns of is broken at once
-@pytest.mark.parametrize("late_bytes", [1 << 20, 0])
-def test_backward_with_create_graph_inside_a_task(model, x, late_bytes, monkeypatch):
-    monkeypatch.setattr(surgery, "_LATE_BYTES", late_bytes)
+def test_backward_with_create_graph_inside_a_task(model, x):
     rounds = fastpcgrad.GradientSurgery(model.parameters(), 3, methods.PCGrad("tensorflow"))
     parameters = list(model.parameters())
     for t, loss in enumerate(losses_of(model, x)):
@@ -604,6 +598,20 @@ def test_backward_with_create_graph_inside_a_task(model, x, late_bytes, monkeypa
     rounds.merge()
     assert not any(p.grad.requires_grad for p in parameters)
     assert_merged(parameters, losses_of(model, x))
+
+
+def test_parameters_whose_gradients_autograd_makes_views_of_one_tensor():
+    a, b = (nn.Parameter(torch.randn(2, 3)) for _ in range(2))
+    optimizer = fixed(torch.optim.SGD([a, b], lr=0.1))
+    weights = torch.randn(2, 6)
+
+    def losses():
+        both = a.view(-1) + b.view(-1)
+        return [(both * w).sum() for w in weights]
+
+    optimizer.pc_backward(losses())
+    assert a.grad.data_ptr() != b.grad.data_ptr()
+    assert_merged([a, b], losses())
 
 
 def test_sparse_gradients_become_dense():
@@ -621,9 +629,7 @@ def test_sparse_gradients_become_dense():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("late_bytes", [1 << 20, 0])
-def test_checkpointed_models(model, x, use_reentrant, late_bytes, monkeypatch):
-    monkeypatch.setattr(surgery, "_LATE_BYTES", late_bytes)
+def test_checkpointed_models(model, x, use_reentrant):
     optimizer = fixed(torch.optim.SGD(model.parameters(), lr=0.1))
     inputs = x.clone().requires_grad_()
 
@@ -657,20 +663,19 @@ def test_pc_backward_works_where_grad_mode_is_off(model, x):
 # Several wrappers, and what is left when one goes.
 
 
-def test_two_wrappers_on_one_model_do_not_disturb_each_other(x, monkeypatch):
-    monkeypatch.setattr(surgery, "_LATE_BYTES", 0)
+@pytest.mark.parametrize("row_dtype", [None, torch.float64])
+def test_two_wrappers_on_one_model_do_not_disturb_each_other(x, row_dtype):
     model = Model()
     parameters = list(model.parameters())
     inner = torch.optim.SGD(parameters, lr=0.1)
-    first, second = fixed(inner), fixed(inner)
+    first, second = fixed(inner, row_dtype=row_dtype), fixed(inner, row_dtype=row_dtype)
     for optimizer, count in ((first, 3), (second, 2), (first, 2), (first, 3), (second, 3)):
         optimizer.pc_backward(losses_of(model, x)[:count])
         assert_merged(parameters, losses_of(model, x)[:count])
 
 
-def test_a_wrapper_that_is_gone_leaves_neither_hooks_nor_rows(model, x, monkeypatch):
-    monkeypatch.setattr(surgery, "_LATE_BYTES", 0)
-    optimizer = fixed(torch.optim.SGD(model.parameters(), lr=0.1))
+def test_a_wrapper_that_is_gone_leaves_neither_hooks_nor_rows(model, x):
+    optimizer = fixed(torch.optim.SGD(model.parameters(), lr=0.1), row_dtype=torch.float64)
     optimizer.pc_backward(losses_of(model, x))
     largest = max(model.parameters(), key=torch.numel)
     assert len(largest._post_accumulate_grad_hooks) == 1
@@ -684,9 +689,8 @@ def test_a_wrapper_that_is_gone_leaves_neither_hooks_nor_rows(model, x, monkeypa
     losses_of(model, x)[0].backward()
 
 
-def test_rows_for_more_tasks_leave_no_hooks_of_the_smaller_ones_behind(model, x, monkeypatch):
-    monkeypatch.setattr(surgery, "_LATE_BYTES", 0)
-    optimizer = fixed(torch.optim.SGD(model.parameters(), lr=0.1))
+def test_rows_for_more_tasks_leave_no_hooks_of_the_smaller_ones_behind(model, x):
+    optimizer = fixed(torch.optim.SGD(model.parameters(), lr=0.1), row_dtype=torch.float64)
     for count in (1, 2, 3):
         optimizer.pc_backward(losses_of(model, x)[:count])
     gc.collect()
@@ -705,7 +709,7 @@ def everything(optimizer):
         "optimizer": repr(optimizer.state_dict()),
         "generators": (random.getstate(), torch.get_rng_state().tolist()),
         "report": id(optimizer.report),
-        "rows": [row.tolist() for row in optimizer._surgery._grads._blocks[-1]],
+        "rows": optimizer._surgery._grads.tasks,
     }
 
 

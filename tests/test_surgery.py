@@ -7,18 +7,11 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import methods, reference, surgery
+from fastpcgrad import methods, reference
 from tests.linear_problems import Kind, linear_loss, random_problem
 
 FIXED = "tensorflow"
 """A variant that draws nothing, so that the order in which tasks come cannot change its numbers."""
-
-
-@pytest.fixture(autouse=True, params=["collected after backward", "taken by hooks"])
-def _capture(request, monkeypatch):
-    """Both ways in which gradients get into their row."""
-    if request.param == "taken by hooks":
-        monkeypatch.setattr(surgery, "_LATE_BYTES", 0)
 
 
 class Weighted(methods.Method):

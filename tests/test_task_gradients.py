@@ -1,6 +1,6 @@
-"""The packed buffer: where parameters lie in it, and what its rows hold."""
+"""The rows of a round: taken over as they are, copied only where they must be."""
 
-import itertools
+import weakref
 
 import pytest
 import torch
@@ -26,163 +26,133 @@ def numbered(parameters, start=1.0):
     return result
 
 
-def fill(grads, task, values):
-    row = grads.open_row(task)
-    grads.store_all(row, values)
-    return row
+def values_of(grads, row):
+    return grads.blocks().tensors[row]
 
 
-def test_every_parameter_has_a_place_of_its_own_and_rows_have_no_gaps(parameters):
-    grads = TaskGradients(parameters, 2)
-    taken = sorted((place.offset, place.length) for place in grads.places)
-    ends = itertools.accumulate((length for _, length in taken), initial=0)
-    assert all(offset == end for (offset, _), end in zip(taken, ends, strict=False))
-    assert grads.width == sum(p.numel() for p in parameters)
-    assert [place.shape for place in grads.places] == [p.shape for p in parameters]
-
-
-def test_by_offset_lists_the_parameters_in_the_order_of_their_columns(parameters):
-    grads = TaskGradients(parameters, 2)
-    ends = [grads.places[p].offset + grads.places[p].length for p in grads.by_offset]
-    assert sorted(grads.by_offset) == list(range(len(parameters))) and ends == sorted(ends)
-
-
-@pytest.mark.parametrize("dtype", ROW_DTYPES)
-def test_parameters_of_whole_cache_lines_are_aligned_in_every_row(dtype):
-    sizes = [3, 64, 1, 128, 0, 7, 4096]
-    grads = TaskGradients([torch.zeros(n, dtype=dtype) for n in sizes], 3)
-    for task in range(3):
-        row = grads.open_row(task)
-        for size, view in zip(sizes, grads.views(row), strict=True):
-            assert size % 64 or size == 0 or view.data_ptr() % 64 == 0
-
-
-@pytest.mark.parametrize("dtype", ROW_DTYPES)
-@pytest.mark.parametrize("width", [1, 1000, 1 << 16, (1 << 16) + 3, 1 << 20])
-def test_rows_of_large_buffers_do_not_share_cache_sets(width, dtype):
-    """Rows a multiple of a page apart would; small buffers are padded to a cache line only."""
-    grads = TaskGradients([torch.zeros(width, dtype=dtype)], 8)
-    stride = grads.row_stride * dtype.itemsize
-    assert stride % 64 == 0 and grads.row_stride >= width
-    assert stride < 1.11 * width * dtype.itemsize + 64
-    assert stride % 4096 != 0 or stride < 1 << 16
-    assert grads.nbytes == 8 * stride
-
-
-def test_memory_is_taken_with_the_first_row_only():
-    grads = TaskGradients([torch.zeros(8)], 1 << 40)  # far more than there is
-    assert grads.nbytes == 64 << 40
-
-
-def test_views_have_the_strides_of_dense_parameters_and_are_contiguous_for_others():
-    kinds = [Kind((4, 3, 2, 2), "channels_last"), Kind((5, 3), "transposed"), Kind((3, 5), "gappy"), Kind(())]
-    parameters = [kind.parameter(torch.float32) for kind in kinds]
-    grads = TaskGradients(parameters, 1)
-    views = grads.views(grads.open_row(0))
-    assert views[0].stride() == parameters[0].stride() and views[1].stride() == parameters[1].stride()
-    assert views[2].is_contiguous() and views[3].shape == ()
-
-
-def test_rows_are_filled_in_the_order_in_which_tasks_come(parameters):
-    grads = TaskGradients(parameters, 4)
-    for task in (3, 0, 2):
-        fill(grads, task, numbered(parameters, task))
-    assert grads.tasks == [3, 0, 2]
-    assert [grads.open_row(task) for task in (0, 2, 3)] == [1, 2, 0]
-    assert grads.rows.shape == (3, grads.width) and grads.rows.stride() == (grads.row_stride, 1)
-
-
-def test_what_is_stored_is_what_the_views_and_the_row_hold(parameters):
-    grads = TaskGradients(parameters, 2)
-    values = numbered(parameters)
-    row = fill(grads, 1, values)
-    for view, value in zip(grads.views(row), values, strict=True):
-        assert torch.equal(view, value)
-    assert grads.rows[row].sort().values.tolist() == [float(n) for n in range(1, grads.width + 1)]
-
-
-def test_a_second_gradient_is_added_and_none_adds_nothing(parameters):
-    grads = TaskGradients(parameters, 1)
-    values = numbered(parameters)
-    fill(grads, 0, values)
-    row = fill(grads, 0, [value if index % 2 else None for index, value in enumerate(values)])
-    for index, (view, value) in enumerate(zip(grads.views(row), values, strict=True)):
-        assert torch.equal(view, value * (1 + index % 2))
-
-
-def test_closing_zeroes_what_tasks_did_not_touch(parameters):
-    grads = TaskGradients(parameters, 1)
-    fill(grads, 0, numbered(parameters))
-    grads.clear()
-    row = fill(grads, 0, [None if index % 2 else value for index, value in enumerate(numbered(parameters))])
-    assert list(grads.touched(row)) == [1 - index % 2 for index in range(len(parameters))]
-    grads.close()
-    assert not any(view.any() for index, view in enumerate(grads.views(row)) if index % 2)
-    assert all(view.all() for index, view in enumerate(grads.views(row)) if not index % 2)
-
-
-def test_close_says_whether_every_task_touched_everything(parameters):
-    grads = TaskGradients(parameters, 2)
-    fill(grads, 0, numbered(parameters))
-    assert grads.close()
-    fill(grads, 1, [None, *numbered(parameters)[1:]])
-    assert not grads.close()
-
-
-@pytest.mark.parametrize("dropped", [0, 1, 2])
-def test_dropping_a_row_keeps_the_others(parameters, dropped):
-    grads = TaskGradients(parameters, 3)
-    values = {task: numbered(parameters, 100.0 * (1 + task)) for task in (5, 6, 7)}
-    for task, gradients in values.items():
-        fill(grads, task, [None if index == task - 5 else g for index, g in enumerate(gradients)])
-    grads.drop_row(dropped)
-    assert sorted(grads.tasks) == sorted({5, 6, 7} - {5 + dropped})
-    grads.close()
+def test_rows_are_taken_over_without_a_copy(parameters):
+    grads = TaskGradients(parameters)
+    values = {task: numbered(parameters, task) for task in (3, 0, 2)}
+    for task, row in values.items():
+        grads.put(task, list(row))
+    assert grads.tasks == [0, 2, 3]
     for row, task in enumerate(grads.tasks):
-        for index, (view, value) in enumerate(zip(grads.views(row), values[task], strict=True)):
-            assert torch.equal(view, torch.zeros_like(value) if index == task - 5 else value)
+        assert all(a is b for a, b in zip(values_of(grads, row), values[task], strict=True))
 
 
-def test_a_row_that_was_dropped_can_be_opened_again_without_leftovers(parameters):
-    grads = TaskGradients(parameters, 2)
-    for task in (0, 1):
-        fill(grads, task, numbered(parameters))
-    grads.drop_row(0)
-    row = grads.open_row(0)
-    assert not any(grads.touched(row))
-    grads.close()
-    assert not grads.rows[row].any()
+def test_blocks_say_where_gradients_lie_and_how_long_they_are(parameters):
+    grads = TaskGradients(parameters)
+    row = [None if index % 2 else value for index, value in enumerate(numbered(parameters))]
+    grads.put(4, row)
+    blocks = grads.blocks()
+    assert list(blocks.widths) == [p.numel() for p in parameters]
+    assert blocks.pointers == [[0 if g is None else g.data_ptr() for g in row]]
+    assert (blocks.dtype, blocks.device) == (torch.float32, torch.device("cpu"))
+    assert grads.row_nbytes == 4 * sum(p.numel() for p in parameters)
+
+
+def test_gradients_with_other_strides_than_their_parameters_are_copied():
+    kinds = [Kind((4, 3, 2, 2), "channels_last"), Kind((5, 3), "transposed"), Kind((3, 5), "gappy"), Kind((6,))]
+    parameters = [kind.parameter(torch.float32) for kind in kinds]
+    strides = [parameters[0].stride(), parameters[1].stride(), (5, 1), (1,)]
+    given = [torch.randn(4, 3, 2, 2), torch.randn(5, 3), torch.randn(3, 10)[:, ::2], torch.ones(1).expand(6)]
+    grads = TaskGradients(parameters)
+    grads.put(0, list(given))
+    for found, value, stride in zip(values_of(grads, 0), given, strides, strict=True):
+        assert found.stride() == stride and torch.equal(found, value)
+
+
+def test_a_gradient_that_is_a_piece_of_a_larger_tensor_is_copied():
+    """What lies beside it is somebody else's, and stays alive as long as the piece."""
+    whole = torch.arange(6.0)
+    grads = TaskGradients([torch.zeros(3)])
+    grads.put(0, [whole[:3]])
+    (found,) = values_of(grads, 0)
+    assert torch.equal(found, whole[:3]) and found.untyped_storage().nbytes() == 12
+
+
+def test_parameters_that_share_a_gradient_get_one_each():
+    """As autograd has it for a.view(-1) + b.view(-1)."""
+    shared = torch.arange(6.0)
+    grads = TaskGradients([torch.zeros(6), torch.zeros(2, 3), torch.zeros(0), torch.zeros(0)])
+    grads.put(0, [shared, shared.view(2, 3), torch.zeros(0), torch.zeros(0)])
+    first, second, *_ = values_of(grads, 0)
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second.view(-1))
+    assert grads.blocks().pointers[0][1] == second.data_ptr()
+
+
+def test_a_buffer_that_is_used_again_is_refused():
+    buffer = torch.ones(3)
+    grads = TaskGradients([torch.zeros(3)])
+    grads.put(0, [buffer])
+    with pytest.raises(RuntimeError, match="task 1's gradient lies in the memory of another task's"):
+        grads.put(1, [buffer.view(3)])
+    assert grads.tasks == [0]
+
+
+def test_a_row_can_be_taken_out_and_put_back():
+    grads = TaskGradients([torch.zeros(3)])
+    assert grads.take(5) is None
+    grads.put(5, [torch.ones(3)])
+    row = grads.take(5)
+    assert grads.tasks == [] and row[0].tolist() == [1, 1, 1]
+    grads.put(5, row)
+    assert grads.tasks == [5]
+
+
+def test_gradients_are_added_to_an_open_row():
+    grads = TaskGradients([torch.zeros(2), torch.zeros(2, 2)], torch.float64)
+    row = [None, None]
+    sparse = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.ones(2, 2), (2, 2), check_invariants=True)
+    for times in (1, 2):
+        grads.add(row, 0, torch.ones(2, requires_grad=True) * 3)
+        grads.add(row, 1, sparse)
+        assert row[0].tolist() == [3 * times] * 2 and not row[0].requires_grad
+        assert row[1].tolist() == [[0, 0], [2 * times] * 2] and row[1].dtype == torch.float64
+
+
+def test_the_first_task_that_has_a_gradient_lends_its_memory():
+    grads = TaskGradients([torch.zeros(1)] * 4)
+    rows = {0: [True, False, False, False], 1: [True, True, False, False], 2: [False, True, True, False]}
+    for task, there in rows.items():
+        grads.put(task, [torch.full((1,), float(task)) if here else None for here in there])
+    assert [None if place is None else place.item() for place in grads.places()] == [0, 1, 2, None]
+
+
+def test_rows_of_the_last_round_are_freed_one_by_one_as_new_ones_begin():
+    grads = TaskGradients([torch.zeros(3)])
+    alive = []
+    for task in range(3):
+        grads.take(task)
+        gradient = torch.zeros(3)
+        alive.append(weakref.ref(gradient))
+        grads.put(task, [gradient])
+    del gradient
+    grads.clear()
+    assert grads.tasks == []
+    for task in range(3):
+        assert [reference() is not None for reference in alive] == [t >= task for t in range(3)]
+        assert grads.take(task) is None
+    assert not any(reference() for reference in alive)
 
 
 @pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_rows_of_another_dtype_than_the_parameters(parameters, dtype):
-    grads = TaskGradients(parameters, 1, dtype)
+    grads = TaskGradients(parameters, dtype)
     values = numbered(parameters)
-    row = fill(grads, 0, values)
-    assert grads.rows.dtype == dtype and grads.nbytes == grads.row_stride * dtype.itemsize
-    assert all(torch.equal(v, g.to(dtype)) for v, g in zip(grads.views(row), values, strict=True))
+    grads.put(0, list(values))
+    assert all(torch.equal(f, g.to(dtype)) for f, g in zip(values_of(grads, 0), values, strict=True))
+    assert grads.row_nbytes == dtype.itemsize * sum(p.numel() for p in parameters)
 
 
 def test_sparse_gradients_and_gradients_with_a_graph_are_stored_plainly():
-    parameters = [torch.zeros(4, 2), torch.zeros(3)]
     sparse = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.ones(2, 2), (4, 2), check_invariants=True)
     grown = torch.ones(3, requires_grad=True) * 2
-    for times in (1, 2):
-        grads = TaskGradients(parameters, 1)
-        for _ in range(times):
-            row = fill(grads, 0, [sparse, grown])
-        assert torch.equal(grads.views(row)[0], sparse.to_dense() * times)
-        assert grads.views(row)[1].tolist() == [2.0 * times] * 3
-        assert not grads.rows.requires_grad
-
-
-@pytest.mark.parametrize("parameters", [[], [torch.zeros(0)], [torch.zeros(0), torch.zeros(2, 0)]], ids=len)
-def test_rows_may_be_empty(parameters):
-    grads = TaskGradients(parameters, 2)
-    for task in (0, 1):
-        fill(grads, task, [torch.zeros_like(p) for p in parameters])
-    assert grads.close()
-    assert grads.width == 0 and grads.rows.shape == (2, 0)
+    grads = TaskGradients([torch.zeros(4, 2), torch.zeros(3)])
+    grads.put(0, [sparse, grown])
+    dense, plain = values_of(grads, 0)
+    assert torch.equal(dense, sparse.to_dense()) and dense.layout == torch.strided
+    assert plain.tolist() == [2.0] * 3 and not plain.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -198,5 +168,5 @@ def test_rows_may_be_empty(parameters):
 )
 def test_bad_parameters_are_named(parameters, dtype, error, words):
     with pytest.raises(error) as caught:
-        TaskGradients(parameters, 1, dtype)
+        TaskGradients(parameters, dtype)
     assert all(word in str(caught.value) for word in words), caught.value

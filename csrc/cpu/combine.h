@@ -13,13 +13,6 @@ namespace FPG_ISA {
 constexpr int kGroup = 8;
 constexpr int64_t kCombineBlock = 2048;
 
-template <class Acc, int kRows, class Row>
-inline Vector<Acc> weighted_sum(const Row* rows, int64_t row_stride, const Acc* weights, Vector<Acc> sum) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) sum += weights[r] * load(rows + r * row_stride, Acc());
-  return sum;
-}
-
 // Asks for what lies one block before `from`; an integer, since there may be nothing there.
 template <class Row>
 inline void prefetch_before(const Row* from) {
@@ -27,41 +20,47 @@ inline void prefetch_before(const Row* from) {
   __builtin_prefetch(reinterpret_cast<const void*>(before), 0, 2);
 }
 
-// block (+)= weighted rows over `columns`, a multiple of the lanes.
+// block (+)= weighted rows over `columns` from `first`, a multiple of the lanes.
 template <class Acc, int kRows, bool kFirst, class Row>
-inline void combine_group(const Row* rows, int64_t row_stride, int64_t columns, const double* weights, Acc* block) {
+inline void combine_group(const void* const* rows, int64_t first, int64_t columns, const double* weights, Acc* block) {
+  const Row* row[kRows];
   Acc w[kRows];
-  for (int r = 0; r < kRows; ++r) w[r] = static_cast<Acc>(weights[r]);
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = static_cast<const Row*>(rows[r]) + first;
+    w[r] = static_cast<Acc>(weights[r]);
+  }
   for (int64_t n = 0; n < columns; n += kLanes<Acc>) {
     // The block that comes next lies before this one, where the hardware does not look ahead.
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) prefetch_before(rows + r * row_stride + n);
-    const Vector<Acc> start = kFirst ? Vector<Acc>{} : load_unaligned<Vector<Acc>>(block + n);
-    store_unaligned(block + n, weighted_sum<Acc, kRows>(rows + n, row_stride, w, start));
+    for (int r = 0; r < kRows; ++r) prefetch_before(row[r] + n);
+    Vector<Acc> sum = kFirst ? Vector<Acc>{} : load_unaligned<Vector<Acc>>(block + n);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum += w[r] * load(row[r] + n, Acc());
+    store_unaligned(block + n, sum);
   }
 }
 
 template <class Acc, bool kFirst, class Row>
-inline void combine_group_of(int64_t count, const Row* rows, int64_t row_stride, int64_t columns, const double* weights,
-                             Acc* block) {
+inline void combine_group_of(int64_t count, const void* const* rows, int64_t first, int64_t columns,
+                             const double* weights, Acc* block) {
   switch (count) {
-    case 1: return combine_group<Acc, 1, kFirst>(rows, row_stride, columns, weights, block);
-    case 2: return combine_group<Acc, 2, kFirst>(rows, row_stride, columns, weights, block);
-    case 3: return combine_group<Acc, 3, kFirst>(rows, row_stride, columns, weights, block);
-    case 4: return combine_group<Acc, 4, kFirst>(rows, row_stride, columns, weights, block);
-    case 5: return combine_group<Acc, 5, kFirst>(rows, row_stride, columns, weights, block);
-    case 6: return combine_group<Acc, 6, kFirst>(rows, row_stride, columns, weights, block);
-    case 7: return combine_group<Acc, 7, kFirst>(rows, row_stride, columns, weights, block);
-    default: return combine_group<Acc, kGroup, kFirst>(rows, row_stride, columns, weights, block);
+    case 1: return combine_group<Acc, 1, kFirst, Row>(rows, first, columns, weights, block);
+    case 2: return combine_group<Acc, 2, kFirst, Row>(rows, first, columns, weights, block);
+    case 3: return combine_group<Acc, 3, kFirst, Row>(rows, first, columns, weights, block);
+    case 4: return combine_group<Acc, 4, kFirst, Row>(rows, first, columns, weights, block);
+    case 5: return combine_group<Acc, 5, kFirst, Row>(rows, first, columns, weights, block);
+    case 6: return combine_group<Acc, 6, kFirst, Row>(rows, first, columns, weights, block);
+    case 7: return combine_group<Acc, 7, kFirst, Row>(rows, first, columns, weights, block);
+    default: return combine_group<Acc, kGroup, kFirst, Row>(rows, first, columns, weights, block);
   }
 }
 
 template <class Acc, class Row>
-inline void combine_rows(const Row* rows, int64_t tasks, int64_t row_stride, int64_t columns, const double* weights,
+inline void combine_rows(const void* const* rows, int64_t tasks, int64_t first, int64_t columns, const double* weights,
                          Acc* block) {
-  combine_group_of<Acc, true>(tasks, rows, row_stride, columns, weights, block);
+  combine_group_of<Acc, true, Row>(tasks, rows, first, columns, weights, block);
   for (int64_t t = kGroup; t < tasks; t += kGroup) {
-    combine_group_of<Acc, false>(tasks - t, rows + t * row_stride, row_stride, columns, weights + t, block);
+    combine_group_of<Acc, false, Row>(tasks - t, rows + t, first, columns, weights + t, block);
   }
 }
 
@@ -79,16 +78,17 @@ inline void write_block(float* out, const float* block, int64_t columns, bool pa
 
 // Columns that do not fill a vector, row by row through a padded copy.
 template <class Acc, class Row>
-inline void combine_rest(const Row* rows, int64_t tasks, int64_t row_stride, int64_t columns, const double* weights,
+inline void combine_rest(const void* const* rows, int64_t tasks, int64_t first, int64_t columns, const double* weights,
                          Row* out) {
   alignas(64) Acc block[kLanes<Acc>] = {};
   for (int64_t t = 0; t < tasks; ++t) {
     Row padded[kLanes<Acc>] = {};
-    __builtin_memcpy(padded, rows + t * row_stride, columns * sizeof(Row));
+    const void* const row = padded;
+    __builtin_memcpy(padded, static_cast<const Row*>(rows[t]) + first, columns * sizeof(Row));
     if (t == 0) {
-      combine_group<Acc, 1, true>(padded, 0, kLanes<Acc>, weights, block);
+      combine_group<Acc, 1, true, Row>(&row, 0, kLanes<Acc>, weights, block);
     } else {
-      combine_group<Acc, 1, false>(padded, 0, kLanes<Acc>, weights + t, block);
+      combine_group<Acc, 1, false, Row>(&row, 0, kLanes<Acc>, weights + t, block);
     }
   }
   for (int64_t n = 0; n < columns; ++n) round_to(out + n, block[n]);
@@ -97,20 +97,17 @@ inline void combine_rest(const Row* rows, int64_t tasks, int64_t row_stride, int
 // Backwards, since what the pass before read last is still in the last-level cache. `out` may be one of the rows: a
 // block is read whole before it is written.
 template <class Row, class Acc>
-void combine(const void* grads, int64_t tasks, int64_t row_stride, Chunk chunk, const double* weights, void* out,
-             bool past_caches) {
-  const Row* rows = static_cast<const Row*>(grads) + chunk.first;
-  Row* result = static_cast<Row*>(out) + chunk.first;
-  const int64_t columns = chunk.last - chunk.first;
-  int64_t left = columns / kLanes<Acc> * kLanes<Acc>;
-  if (left < columns) combine_rest<Acc>(rows + left, tasks, row_stride, columns - left, weights, result + left);
+void combine(const void* const* rows, int64_t tasks, Chunk chunk, const double* weights, void* out, bool past_caches) {
+  Row* result = static_cast<Row*>(out);
+  int64_t last = chunk.first + (chunk.last - chunk.first) / kLanes<Acc> * kLanes<Acc>;
+  if (last < chunk.last) combine_rest<Acc>(rows, tasks, last, chunk.last - last, weights, result + last);
 
   alignas(64) Acc block[kCombineBlock];
-  while (left > 0) {
-    const int64_t length = (left - 1) % kCombineBlock + 1;
-    left -= length;
-    combine_rows<Acc>(rows + left, tasks, row_stride, length, weights, block);
-    write_block(result + left, block, length, past_caches);
+  while (last > chunk.first) {
+    const int64_t length = (last - chunk.first - 1) % kCombineBlock + 1;
+    last -= length;
+    combine_rows<Acc, Row>(rows, tasks, last, length, weights, block);
+    write_block(result + last, block, length, past_caches);
   }
 }
 

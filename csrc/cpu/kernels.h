@@ -7,7 +7,7 @@ namespace fpg {
 
 constexpr int kRowTypes = 4;  // fpg_dtype
 
-// Columns [first, last) of J. All work on a chunk is sequential: how chunks are spread over threads changes no bit.
+// Columns [first, last) of rows. All work on a chunk is sequential: how chunks are spread over threads changes no bit.
 struct Chunk {
   int64_t first;
   int64_t last;
@@ -20,15 +20,14 @@ struct Kernels {
   int64_t (*gram_scratch)(int64_t tasks);
   int64_t (*mix_scratch)(int64_t tasks);
 
+  // rows [T]: where each row begins; they need not lie in one piece of memory.
   // Index [wide]: 0 accumulates in the type that the rows ask for, 1 in float64 throughout.
   // partial [T (T + 1) / 2]: the lower triangle, row by row.
-  void (*gram[kRowTypes][2])(const void* grads, int64_t tasks, int64_t row_stride, Chunk chunk, double* partial,
-                             void* scratch);
-  // stream: bypass the caches on the way out.
-  void (*combine[kRowTypes][2])(const void* grads, int64_t tasks, int64_t row_stride, Chunk chunk,
-                                const double* weights, void* out, bool stream);
-  void (*mix[kRowTypes][2])(void* grads, int64_t tasks, int64_t row_stride, Chunk chunk, const double* coefficients,
-                            void* scratch);
+  void (*gram[kRowTypes][2])(const void* const* rows, int64_t tasks, Chunk chunk, double* partial, void* scratch);
+  // `out` may be one of the rows. stream: bypass the caches on the way out.
+  void (*combine[kRowTypes][2])(const void* const* rows, int64_t tasks, Chunk chunk, const double* weights, void* out,
+                                bool stream);
+  void (*mix[kRowTypes][2])(void* const* rows, int64_t tasks, Chunk chunk, const double* coefficients, void* scratch);
   // Whether any element is other than zero.
   bool (*any_nonzero[kRowTypes])(const void* row, int64_t width);
 };

@@ -31,22 +31,93 @@ const Kernels* best_kernels() {
 
 const Kernels* kernels = best_kernels();
 
-struct Rows {
-  const void* data;
-  int64_t tasks;
+// Columns whose rows each lie in one piece. Rows that are all zero are left out.
+struct Block {
+  const void* const* rows;  // of the tasks that are there
+  const int64_t* tasks;     // which those are, ascending
+  int64_t count;
   int64_t width;
-  int64_t stride;
-  int dtype;
-  const int64_t* offsets;
-  int64_t segments;
+  int64_t problem;  // the matrix that it counts for, -1: none; the weights that it is combined with
+  void* out;
+};
 
-  int64_t first(int64_t s) const { return offsets ? offsets[s] : 0; }
-  int64_t last(int64_t s) const { return offsets ? offsets[s + 1] : width; }
-  bool valid() const { return dtype >= 0 && dtype < kRowTypes && tasks > 0 && width >= 0 && segments >= 0; }
+// J as blocks, whichever way it came.
+class Rows {
+ public:
+  Rows(int64_t tasks, int dtype, int64_t problems) : tasks_(tasks), dtype_(dtype), problems_(problems) {}
+
+  static Rows packed(const void* data, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
+                     const int64_t* offsets, int64_t segments, void* out = nullptr) {
+    Rows rows(tasks, dtype, segments);
+    if (!rows.valid() || width < 0) return rows;
+    rows.reserve(segments);
+    const int64_t size = kRowBytes[dtype];
+    for (int64_t s = 0; s < segments; ++s) {
+      const int64_t first = offsets ? offsets[s] : 0, last = offsets ? offsets[s + 1] : width;
+      for (int64_t t = 0; t < tasks; ++t) {
+        rows.add_row(t, static_cast<const char*>(data) + (t * row_stride + first) * size);
+      }
+      rows.end_block(last - first, s, out ? static_cast<char*>(out) + first * size : nullptr);
+    }
+    return rows;
+  }
+
+  static Rows in_blocks(const void* const* pointers, const int64_t* widths, int64_t blocks, int64_t tasks, int dtype,
+                        const int64_t* problem_of, int64_t problems, void* const* out = nullptr) {
+    Rows rows(tasks, dtype, problems);
+    if (!rows.valid() || blocks < 0) return rows;
+    rows.reserve(blocks);
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t t = 0; t < tasks; ++t) {
+        if (pointers[t * blocks + b]) rows.add_row(t, pointers[t * blocks + b]);
+      }
+      rows.end_block(widths[b], problem_of ? problem_of[b] : 0, out ? out[b] : nullptr);
+    }
+    return rows;
+  }
+
+  bool valid() const { return dtype_ >= 0 && dtype_ < kRowTypes && tasks_ > 0 && problems_ >= 0; }
+  int64_t tasks() const { return tasks_; }
+  int64_t pairs() const { return tasks_ * (tasks_ + 1) / 2; }
+  int dtype() const { return dtype_; }
+  int64_t row_bytes() const { return kRowBytes[dtype_]; }
+  int64_t problems() const { return problems_; }
+  int64_t width() const { return width_; }
+  const std::vector<Block>& blocks() const { return blocks_; }
+
+ private:
+  static constexpr int64_t kRowBytes[kRowTypes] = {4, 2, 2, 8};  // in the order of fpg_dtype
+
+  // Blocks point into these vectors, which must not move any more.
+  void reserve(int64_t blocks) {
+    pointers_.reserve(static_cast<size_t>(blocks * tasks_));
+    present_.reserve(static_cast<size_t>(blocks * tasks_));
+    blocks_.reserve(static_cast<size_t>(blocks));
+  }
+  void add_row(int64_t t, const void* row) {
+    pointers_.push_back(row);
+    present_.push_back(t);
+  }
+  void end_block(int64_t width, int64_t problem, void* out) {
+    const size_t count = pointers_.size() - begun_;
+    blocks_.push_back(
+        {pointers_.data() + begun_, present_.data() + begun_, static_cast<int64_t>(count), width, problem, out});
+    begun_ += count;
+    width_ += width;
+  }
+
+  int64_t tasks_;
+  int dtype_;
+  int64_t problems_;
+  int64_t width_ = 0;
+  size_t begun_ = 0;
+  std::vector<const void*> pointers_;
+  std::vector<int64_t> present_;
+  std::vector<Block> blocks_;
 };
 
 struct Piece {
-  int64_t segment;
+  const Block* block;
   Chunk chunk;
 };
 
@@ -56,8 +127,8 @@ constexpr int64_t kChunkQuantum = 1024;
 constexpr int64_t kWorkForThreads = 1 << 15;  // elements of J below which a second thread costs more than it gives
 
 int64_t chunk_columns(const Rows& rows) {
-  const int64_t chunks = rows.tasks <= 32 ? 256 : 64;  // bounds the memory of the partial sums
-  const int64_t columns = (rows.width + chunks - 1) / chunks;
+  const int64_t chunks = rows.tasks() <= 32 ? 256 : 64;  // bounds the memory of the partial sums
+  const int64_t columns = (rows.width() + chunks - 1) / chunks;
   const int64_t rounded = (columns + kChunkQuantum - 1) / kChunkQuantum * kChunkQuantum;
   return rounded < kMinChunk ? kMinChunk : rounded;
 }
@@ -65,16 +136,16 @@ int64_t chunk_columns(const Rows& rows) {
 std::vector<Piece> plan(const Rows& rows) {
   const int64_t columns = chunk_columns(rows);
   std::vector<Piece> pieces;
-  for (int64_t s = 0; s < rows.segments; ++s) {
-    for (int64_t a = rows.first(s); a < rows.last(s); a += columns) {
-      pieces.push_back({s, {a, a + columns < rows.last(s) ? a + columns : rows.last(s)}});
+  for (const Block& block : rows.blocks()) {
+    for (int64_t a = 0; a < block.width; a += columns) {
+      pieces.push_back({&block, {a, a + columns < block.width ? a + columns : block.width}});
     }
   }
   return pieces;
 }
 
 int threads_for(const Rows& rows, int64_t pieces, int threads) {
-  if (rows.tasks * rows.width < kWorkForThreads) return 1;
+  if (rows.tasks() * rows.width() < kWorkForThreads) return 1;
   return static_cast<int>(pieces < threads ? pieces : threads);
 }
 
@@ -107,32 +178,36 @@ void for_each_piece(int64_t count, int threads, int64_t scratch_bytes, bool back
   }
 }
 
+// Adds the pieces' triangles, each of which spans the tasks of its block, in the order of the pieces.
 void reduce(const std::vector<Piece>& pieces, const std::vector<double>& partial, const Rows& rows, double* gram) {
-  const int64_t tasks = rows.tasks, pairs = tasks * (tasks + 1) / 2;
-  std::vector<double> sums(static_cast<size_t>(pairs));
-  size_t k = 0;
-  for (int64_t s = 0; s < rows.segments; ++s) {
-    std::fill(sums.begin(), sums.end(), 0.0);
-    for (; k < pieces.size() && pieces[k].segment == s; ++k) {
-      const double* from = partial.data() + k * static_cast<size_t>(pairs);
-      for (int64_t pair = 0; pair < pairs; ++pair) sums[static_cast<size_t>(pair)] += from[pair];
+  const int64_t tasks = rows.tasks();
+  std::fill(gram, gram + rows.problems() * tasks * tasks, 0.0);
+  for (size_t k = 0; k < pieces.size(); ++k) {
+    const Block& block = *pieces[k].block;
+    if (block.problem < 0) continue;  // whose piece was not computed
+    double* matrix = gram + block.problem * tasks * tasks;
+    const double* next = partial.data() + k * static_cast<size_t>(rows.pairs());
+    for (int64_t i = 0; i < block.count; ++i) {
+      for (int64_t j = 0; j <= i; ++j) matrix[block.tasks[i] * tasks + block.tasks[j]] += *next++;
     }
+  }
+  for (int64_t s = 0; s < rows.problems(); ++s) {
     double* matrix = gram + s * tasks * tasks;
-    const double* next = sums.data();
     for (int64_t i = 0; i < tasks; ++i) {
-      for (int64_t j = 0; j <= i; ++j) matrix[i * tasks + j] = matrix[j * tasks + i] = *next++;
+      for (int64_t j = 0; j < i; ++j) matrix[j * tasks + i] = matrix[i * tasks + j];
     }
   }
 }
 
 void gram_pass(const Rows& rows, const std::vector<Piece>& pieces, bool wide, double* gram, int threads) {
-  const int64_t pairs = rows.tasks * (rows.tasks + 1) / 2;
-  std::vector<double> partial(pieces.size() * static_cast<size_t>(pairs));
-  const auto kernel = kernels->gram[rows.dtype][wide];
-  for_each_piece(static_cast<int64_t>(pieces.size()), threads, kernels->gram_scratch(rows.tasks), false,
+  std::vector<double> partial(pieces.size() * static_cast<size_t>(rows.pairs()));
+  const auto kernel = kernels->gram[rows.dtype()][wide];
+  for_each_piece(static_cast<int64_t>(pieces.size()), threads, kernels->gram_scratch(rows.tasks()), false,
                  [&](int64_t k, void* memory) {
-                   kernel(rows.data, rows.tasks, rows.stride, pieces[static_cast<size_t>(k)].chunk,
-                          partial.data() + k * pairs, memory);
+                   const Piece& piece = pieces[static_cast<size_t>(k)];
+                   if (piece.block->problem < 0 || piece.block->count == 0) return;
+                   kernel(piece.block->rows, piece.block->count, piece.chunk, partial.data() + k * rows.pairs(),
+                          memory);
                  });
   reduce(pieces, partial, rows, gram);
 }
@@ -140,15 +215,18 @@ void gram_pass(const Rows& rows, const std::vector<Piece>& pieces, bool wide, do
 // Whether some row's squares may have left the range in which fp32 products are exact enough. A squared norm of zero
 // is the common case of an all-zero row: one look at the row tells it from underflow.
 bool needs_wide(const Rows& rows, const double* gram) {
-  if (rows.dtype == FPG_F64 || rows.width == 0) return false;
-  const int64_t bytes = rows.dtype == FPG_F32 ? 4 : 2;
-  for (int64_t s = 0; s < rows.segments; ++s) {
-    for (int64_t t = 0; t < rows.tasks; ++t) {
-      const double squared_norm = gram[(s * rows.tasks + t) * rows.tasks + t];
-      if (squared_norm >= kSafeSquaredNormMin && squared_norm <= kSafeSquaredNormMax) continue;
-      if (squared_norm != 0) return true;
-      const char* row = static_cast<const char*>(rows.data) + (t * rows.stride + rows.first(s)) * bytes;
-      if (kernels->any_nonzero[rows.dtype](row, rows.last(s) - rows.first(s))) return true;
+  if (rows.dtype() == FPG_F64) return false;
+  const int64_t tasks = rows.tasks();
+  for (int64_t diagonal = 0; diagonal < rows.problems() * tasks; ++diagonal) {
+    const double squared_norm = gram[diagonal * tasks + diagonal % tasks];
+    const bool safe = squared_norm >= kSafeSquaredNormMin && squared_norm <= kSafeSquaredNormMax;
+    if (!safe && squared_norm != 0) return true;
+  }
+  for (const Block& block : rows.blocks()) {
+    for (int64_t i = 0; block.problem >= 0 && i < block.count; ++i) {
+      const int64_t t = block.tasks[i];
+      if (gram[(block.problem * tasks + t) * tasks + t] != 0) continue;
+      if (kernels->any_nonzero[rows.dtype()](block.rows[i], block.width)) return true;
     }
   }
   return false;
@@ -182,36 +260,60 @@ bool unsafe_weights(const double* weights, int64_t count) {
 // Results beyond this size will not be read from a cache again.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-void combine(const Rows& rows, const std::vector<Piece>& pieces, const double* weights, void* out, int threads) {
-  const bool wide = unsafe_weights(weights, rows.segments * rows.tasks);
-  const auto kernel = kernels->combine[rows.dtype][wide];
-  const bool stream = rows.width * 4 > kStreamBytes;
+// `weights` [count, T]: each block takes those of its problem.
+void combine(const Rows& rows, const std::vector<Piece>& pieces, const double* weights, int64_t count, int threads) {
+  const int64_t tasks = rows.tasks();
+  const bool wide = unsafe_weights(weights, count * tasks);
+  const auto kernel = kernels->combine[rows.dtype()][wide];
+  const bool stream = rows.width() * rows.row_bytes() > kStreamBytes;
   const int used = threads_for(rows, static_cast<int64_t>(pieces.size()), threads);
-  for_each_piece(static_cast<int64_t>(pieces.size()), used, 0, true, [&](int64_t k, void*) {
+  const int64_t scratch_bytes = tasks * static_cast<int64_t>(sizeof(double));
+  for_each_piece(static_cast<int64_t>(pieces.size()), used, scratch_bytes, true, [&](int64_t k, void* memory) {
     const Piece& piece = pieces[static_cast<size_t>(k)];
-    kernel(rows.data, rows.tasks, rows.stride, piece.chunk, weights + piece.segment * rows.tasks, out, stream);
+    const Block& block = *piece.block;
+    if (block.count == 0) return;
+    double* own = static_cast<double*>(memory);
+    for (int64_t i = 0; i < block.count; ++i) own[i] = weights[block.problem * tasks + block.tasks[i]];
+    kernel(block.rows, block.count, piece.chunk, own, block.out, stream);
   });
 }
 
 void mix(const Rows& rows, const std::vector<Piece>& pieces, const double* coefficients, int threads) {
-  const int64_t tasks = rows.tasks;
-  const bool wide = unsafe_weights(coefficients, rows.segments * tasks * tasks);
-  const auto kernel = kernels->mix[rows.dtype][wide];
+  const int64_t tasks = rows.tasks();
+  const bool wide = unsafe_weights(coefficients, rows.problems() * tasks * tasks);
+  const auto kernel = kernels->mix[rows.dtype()][wide];
   const int used = threads_for(rows, static_cast<int64_t>(pieces.size()), threads);
   for_each_piece(static_cast<int64_t>(pieces.size()), used, kernels->mix_scratch(tasks), true,
                  [&](int64_t k, void* memory) {
                    const Piece& piece = pieces[static_cast<size_t>(k)];
-                   kernel(const_cast<void*>(rows.data), tasks, rows.stride, piece.chunk,
-                          coefficients + piece.segment * tasks * tasks, memory);
+                   kernel(const_cast<void* const*>(piece.block->rows), tasks, piece.chunk,
+                          coefficients + piece.block->problem * tasks * tasks, memory);
                  });
 }
 
-// No exception crosses the C ABI.
-template <class Body>
-int guarded(const Rows& rows, Body body) {
-  if (!rows.valid()) return FPG_BAD_ARGUMENT;
+// The surgery of `rows`: merged to their `out`, or mixed in place.
+void pcgrad(const Rows& rows, const int64_t* order, bool order_per_problem, Projection projection, double scale,
+            double* matrices, double* coefficients, double* weights, bool in_place, int threads) {
+  const std::vector<Piece> pieces = plan(rows);
+  const int64_t tasks = rows.tasks(), problems = rows.problems();
+  gram(rows, pieces, matrices, threads);
+  solve(matrices, tasks, problems, order, order_per_problem, projection, coefficients);
+  if (in_place) return mix(rows, pieces, coefficients, threads);
+  for (int64_t s = 0; s < problems; ++s) {
+    for (int64_t k = 0; k < tasks; ++k) {
+      weights[s * tasks + k] = merged_weight(coefficients + s * tasks * tasks, tasks, k, scale);
+    }
+  }
+  combine(rows, pieces, weights, problems, threads);
+}
+
+// Makes the rows and works on them. No exception crosses the C ABI.
+template <class Make, class Body>
+int guarded(Make make, Body body) {
   try {
-    body();
+    const Rows rows = make();
+    if (!rows.valid()) return FPG_BAD_ARGUMENT;
+    body(rows);
     return FPG_OK;
   } catch (const std::bad_alloc&) {
     return FPG_OUT_OF_MEMORY;
@@ -249,47 +351,63 @@ int fpg_cpu_use_isa(const char* name) {
 
 int fpg_cpu_gram(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype, const int64_t* offsets,
                  int64_t segments, double* gram, int threads) {
-  const Rows rows{grads, tasks, width, row_stride, dtype, offsets, segments};
-  return fpg::guarded(rows, [&] { fpg::gram(rows, fpg::plan(rows), gram, threads); });
+  return fpg::guarded([&] { return Rows::packed(grads, tasks, width, row_stride, dtype, offsets, segments); },
+                      [&](const Rows& rows) { fpg::gram(rows, fpg::plan(rows), gram, threads); });
+}
+
+int fpg_cpu_gram_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks, int dtype,
+                        const int64_t* problem_of, int64_t problems, double* gram, int threads) {
+  return fpg::guarded([&] { return Rows::in_blocks(rows, widths, blocks, tasks, dtype, problem_of, problems); },
+                      [&](const Rows& found) { fpg::gram(found, fpg::plan(found), gram, threads); });
 }
 
 int fpg_cpu_pcgrad_coefficients(const double* gram, int64_t tasks, int64_t segments, const int64_t* order,
                                 int order_per_segment, int self_projection, double eps, double min_squared_norm,
                                 double* coefficients, int /*threads*/) {
-  const Rows rows{gram, tasks, 0, 0, FPG_F64, nullptr, segments};
   const fpg::Projection projection{self_projection != 0, eps, min_squared_norm};
   return fpg::guarded(
-      rows, [&] { fpg::solve(gram, tasks, segments, order, order_per_segment != 0, projection, coefficients); });
+      [&] { return Rows(tasks, FPG_F64, segments); },
+      [&](const Rows&) { fpg::solve(gram, tasks, segments, order, order_per_segment != 0, projection, coefficients); });
 }
 
 int fpg_cpu_combine(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
                     const int64_t* offsets, int64_t segments, const double* weights, void* out, int threads) {
-  const Rows rows{grads, tasks, width, row_stride, dtype, offsets, segments};
-  return fpg::guarded(rows, [&] { fpg::combine(rows, fpg::plan(rows), weights, out, threads); });
+  return fpg::guarded([&] { return Rows::packed(grads, tasks, width, row_stride, dtype, offsets, segments, out); },
+                      [&](const Rows& rows) { fpg::combine(rows, fpg::plan(rows), weights, segments, threads); });
+}
+
+int fpg_cpu_combine_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks, int dtype,
+                           const int64_t* weights_of, int64_t count, const double* weights, void* const* out,
+                           int threads) {
+  return fpg::guarded([&] { return Rows::in_blocks(rows, widths, blocks, tasks, dtype, weights_of, count, out); },
+                      [&](const Rows& found) { fpg::combine(found, fpg::plan(found), weights, count, threads); });
 }
 
 int fpg_cpu_mix(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype, const int64_t* offsets,
                 int64_t segments, const double* coefficients, int threads) {
-  const Rows rows{grads, tasks, width, row_stride, dtype, offsets, segments};
-  return fpg::guarded(rows, [&] { fpg::mix(rows, fpg::plan(rows), coefficients, threads); });
+  return fpg::guarded([&] { return Rows::packed(grads, tasks, width, row_stride, dtype, offsets, segments); },
+                      [&](const Rows& rows) { fpg::mix(rows, fpg::plan(rows), coefficients, threads); });
 }
 
 int fpg_cpu_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype, const int64_t* offsets,
                    int64_t segments, const int64_t* order, int order_per_segment, int self_projection, double eps,
                    double min_squared_norm, double scale, double* gram, double* coefficients, double* weights,
                    void* out, int threads) {
-  const Rows rows{grads, tasks, width, row_stride, dtype, offsets, segments};
   const fpg::Projection projection{self_projection != 0, eps, min_squared_norm};
-  return fpg::guarded(rows, [&] {
-    const std::vector<fpg::Piece> pieces = fpg::plan(rows);
-    fpg::gram(rows, pieces, gram, threads);
-    fpg::solve(gram, tasks, segments, order, order_per_segment != 0, projection, coefficients);
-    if (out == nullptr) return fpg::mix(rows, pieces, coefficients, threads);
-    for (int64_t s = 0; s < segments; ++s) {
-      for (int64_t k = 0; k < tasks; ++k) {
-        weights[s * tasks + k] = fpg::merged_weight(coefficients + s * tasks * tasks, tasks, k, scale);
-      }
-    }
-    fpg::combine(rows, pieces, weights, out, threads);
-  });
+  return fpg::guarded([&] { return Rows::packed(grads, tasks, width, row_stride, dtype, offsets, segments, out); },
+                      [&](const Rows& rows) {
+                        fpg::pcgrad(rows, order, order_per_segment != 0, projection, scale, gram, coefficients, weights,
+                                    out == nullptr, threads);
+                      });
+}
+
+int fpg_cpu_pcgrad_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks, int dtype,
+                          const int64_t* order, int self_projection, double eps, double min_squared_norm, double scale,
+                          double* gram, double* coefficients, double* weights, void* const* out, int threads) {
+  const fpg::Projection projection{self_projection != 0, eps, min_squared_norm};
+  return fpg::guarded([&] { return Rows::in_blocks(rows, widths, blocks, tasks, dtype, nullptr, 1, out); },
+                      [&](const Rows& found) {
+                        fpg::pcgrad(found, order, false, projection, scale, gram, coefficients, weights, false,
+                                    threads);
+                      });
 }

@@ -22,25 +22,28 @@ inline int64_t mix_block(int64_t tasks) {
   return columns < 64 ? 64 : columns;
 }
 
-// Scratch: the coefficients, the new rows of a block, then one vector of each row for the columns that fill none.
+// Scratch: where padded rows begin, the coefficients, the new rows of a block, and the padded rows: one vector of each,
+// for the columns that fill none.
 template <class Acc>
 inline int64_t mix_scratch_of(int64_t tasks) {
-  return (tasks * tasks + tasks * mix_block<Acc>(tasks)) * static_cast<int64_t>(sizeof(Acc)) + tasks * kVectorBytes;
+  return (tasks * tasks + tasks * mix_block<Acc>(tasks)) * static_cast<int64_t>(sizeof(Acc)) +
+         tasks * (kVectorBytes + static_cast<int64_t>(sizeof(void*)));
 }
 inline int64_t mix_scratch(int64_t tasks) {
   const int64_t narrow = mix_scratch_of<float>(tasks), wide = mix_scratch_of<double>(tasks);
   return narrow > wide ? narrow : wide;
 }
 
-// R new rows over V vectors of columns, in registers.
+// R new rows over V vectors of columns from `first`, in registers.
 template <class Acc, int R, int V, class Row>
-inline void mix_tile(const Row* rows, int64_t tasks, int64_t row_stride, const Acc* coefficients, Acc* mixed,
+inline void mix_tile(const void* const* rows, int64_t tasks, int64_t first, const Acc* coefficients, Acc* mixed,
                      int64_t mixed_stride) {
   Vector<Acc> sums[R][V] = {};
   for (int64_t t = 0; t < tasks; ++t) {
+    const Row* row = static_cast<const Row*>(rows[t]) + first;
     Vector<Acc> values[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) values[v] = load(rows + t * row_stride + v * kLanes<Acc>, Acc());
+    for (int v = 0; v < V; ++v) values[v] = load(row + v * kLanes<Acc>, Acc());
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -54,64 +57,65 @@ inline void mix_tile(const Row* rows, int64_t tasks, int64_t row_stride, const A
   }
 }
 
-// R new rows over `columns`, a multiple of the lanes.
+// R new rows over `columns` from `first`, a multiple of the lanes.
 template <class Acc, int R, class Row>
-inline void mix_rows(const Row* rows, int64_t tasks, int64_t row_stride, int64_t columns, const Acc* coefficients,
-                     Acc* mixed, int64_t mixed_stride) {
+inline void mix_rows(const void* const* rows, int64_t tasks, int64_t first, int64_t columns, const Acc* coefficients,
+                     Acc* mixed) {
   constexpr int64_t kStep = kMixVectors * kLanes<Acc>;
   int64_t n = 0;
   for (; n + kStep <= columns; n += kStep) {
-    mix_tile<Acc, R, kMixVectors>(rows + n, tasks, row_stride, coefficients, mixed + n, mixed_stride);
+    mix_tile<Acc, R, kMixVectors, Row>(rows, tasks, first + n, coefficients, mixed + n, columns);
   }
   for (; n < columns; n += kLanes<Acc>) {
-    mix_tile<Acc, R, 1>(rows + n, tasks, row_stride, coefficients, mixed + n, mixed_stride);
+    mix_tile<Acc, R, 1, Row>(rows, tasks, first + n, coefficients, mixed + n, columns);
   }
 }
 
 template <class Acc, class Row>
-inline void mix_columns(const Row* rows, int64_t tasks, int64_t row_stride, int64_t columns, const Acc* coefficients,
+inline void mix_columns(const void* const* rows, int64_t tasks, int64_t first, int64_t columns, const Acc* coefficients,
                         Acc* mixed) {
   for (int64_t i = 0; i < tasks; i += 4) {
     const Acc* c = coefficients + i * tasks;
     Acc* to = mixed + i * columns;
     switch (tasks - i) {
-      case 1: mix_rows<Acc, 1>(rows, tasks, row_stride, columns, c, to, columns); break;
-      case 2: mix_rows<Acc, 2>(rows, tasks, row_stride, columns, c, to, columns); break;
-      case 3: mix_rows<Acc, 3>(rows, tasks, row_stride, columns, c, to, columns); break;
-      default: mix_rows<Acc, 4>(rows, tasks, row_stride, columns, c, to, columns);
+      case 1: mix_rows<Acc, 1, Row>(rows, tasks, first, columns, c, to); break;
+      case 2: mix_rows<Acc, 2, Row>(rows, tasks, first, columns, c, to); break;
+      case 3: mix_rows<Acc, 3, Row>(rows, tasks, first, columns, c, to); break;
+      default: mix_rows<Acc, 4, Row>(rows, tasks, first, columns, c, to);
     }
   }
 }
 
 // Backwards, as combine.
 template <class Row, class Acc>
-void mix(void* grads, int64_t tasks, int64_t row_stride, Chunk chunk, const double* coefficients, void* scratch) {
-  Row* rows = static_cast<Row*>(grads) + chunk.first;
-  const int64_t columns = chunk.last - chunk.first;
+void mix(void* const* rows, int64_t tasks, Chunk chunk, const double* coefficients, void* scratch) {
   const int64_t block = mix_block<Acc>(tasks);
-  Acc* c = static_cast<Acc*>(scratch);
+  const void** padded_rows = static_cast<const void**>(scratch);
+  Acc* c = reinterpret_cast<Acc*>(padded_rows + tasks);
   for (int64_t k = 0; k < tasks * tasks; ++k) c[k] = static_cast<Acc>(coefficients[k]);
   Acc* mixed = c + tasks * tasks;
-  int64_t left = columns / kLanes<Acc> * kLanes<Acc>;
+  int64_t last = chunk.first + (chunk.last - chunk.first) / kLanes<Acc> * kLanes<Acc>;
 
-  if (const int64_t rest = columns - left) {
+  if (const int64_t rest = chunk.last - last) {
     Row* padded = reinterpret_cast<Row*>(mixed + tasks * block);
     __builtin_memset(padded, 0, tasks * kLanes<Acc> * sizeof(Row));
     for (int64_t t = 0; t < tasks; ++t) {
-      __builtin_memcpy(padded + t * kLanes<Acc>, rows + t * row_stride + left, rest * sizeof(Row));
+      padded_rows[t] = padded + t * kLanes<Acc>;
+      __builtin_memcpy(padded + t * kLanes<Acc>, static_cast<const Row*>(rows[t]) + last, rest * sizeof(Row));
     }
-    mix_columns<Acc>(padded, tasks, kLanes<Acc>, kLanes<Acc>, c, mixed);
+    mix_columns<Acc, Row>(padded_rows, tasks, 0, kLanes<Acc>, c, mixed);
     for (int64_t t = 0; t < tasks; ++t) {
-      for (int64_t n = 0; n < rest; ++n) round_to(rows + t * row_stride + left + n, mixed[t * kLanes<Acc> + n]);
+      for (int64_t n = 0; n < rest; ++n) round_to(static_cast<Row*>(rows[t]) + last + n, mixed[t * kLanes<Acc> + n]);
     }
   }
-  while (left > 0) {
-    const int64_t length = (left - 1) % block + 1;
-    left -= length;
-    mix_columns<Acc>(rows + left, tasks, row_stride, length, c, mixed);
+  while (last > chunk.first) {
+    const int64_t length = (last - chunk.first - 1) % block + 1;
+    last -= length;
+    mix_columns<Acc, Row>(rows, tasks, last, length, c, mixed);
     for (int64_t t = 0; t < tasks; ++t) {
+      Row* row = static_cast<Row*>(rows[t]) + last;
       for (int64_t n = 0; n < length; n += kLanes<Acc>) {
-        store<Row, Acc>(rows + t * row_stride + left + n, load_unaligned<Vector<Acc>>(mixed + t * length + n));
+        store<Row, Acc>(row + n, load_unaligned<Vector<Acc>>(mixed + t * length + n));
       }
     }
   }

@@ -3,18 +3,24 @@
 Every backend module offers the same six functions (``gram``, ``pcgrad_coefficients``, ``combine``, ``mix_``,
 ``pcgrad``, ``pcgrad_``) on inputs that ``functional`` has validated, and ``why_unavailable(device_type)``. An
 automatic choice takes the first backend that can run; a forced one that cannot run raises and says why.
+
+Task gradients that lie where autograd put them (``_ops.Blocks``) go to a backend's own ``gram_blocks``,
+``combine_blocks`` and ``pcgrad_blocks`` where it has them, else through ``stacked`` to the six.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native, _ops
+from . import stacked
 
 NAMES = ("eager", "cpu", "cuda", "triton")
 _AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
@@ -138,6 +144,42 @@ def _pcgrad_(
     return result
 
 
+def _gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+    """G of each problem, ``[problems, T, T]``; block b counts for ``problem_of[b]``, -1: none; None: 0 for all."""
+    result: Tensor = _for_blocks(blocks).gram_blocks(blocks, problem_of, problems)
+    return result
+
+
+def _combine_blocks(
+    blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
+) -> None:
+    """Each block combined with its row of ``weights`` ``[count, T]`` into ``out[b]``, which may be a row of it."""
+    torch.autograd.graph.increment_version([tensor for tensor in out if tensor is not None])
+    _for_blocks(blocks).combine_blocks(blocks, weights, weights_of, out)
+
+
+def _pcgrad_blocks(
+    blocks: _ops.Blocks,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    out: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G, C and w of one problem over all blocks, and w J in ``out``."""
+    torch.autograd.graph.increment_version([tensor for tensor in out if tensor is not None])
+    result: tuple[Tensor, Tensor, Tensor] = _for_blocks(blocks).pcgrad_blocks(
+        blocks, order, self_projection, eps, min_squared_norm, scale, out
+    )
+    return result
+
+
+def _for_blocks(blocks: _ops.Blocks) -> Any:
+    backend = select(blocks.device.type)
+    return backend if hasattr(backend, "gram_blocks") else stacked.Stacked(backend)
+
+
 def _mark_written(tensor: Tensor) -> None:
     # Autograd must notice that a tensor which it saved has been overwritten.
     if not tensor.is_inference():
@@ -158,3 +200,5 @@ for _name, _kernel in _ops.KERNELS.items():
     # One Python body serves both dispatch keys: the backend decides by the tensor's device.
     for _key in ("CPU", "CUDA"):
         _ops.LIBRARY.impl(_name, _kernel, _key)
+
+_ops.KERNELS.update(gram_blocks=_gram_blocks, combine_blocks=_combine_blocks, pcgrad_blocks=_pcgrad_blocks)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from .. import _native, _ops
 _POINTER, _I64, _INT, _F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 
 _ROWS = (_POINTER, _I64, _I64, _I64, _INT, _POINTER, _I64)
+_BLOCKS = (_POINTER, _POINTER, _I64, _I64, _INT)
 _SOLVE = (_POINTER, _INT, _INT, _F64, _F64)
 _ARGUMENTS = {
     "fpg_cpu_gram": (*_ROWS, _POINTER, _INT),
@@ -20,6 +24,9 @@ _ARGUMENTS = {
     "fpg_cpu_combine": (*_ROWS, _POINTER, _POINTER, _INT),
     "fpg_cpu_mix": (*_ROWS, _POINTER, _INT),
     "fpg_cpu_pcgrad": (*_ROWS, *_SOLVE, _F64, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
+    "fpg_cpu_gram_blocks": (*_BLOCKS, _POINTER, _I64, _POINTER, _INT),
+    "fpg_cpu_combine_blocks": (*_BLOCKS, _POINTER, _I64, _POINTER, _POINTER, _INT),
+    "fpg_cpu_pcgrad_blocks": (*_BLOCKS, _POINTER, _INT, _F64, _F64, _F64, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
     "fpg_cpu_use_isa": (ctypes.c_char_p,),
     "fpg_cpu_isa": (),
 }
@@ -166,3 +173,72 @@ def _solve(
 
 def _dense(segments: Tensor | None) -> Tensor | None:
     return None if segments is None else segments.contiguous()
+
+
+def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+    tasks = len(blocks.tensors)
+    result = torch.empty((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
+    pointers, owners = _table(*blocks.pointers), _indices(problem_of)
+    _call("fpg_cpu_gram_blocks", *_blocks(blocks, pointers), _address(owners), problems, result.data_ptr())
+    return result
+
+
+def combine_blocks(
+    blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
+) -> None:
+    weights = weights.contiguous()
+    pointers, owners, places = _table(*blocks.pointers), _indices(weights_of), _places(out)
+    _call(
+        "fpg_cpu_combine_blocks",
+        *_blocks(blocks, pointers),
+        _address(owners),
+        weights.shape[0],
+        weights.data_ptr(),
+        _address(places),
+    )
+
+
+def pcgrad_blocks(
+    blocks: _ops.Blocks,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    out: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    order, tasks = order.contiguous(), len(blocks.tensors)
+    gram = torch.empty((tasks, tasks), dtype=torch.float64, device=blocks.device)
+    coefficients, weights = torch.empty_like(gram), gram.new_empty(tasks)
+    pointers, places = _table(*blocks.pointers), _places(out)
+    _call(
+        "fpg_cpu_pcgrad_blocks",
+        *_blocks(blocks, pointers),
+        *(order.data_ptr(), self_projection, eps, min_squared_norm, scale),
+        *(gram.data_ptr(), coefficients.data_ptr(), weights.data_ptr(), _address(places)),
+    )
+    return gram, coefficients, weights
+
+
+# Tables of 64-bit numbers. The caller keeps them until the library has returned.
+
+
+def _table(*rows: Sequence[int]) -> array[int]:
+    return array("Q", chain.from_iterable(rows))
+
+
+def _places(out: Sequence[Tensor | None]) -> array[int]:
+    return _table([0 if tensor is None else tensor.data_ptr() for tensor in out])
+
+
+def _indices(values: Sequence[int] | None) -> array[int] | None:
+    return None if values is None else array("q", values)
+
+
+def _address(table: array[int] | None) -> int | None:
+    return None if table is None else table.buffer_info()[0]
+
+
+def _blocks(blocks: _ops.Blocks, pointers: array[int]) -> tuple[int | None, int | None, int, int, int]:
+    widths = blocks.widths
+    return _address(pointers), _address(widths), len(widths), len(blocks.tensors), _DTYPES[blocks.dtype]

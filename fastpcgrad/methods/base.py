@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from .. import functional
+from .._ops import KERNELS, Blocks
 
 
 class Solution(NamedTuple):
@@ -51,19 +51,30 @@ class Method(ABC):
             weights ``[T]`` or ``[S, T]``, float64, on the device of ``gram``.
         """
 
-    def merge(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Solution]:
-        """The whole surgery on J ``[T, N]``, one problem over all columns; a fused kernel may serve it.
+    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> tuple[Tensor, Solution]:
+        """The whole surgery, one problem over all of J; a fused kernel may serve it.
 
         Args:
-            rows: task gradients, see ``fastpcgrad.gram``.
-            out: ``[N]``, receives the merged gradient; may be one of the rows.
+            blocks: the task gradients, one of each task for each parameter.
+            out: for each parameter the merged gradient's memory; may be that of a task's gradient.
         Returns:
             G and what ``solve`` made of it.
         """
-        gram = functional.gram(rows)
-        solution = self.solve(gram)
-        functional.combine(rows, solution.weights, out)
+        gram: Tensor = KERNELS["gram_blocks"](blocks, None, 1)[0]
+        solution = self.checked_solve(gram)
+        KERNELS["combine_blocks"](blocks, solution.weights[None], None, out)
         return gram, solution
+
+    def checked_solve(self, gram: Tensor) -> Solution:
+        """``solve``; ValueError where the weights have another shape or dtype than they must."""
+        solution = self.solve(gram)
+        expected, found = gram.shape[:-1], solution.weights
+        if found.shape != expected or found.dtype != gram.dtype:
+            raise ValueError(
+                f"{type(self).__name__} must give weights {list(expected)} of {gram.dtype}; "
+                f"found {list(found.shape)} of {found.dtype}"
+            )
+        return solution
 
     def weights(self, gram: Tensor) -> Tensor:
         """w such that the merged gradient is w J: ``[T]``, or ``[S, T]``, float64. See ``solve``."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
-from .. import _ops, variants
+from .. import variants
+from .._ops import KERNELS, Blocks
 from ..functional import pcgrad_coefficients
 from ..variants import Generator
 from .base import Method, Solution
@@ -69,14 +71,14 @@ class PCGrad(Method):
             weights /= gram.shape[-1]
         return Solution(weights, coefficients)
 
-    def merge(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Solution]:
-        variant, tasks = self.variant, rows.shape[0]
+    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> tuple[Tensor, Solution]:
+        variant, tasks = self.variant, len(blocks.tensors)
         scale = 1.0 / tasks if self.reduction == "mean" else 1.0
         order = variant.draw_order(tasks, self.generator)
-        if not rows.is_cpu:
-            order = order.to(rows.device)
+        if blocks.device.type != "cpu":
+            order = order.to(blocks.device)
         guards = (variant.self_projection, variant.eps, variant.min_squared_norm)
-        gram, coefficients, weights = _ops.KERNELS["pcgrad_out"](rows, order, *guards, scale, None, out)
+        gram, coefficients, weights = KERNELS["pcgrad_blocks"](blocks, order, *guards, scale, out)
         return gram, Solution(weights, coefficients)
 
     def partial_weights(self, weights: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastpcgrad import methods, reference, variants
+from fastpcgrad.task_gradients import TaskGradients
 
 TASKS = (1, 2, 3, 8, 17)
 
@@ -71,24 +72,33 @@ def test_one_order_drawn_for_several_problems_leaves_the_generator_where_single_
     assert together.getstate() == single.getstate()
 
 
+def in_blocks(rows, widths=(7, 0, 33)):
+    grads = TaskGradients(rows[0].split(widths))
+    for t, row in enumerate(rows):
+        grads.put(t, [piece.clone() for piece in row.split(widths)])
+    return grads
+
+
 @for_every_variant
 @for_every_reduction
 def test_merge_on_rows_is_solve_and_combine(variant, reduction):
     rows = task_gradients(5)
-    out = torch.full_like(rows[0], torch.nan)
-    gram, solution = methods.PCGrad(variant, reduction, random.Random(3)).merge(rows, out)
+    grads = in_blocks(rows)
+    out = [torch.full_like(place, torch.nan) for place in grads.places()]
+    gram, solution = methods.PCGrad(variant, reduction, random.Random(3)).merge(grads.blocks(), out)
     expected = methods.PCGrad(variant, reduction, random.Random(3)).solve(rows @ rows.mT)
     torch.testing.assert_close(gram, rows @ rows.mT)
     torch.testing.assert_close(solution.weights, expected.weights)
     torch.testing.assert_close(solution.coefficients, expected.coefficients)
-    torch.testing.assert_close(out, merged(variant, rows, random.Random(3), reduction))
+    torch.testing.assert_close(torch.cat(out), merged(variant, rows, random.Random(3), reduction))
 
 
 def test_merge_may_write_over_a_row():
     rows = task_gradients(5)
-    expected = merged("tensorflow", rows, None, None)
-    methods.PCGrad("tensorflow").merge(rows, rows[2])
-    torch.testing.assert_close(rows[2], expected)
+    grads = in_blocks(rows)
+    out = grads.places()
+    methods.PCGrad("tensorflow").merge(grads.blocks(), out)
+    torch.testing.assert_close(torch.cat(out), merged("tensorflow", rows, None, None))
 
 
 @for_every_variant
