@@ -111,10 +111,7 @@ class PCGrad(torch.optim.Optimizer):
             self._surgery = self._surgery_for(len(losses))
         surgery = self._surgery
         surgery.discard()
-        last = len(losses) - 1
-        for t, loss in enumerate(losses):
-            with surgery.task(t):
-                loss.backward(retain_graph=retain_graph or t < last)
+        surgery._run(losses, retain_graph)
         self.report = surgery.merge()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

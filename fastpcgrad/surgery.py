@@ -91,6 +91,7 @@ class GradientSurgery:
         self._hooks = _Hooks(self)
         self._merged: Row = []
         self._inside: _Task | None = None
+        self._resolved = False
         self._resolve()
 
     @property
@@ -181,17 +182,30 @@ class GradientSurgery:
 
     def _release_merged(self) -> None:
         """Drop the last merged gradient where it is still ``.grad``: its memory is for the next rows."""
-        for p, merged in zip(self._parameters, self._merged, strict=True) if self._merged else ():
+        for p, merged in zip(self._parameters, self._merged, strict=True):
             if merged is not None and p.grad is merged:
                 p.grad = None
         self._merged = []
 
+    def _run(self, losses: Sequence[Tensor], retain_graph: bool) -> None:
+        """Each loss backward inside its task; only the last pass frees what graphs they share."""
+        last = len(losses) - 1
+        self._resolve()
+        self._resolved = True  # once for all tasks: nobody changes the parameters in here
+        try:
+            for t, loss in enumerate(losses):
+                with self.task(t):
+                    loss.backward(retain_graph=retain_graph or t < last)
+        finally:
+            self._resolved = False
+
     def _begin(self, task: _Task) -> Row | None:
         if self._inside is not None:
             raise RuntimeError(f"task({task.index}) inside task({self._inside.index}): tasks do not nest")
-        self._resolve()
+        if not self._resolved:
+            self._resolve()
         grads = self._rows_now()
-        if not grads.tasks:
+        if self._merged:
             self._release_merged()
         self._inside = task
         return grads.take(task.index)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from ._ops import Blocks
 from .functional import ROW_DTYPES
+
+_KIND = attrgetter("dtype", "layout", "requires_grad")
 
 Row = list[Tensor | None]
 """One task's gradient of each parameter; None where it has none."""
@@ -39,6 +42,7 @@ class TaskGradients:
             if found not in ROW_DTYPES:
                 raise TypeError(f"gradients must be float16, bfloat16, float32 or float64; found {found}")
         self.widths = array("q", (p.numel() for p in parameters))
+        self._kind = (self.dtype, torch.strided, False)
         self._strides = [_gradient_stride(p) for p in parameters]
         self._rows: dict[int, Row] = {}
         self._pointers: dict[int, list[int]] = {}
@@ -70,16 +74,13 @@ class TaskGradients:
         Raises:
             RuntimeError: a gradient lies where another task's lies: a backward pass has overwritten that one.
         """
-        row = [
-            grad if grad is None or self._is_plain(grad, stride) else self._plain(grad, stride)
-            for grad, stride in zip(row, self._strides, strict=True)
-        ]
+        row = [g if g is None else self._plain(g, stride) for g, stride in zip(row, self._strides, strict=True)]
         pointers = [0 if grad is None else grad.data_ptr() for grad in row]
         distinct = set(pointers)
-        distinct.discard(0)
-        if len(distinct) + pointers.count(0) < len(pointers):
+        if len(distinct) < len(pointers):
             row, pointers = _apart(row)
-            distinct = set(pointers) - {0}
+            distinct = set(pointers)
+        distinct.discard(0)
         if not self._taken.isdisjoint(distinct):
             raise RuntimeError(
                 f"task {task}'s gradient lies in the memory of another task's: a backward pass returned a buffer "
@@ -104,30 +105,25 @@ class TaskGradients:
 
     def places(self) -> Row:
         """Memory of the rows for the merged gradient: of the first task that has a gradient, for each parameter."""
-        first, *others = (self._rows[t] for t in self.tasks)
-        places = list(first)
-        for row in others:
-            if all(place is not None for place in places):
-                break
-            places = [grad if place is None else place for place, grad in zip(places, row, strict=True)]
+        tasks = self.tasks
+        places = list(self._rows[tasks[0]])
+        if 0 in self._pointers[tasks[0]]:
+            for t in tasks[1:]:
+                places = [own if place is None else place for place, own in zip(places, self._rows[t], strict=True)]
         return places
 
     def clear(self) -> None:
         """Forget all rows."""
+        if not self._rows:
+            return
         self._spent = [self._rows[t] for t in self.tasks] if self.device.type == "cpu" else []
         self._rows, self._pointers, self._taken = {}, {}, set()
 
-    def _is_plain(self, grad: Tensor, stride: tuple[int, ...]) -> bool:
-        return (
-            not grad.requires_grad
-            and grad.layout is torch.strided
-            and grad.stride() == stride
-            and grad.dtype is self.dtype
-            and grad.untyped_storage().nbytes() == grad.nbytes
-        )
-
     def _plain(self, grad: Tensor, stride: tuple[int, ...]) -> Tensor:
-        """A copy with the stride and dtype of the rows."""
+        """The gradient itself if it is a dense tensor of its own with the rows' dtype, else a copy that is."""
+        own = _KIND(grad) == self._kind and grad.stride() == stride
+        if own and grad.untyped_storage().nbytes() == grad.nbytes:
+            return grad
         return torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(_dense(grad))
 
 

@@ -26,7 +26,7 @@ needs_compiler = pytest.mark.skipif(not COMPILER, reason="there is no C++ compil
 needs_nvcc = pytest.mark.skipif(not (NVCC and COMPILER), reason="there is no nvcc on this machine")
 
 SMALL_CSRC = {
-    "version.h": "#define VERSION 1\n",
+    "version.h": f"#define VERSION {_native.ABI_VERSION}\n",
     "cpu/kernels.cpp": "namespace FPG_ISA { int lanes() { return 1; } }\n",
     "cpu/library.cpp": """#include <omp.h>
 #include "version.h"
@@ -41,9 +41,9 @@ extern "C" __attribute__((visibility("default"))) int fpg_abi_version(void) {
 }
 """,
 }
-SMALL_CUDA = """#include <cuda_runtime.h>
-__global__ void zero(float* x) { x[threadIdx.x] = 0; }
-extern "C" __attribute__((visibility("default"))) int fpg_abi_version(void) { return 1; }
+SMALL_CUDA = f"""#include <cuda_runtime.h>
+__global__ void zero(float* x) {{ x[threadIdx.x] = 0; }}
+extern "C" __attribute__((visibility("default"))) int fpg_abi_version(void) {{ return {_native.ABI_VERSION}; }}
 """
 
 
@@ -210,9 +210,9 @@ def test_in_place_only_changed_sources_are_compiled_again(project):
     library = project.build_in_place()
     first = library.stat().st_mtime_ns
     assert project.build_in_place().stat().st_mtime_ns == first
-    project.write("csrc/version.h", "#define VERSION 2\n")
+    project.write("csrc/version.h", "#define VERSION 99\n")
     project.build_in_place()
-    assert ctypes.CDLL(str(library)).fpg_abi_version() == 2
+    assert ctypes.CDLL(str(library)).fpg_abi_version() == 99
 
 
 @needs_compiler

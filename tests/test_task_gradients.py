@@ -90,6 +90,13 @@ def test_a_buffer_that_is_used_again_is_refused():
     assert grads.tasks == [0]
 
 
+def test_empty_parameters_share_no_memory():
+    grads = TaskGradients([torch.zeros(0), torch.zeros(2)])
+    for task in range(3):
+        grads.put(task, [torch.zeros(0), torch.ones(2)])
+    assert grads.tasks == [0, 1, 2]
+
+
 def test_a_row_can_be_taken_out_and_put_back():
     grads = TaskGradients([torch.zeros(3)])
     assert grads.take(5) is None

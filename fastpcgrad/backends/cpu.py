@@ -208,16 +208,18 @@ def pcgrad_blocks(
     out: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     order, tasks = order.contiguous(), len(blocks.tensors)
-    gram = torch.empty((tasks, tasks), dtype=torch.float64, device=blocks.device)
-    coefficients, weights = torch.empty_like(gram), gram.new_empty(tasks)
+    # One tensor for the three: a small model feels each.
+    result = torch.empty((2 * tasks + 1, tasks), dtype=torch.float64, device=blocks.device)
+    address, square = result.data_ptr(), tasks * tasks * result.itemsize
     pointers, places = _table(*blocks.pointers), _places(out)
     _call(
         "fpg_cpu_pcgrad_blocks",
         *_blocks(blocks, pointers),
         *(order.data_ptr(), self_projection, eps, min_squared_norm, scale),
-        *(gram.data_ptr(), coefficients.data_ptr(), weights.data_ptr(), _address(places)),
+        *(address, address + square, address + 2 * square, _address(places)),
     )
-    return gram, coefficients, weights
+    gram, coefficients, weights = result.split_with_sizes((tasks, tasks, 1))
+    return gram, coefficients, weights[0]
 
 
 # Tables of 64-bit numbers. The caller keeps them until the library has returned.
