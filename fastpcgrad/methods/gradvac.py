@@ -1,0 +1,156 @@
+"""GradVac: task gradients turned until their cosines reach running targets."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import variants
+from ..variants import Generator
+from .base import Method, Solution
+from .problems import in_place
+
+
+class GradVac(Method):
+    """Turn each task gradient towards those whose cosine with it is below a running target, then sum.
+
+    For each task i and each other j in random order: φ = cos(g_i', g_j); where φ is below its target φ̂_ij, g_j is added
+    to g_i' with the factor that makes the cosine φ̂_ij. Then φ̂_ij ← (1 − β) φ̂_ij + β φ.
+
+    State: φ̂, ``[T, T]`` or ``[S, T, T]``, zero at first. It belongs to the tasks in their order: another number of
+    tasks or problems raises; ``reset`` starts over. The generator is not part of the state.
+
+    Args:
+        beta: β in [0, 1], how fast the targets follow.
+        eps: added to ‖g_i'‖‖g_j‖ and to the other denominator, as TorchJD does; not negative. It is absolute: gradients
+            with ‖g_i‖‖g_j‖ near it count as orthogonal. With 0 the merged gradient scales with the gradients, zero
+            gradients have cosine 0, and a target of exactly 1, which cannot be reached, changes nothing.
+        generator: a ``torch.Generator`` (CPU) or ``random.Random`` for the order of j. None: torch's global generator.
+            A task draws T − 1 places with ``torch.randperm``, as in TorchJD: the same seed gives the same result.
+    Raises:
+        TypeError: a generator of another type.
+        ValueError: ``beta`` or ``eps`` is out of range. From ``solve``: the state is for another shape.
+    Numerics: NumPy on a CPU, else torch on the device of G without waiting for it. NaN or inf in G gives NaN weights and
+        leaves φ̂ of that problem as it was.
+    Source: Wang et al. 2021, Gradient Vaccine, arXiv:2010.05874, Alg. 1.
+    Example:
+        >>> G = torch.tensor([[1.0, -0.6], [-0.6, 1.0]], dtype=torch.float64)
+        >>> fastpcgrad.methods.GradVac().solve(G).coefficients
+        tensor([[1.0000, 0.6000],
+                [0.6000, 1.0000]], dtype=torch.float64)
+    """
+
+    def __init__(self, beta: float = 0.5, eps: float = 1e-8, generator: Generator | None = None) -> None:
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta must be in [0, 1]; found {beta!r}")
+        if not 0 <= eps < float("inf"):
+            raise ValueError(f"eps must be finite and not negative; found {eps!r}")
+        variants.check_generator(generator)
+        self.beta = beta
+        self.eps = eps
+        self.generator = generator
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the targets φ̂."""
+        self._phi: Tensor | None = None
+
+    def solve(self, gram: Tensor) -> Solution:
+        xp, array, finite = in_place(gram)
+        phi = torch.zeros_like(gram) if self._phi is None else self._phi.to(gram.device)
+        if phi.shape != gram.shape:
+            raise ValueError(
+                f"gram is {list(gram.shape)}, the state is for {list(phi.shape)}; call reset() when the tasks change"
+            )
+        places = _draw_places(gram.shape, self.generator).to(gram.device)
+        phi = xp.asarray(phi)
+        coefficients, targets = _vaccinate(xp, array, phi, xp.asarray(places), self.beta, self.eps)
+        finite = finite[..., None, None]
+        self._phi = torch.as_tensor(xp.where(finite, targets, phi))
+        coefficients = xp.where(finite, coefficients, xp.nan)
+        return Solution(torch.as_tensor(coefficients.sum(-2)), torch.as_tensor(coefficients))
+
+    def state_dict(self) -> dict[str, Any]:
+        """``phi``: φ̂, float64, or None before the first call."""
+        return {"phi": None if self._phi is None else self._phi.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state that ``state_dict`` gave.
+
+        Raises:
+            ValueError: other keys, or φ̂ is not float64 ``[T, T]`` or ``[S, T, T]``.
+        """
+        if set(state) != {"phi"}:
+            raise ValueError(f"the state of GradVac has the key phi; found {sorted(state)}")
+        phi = state["phi"]
+        if phi is not None:
+            if not isinstance(phi, Tensor):
+                raise ValueError(f"phi must be a tensor or None; found {phi!r}")
+            if phi.dtype != torch.float64 or phi.dim() not in (2, 3) or phi.shape[-1] != phi.shape[-2]:
+                raise ValueError(f"phi must be float64 [T, T] or [S, T, T]; found {phi.dtype} {list(phi.shape)}")
+            if not (phi.abs() <= 1).all():
+                raise ValueError(f"phi must lie in [-1, 1]; found {phi}")
+            phi = phi.detach().clone()
+        self._phi = phi
+
+    def __repr__(self) -> str:
+        return f"GradVac(beta={self.beta!r}, eps={self.eps!r})"
+
+
+def _draw_places(shape: torch.Size, generator: Generator | None) -> Tensor:
+    """For each task of all problems itself, then the others in random order: ``[S·T, T]`` int64 on the CPU."""
+    tasks = shape[-1]
+    places = []
+    for row in range(shape[:-1].numel()):
+        own = row % tasks
+        places.append([own] + [k + (k >= own) for k in _permutation(tasks - 1, generator)])
+    return torch.tensor(places, dtype=torch.int64, device="cpu").reshape(-1, tasks)
+
+
+def _permutation(count: int, generator: Generator | None) -> list[int]:
+    if isinstance(generator, random.Random):
+        items = list(range(count))
+        generator.shuffle(items)
+        return items
+    return torch.randperm(count, generator=generator, device="cpu").tolist()
+
+
+def _vaccinate(xp: Any, gram: Any, phi: Any, places: Any, beta: float, eps: float) -> tuple[Any, Any]:
+    """C and the new φ̂, both in the shape of G.
+
+    The rows of C do not depend on each other, so the tasks of all problems take each step together. Nothing here waits
+    for a device.
+
+    Args:
+        xp: numpy or torch, whichever the arrays are of.
+        gram: G, ``[..., T, T]``; phi: φ̂, of the same shape.
+        places: ``[R, T]``, R = S·T: the task of each row, then the others in the order of their turns.
+    """
+    shape, tasks = gram.shape, gram.shape[-1]
+    gram = gram.reshape(-1, tasks)
+    targets = phi.reshape(-1, tasks) + 0.0
+    coefficients = xp.zeros_like(gram)
+    own = places[:, 0]
+    row = xp.cumsum(xp.ones_like(own), 0) - 1
+    first = row - own  # where the problem begins that the row belongs to
+    coefficients[row, own] = 1.0
+    norms = xp.sqrt(gram[row, own].clip(0.0))
+    products = gram + 0.0  # g_i'·g_k
+    for turn in range(1, tasks):
+        j = places[:, turn]
+        other = first + j
+        length, other_length = xp.sqrt((products * coefficients).sum(-1).clip(0.0)), norms[other]
+        both = length * other_length + eps
+        cosine = (products[row, j] / xp.where(both > 0, both, 1.0)).clip(-1.0, 1.0)
+        target = targets[row, j]
+        across = other_length * xp.sqrt(1.0 - target * target) + eps
+        turns = (cosine < target) & (across > 0)
+        short = target * xp.sqrt(1.0 - cosine * cosine) - cosine * xp.sqrt(1.0 - target * target)
+        factor = turns * length * short / xp.where(across > 0, across, 1.0)
+        coefficients[row, j] += factor
+        products += factor[:, None] * gram[other]
+        targets[row, j] = (1.0 - beta) * target + beta * cosine
+    return coefficients.reshape(shape), targets.reshape(shape)

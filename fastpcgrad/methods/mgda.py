@@ -1,0 +1,67 @@
+"""MGDA: the shortest convex combination of the task gradients, by Frank-Wolfe."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .problems import Array, HostMethod, Indices
+
+
+class MGDA(HostMethod):
+    """Weights on the simplex that make the merged gradient short: min αᵀGα with α ≥ 0, Σα = 1.
+
+    At the minimum the merged gradient d has g_i·d ≥ ‖d‖² for every task: a common descent direction, or zero at a
+    Pareto-stationary point. Frank-Wolfe starts at 1/T, is exact after one step for T = 2, and for more tasks stops
+    short of the minimum; a smaller ``epsilon`` and more ``max_iters`` come closer. The weights do not change with the
+    scale of the gradients.
+
+    Args:
+        epsilon: stop when the step size falls below it; positive.
+        max_iters: the most steps; positive.
+    Raises:
+        ValueError: an argument is not positive.
+    Numerics: float64 in NumPy on the host, S problems together; waits for the device of G.
+    Source: Désidéri 2012, doi:10.1016/j.crma.2012.03.014; Sener and Koltun 2018, arXiv:1810.04650, Alg. 2.
+    Example:
+        >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+        >>> fastpcgrad.methods.MGDA().weights(G)
+        tensor([0.8000, 0.2000], dtype=torch.float64)
+    """
+
+    def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
+        if not epsilon > 0:
+            raise ValueError(f"epsilon must be positive; found {epsilon!r}")
+        if not max_iters > 0:
+            raise ValueError(f"max_iters must be positive; found {max_iters!r}")
+        self.epsilon = epsilon
+        self.max_iters = max_iters
+
+    def solve_on_host(self, gram: Array) -> Array:
+        count, tasks, _ = gram.shape
+        problem = np.arange(count)
+        weights = np.full((count, tasks), 1 / tasks)
+        moving = np.ones(count, dtype=bool)
+        for _ in range(self.max_iters):
+            products = np.matmul(gram, weights[:, :, None])[:, :, 0]
+            task = products.argmin(axis=1)
+            step = np.where(moving, _line_search(gram, weights, products, problem, task), 0.0)
+            weights *= 1 - step[:, None]
+            weights[problem, task] += step
+            moving &= step >= self.epsilon
+            if not moving.any():
+                break
+        return weights
+
+    def __repr__(self) -> str:
+        return f"MGDA(epsilon={self.epsilon!r}, max_iters={self.max_iters!r})"
+
+
+def _line_search(gram: Array, weights: Array, products: Array, problem: Indices, task: Indices) -> Array:
+    """γ ``[S]`` in [0, 1]: the minimum of ‖(1 − γ) d + γ g_t‖."""
+    mixed = products[problem, task]
+    current = (weights * products).sum(axis=1)
+    corner = gram[problem, task, task]
+    # With mixed below both others the denominator is positive; elsewhere the minimum lies at an end.
+    inside = (mixed < corner) & (mixed < current)
+    denominator = np.where(inside, current + corner - 2 * mixed, 1.0)
+    return np.where(inside, (current - mixed) / denominator, corner <= mixed)

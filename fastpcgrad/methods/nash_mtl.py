@@ -1,0 +1,116 @@
+"""Nash-MTL: the Nash bargaining solution among the tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import fairness
+from .base import Method, Solution
+from .problems import Array, from_host, on_host
+
+
+class NashMTL(Method):
+    """Weights w > 0 with (G/‖G‖_F) w = 1/w, then the merged gradient shortened to ``max_norm``.
+
+    Below ``max_norm`` the merged gradient scales with the gradients; above it its direction alone counts. The scales of
+    single task gradients do not change the direction.
+
+    State: the weights (before the shortening) and the number of calls, so that a run with ``update_weights_every`` > 1
+    resumes where it was. Where that is 1, nothing depends on the state. The weights belong to the tasks in their
+    order: reusing them for another number of tasks or problems raises; ``reset`` starts over.
+
+    Args:
+        max_norm: the most that ‖w J‖ may be; 0: not shortened.
+        update_weights_every: solve in every such call and reuse the weights in the others; positive.
+        optim_niter: the most Newton steps; positive. About 10 suffice where task gradients are not nearly dependent.
+    Raises:
+        ValueError: an argument is out of range. From ``solve``: weights are to be reused for another number of tasks or
+            problems.
+    Numerics: see ``fairness.solve``; a task without gradient gets weight 0, and at a Pareto-stationary point, where
+        there is no solution, the weights are large but finite. NaN or inf in G never enters the state: the weights are
+        then found in the next call. float64 in NumPy on the host, S problems together; waits for the device of G.
+    Source: Navon et al. 2022, Multi-Task Learning as a Bargaining Game, arXiv:2202.01017, Alg. 1.
+    Example:
+        >>> G = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)  # G/‖G‖_F = diag(0.6, 0.8)
+        >>> fastpcgrad.methods.NashMTL(max_norm=0).weights(G)
+        tensor([1.2910, 1.1180], dtype=torch.float64)
+    """
+
+    def __init__(self, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 100) -> None:
+        if not max_norm >= 0:
+            raise ValueError(f"max_norm must not be negative; found {max_norm!r}")
+        if not update_weights_every > 0:
+            raise ValueError(f"update_weights_every must be positive; found {update_weights_every!r}")
+        if not optim_niter > 0:
+            raise ValueError(f"optim_niter must be positive; found {optim_niter!r}")
+        self.max_norm = max_norm
+        self.update_weights_every = update_weights_every
+        self.optim_niter = optim_niter
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the weights and the number of calls."""
+        self._step = 0
+        self._weights: Array | None = None
+
+    def solve(self, gram: Tensor) -> Solution:
+        problems, finite = on_host(gram)
+        bargained = self._bargained(problems, finite)
+        squared = (np.matmul(problems, bargained[:, :, None])[:, :, 0] * bargained).sum(axis=1)
+        norm = np.sqrt(squared.clip(min=0))
+        too_long = (norm > self.max_norm) & (self.max_norm > 0)
+        weights = np.where(too_long, self.max_norm / np.where(too_long, norm, 1.0), 1.0)[:, None] * bargained
+        weights[~finite] = np.nan
+        return Solution(from_host(weights, gram), None)
+
+    def _bargained(self, gram: Array, finite: Array) -> Array:
+        """The weights before the shortening, solved for or from the state."""
+        due = self._step % self.update_weights_every == 0
+        known = self._weights
+        if not due and known is not None and known.shape != gram.shape[:2]:
+            raise ValueError(
+                f"gram has {gram.shape[0]} problems of {gram.shape[1]} tasks, the weights to reuse have "
+                f"{known.shape[0]} of {known.shape[1]}; call reset() when the tasks change"
+            )
+        self._step += 1
+        if not due and known is not None and not np.isnan(known[finite]).any():
+            return known
+        scale = np.linalg.norm(gram, axis=(1, 2))
+        solved = fairness.solve(gram, 1.0, self.optim_niter) * np.sqrt(scale)[:, None]
+        if known is None or known.shape != solved.shape:
+            known = np.full_like(solved, np.nan)
+        self._weights = np.where(finite[:, None], solved, known)
+        return self._weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """``step`` (calls so far) and ``weights`` (``[S, T]`` float64 on the CPU; S = 1 for a single problem)."""
+        weights = None if self._weights is None else torch.from_numpy(self._weights.copy())
+        return {"step": self._step, "weights": weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state that ``state_dict`` gave.
+
+        Raises:
+            ValueError: other keys, a step that is no count, or weights that are not ``[S, T]`` float64.
+        """
+        if set(state) != {"step", "weights"}:
+            raise ValueError(f"the state of NashMTL has keys step and weights; found {sorted(state)}")
+        step, weights = state["step"], state["weights"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be an integer that is not negative; found {step!r}")
+        if weights is not None:
+            if not isinstance(weights, Tensor) or weights.dim() != 2 or weights.dtype != torch.float64:
+                found = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else repr(weights)
+                raise ValueError(f"weights must be a float64 tensor [S, T] or None; found {found}")
+            weights = weights.detach().cpu().numpy().copy()
+        self._step, self._weights = step, weights
+
+    def __repr__(self) -> str:
+        return (
+            f"NashMTL(max_norm={self.max_norm!r}, update_weights_every={self.update_weights_every!r}, "
+            f"optim_niter={self.optim_niter!r})"
+        )

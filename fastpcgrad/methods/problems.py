@@ -1,0 +1,78 @@
+"""What methods share: a batch of problems, checked, with those that are not finite set apart.
+
+On a CPU the methods compute in NumPy, whose calls on T×T arrays cost a fraction of torch's. What has few steps also runs
+in torch, on the device of G: it is written once against what the two modules have in common, with the module as ``xp``.
+
+Small iterative solvers run in NumPy on the host, whatever the device of the Gram matrix: a T×T problem takes tens of
+dependent steps of a few operations each, which on a GPU are kernel launches and take milliseconds; a copy of G to the
+host, which waits for the device once, and a solver there take a fraction of that.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .base import Method, Solution
+
+Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+Indices = NDArray[np.intp]
+
+
+class HostMethod(Method):
+    """A method whose weights come from a solver in NumPy; ``solve`` waits for the device of ``gram``."""
+
+    @abstractmethod
+    def solve_on_host(self, gram: Array) -> Array:
+        """Weights ``[S, T]`` for finite Gram matrices ``[S, T, T]``, both float64."""
+
+    def solve(self, gram: Tensor) -> Solution:
+        problems, finite = on_host(gram)
+        weights = self.solve_on_host(problems)
+        weights[~finite] = np.nan
+        return Solution(from_host(weights, gram), None)
+
+
+def on_host(gram: Tensor) -> tuple[Array, Flags]:
+    """G as ``[S, T, T]`` (S = 1 for ``[T, T]``), and which problems ``[S]`` are finite; the others are made zero.
+
+    Raises:
+        ValueError: see ``check_gram``.
+    """
+    check_gram(gram)
+    problems: Array = gram.detach().cpu().numpy().reshape(-1, *gram.shape[-2:])
+    finite: Flags = np.isfinite(problems).all(axis=(1, 2))
+    if not finite.all():
+        problems = np.where(finite[:, None, None], problems, 0.0)
+    return problems, finite
+
+
+def from_host(weights: Array, gram: Tensor) -> Tensor:
+    """Weights ``[S, T]`` in the shape that belongs to ``gram``, on its device."""
+    return torch.from_numpy(weights.reshape(gram.shape[:-1])).to(gram.device)
+
+
+def in_place(gram: Tensor) -> tuple[Any, Any, Any]:
+    """Where ``gram`` lies: the module ``xp`` (numpy on a CPU, else torch), G as its array, which problems are finite.
+
+    Returns:
+        ``xp``; ``[..., T, T]``, zero where a problem is not finite; ``[...]`` bool.
+    Raises:
+        ValueError: see ``check_gram``.
+    """
+    check_gram(gram)
+    xp, array = (np, gram.detach().numpy()) if gram.is_cpu else (torch, gram.detach())
+    finite = xp.isfinite(array).all(-1).all(-1)
+    return xp, xp.where(finite[..., None, None], array, 0.0), finite
+
+
+def check_gram(gram: Tensor) -> None:
+    """ValueError unless ``gram`` is float64 and ``[T, T]`` or ``[S, T, T]``."""
+    if gram.dtype != torch.float64 or gram.dim() not in (2, 3) or gram.shape[-1] != gram.shape[-2]:
+        raise ValueError(f"gram must be float64 [T, T] or [S, T, T]; found {gram.dtype} {list(gram.shape)}")
