@@ -42,15 +42,14 @@ class CAGrad(HostMethod):
 
     def _solve_one(self, gram: Array) -> Array:
         tasks = len(gram)
-        squared = np.trace(gram)
-        if squared == 0:
-            return np.zeros(tasks)
-        gram = gram / squared
         mean = np.full(tasks, 1 / tasks)
+        if self.c == 0:
+            return mean
+        gram = gram / (np.trace(gram) or 1.0)
         products = gram.mean(axis=1)  # g_i·g_0
         radius = self.c * np.sqrt(max(products.mean(), 0.0))
         if radius == 0:
-            return mean
+            return np.zeros(tasks)
         v = simplex.minimum(gram, products, radius)
         norm = np.sqrt(max(v @ gram @ v, 0.0))
         if norm < max(self.norm_eps, simplex.SMOOTHING):

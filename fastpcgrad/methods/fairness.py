@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from .problems import Array
+from .problems import Array, Flags
 
 RIDGE = 1e-10
 """Added to the unit diagonal of the cosines. At a Pareto-stationary point there is no solution and x would grow without
-bound: with the ridge x_i‖g_i‖ stays below √(T/RIDGE) for α = 1; elsewhere x changes by about RIDGE/λ_min."""
+bound; with the ridge x_i‖g_i‖ stays below √(T/RIDGE) for α = 1. Where it changes little the problem is then solved
+without it."""
 
 BACKWARD_ERROR = 1e-14
 """Stop where both sides of the equation agree to this fraction of the terms that they are made of."""
+
+SMALLEST = 1e-200
+"""What no y falls below, so that nothing overflows."""
 
 
 def solve(gram: Array, alpha: float, max_iters: int) -> Array:
@@ -23,22 +27,34 @@ def solve(gram: Array, alpha: float, max_iters: int) -> Array:
     Args:
         gram: ``[S, T, T]`` float64, finite.
         alpha: positive.
-        max_iters: the most Newton steps; when they are spent the last iterate is the answer.
+        max_iters: the most Newton steps, with the ridge and again without it; when they are spent the last iterate is
+            the answer.
     """
     power = 1 / alpha
     norms = np.sqrt(_diagonal(gram).clip(min=0))
     absent = norms == 0
     norms = np.where(absent, 1.0, norms)
     cosines = gram / norms[:, :, None] / norms[:, None, :]
-    _diagonal(cosines)[:] = 1 + RIDGE
-    magnitudes = np.abs(cosines)
     demands = norms ** (power - 1)
-
     y = norms ** ((1 - alpha) / (1 + alpha))  # the solution for orthogonal task gradients
+    everywhere = np.ones(len(gram), dtype=bool)
+
+    _diagonal(cosines)[:] = 1 + RIDGE
+    y = _newton(cosines, demands, power, y, everywhere, max_iters)
+    _diagonal(cosines)[:] = 1
+    little = (RIDGE * y < 0.01 * demands * y**-power).all(axis=1)
+    y = _newton(cosines, demands, power, y, little, max_iters)
+    return np.where(absent, 0.0, y / norms)
+
+
+def _newton(cosines: Array, demands: Array, power: float, y: Array, problems: Flags, max_iters: int) -> Array:
+    """y with Ĝ y = demands·y^(−power) for the flagged problems; the others stay as they are."""
+    magnitudes = np.abs(cosines)
     shares = demands * y**-power
     residual = _times(cosines, y) - shares
     for _ in range(max_iters):
-        unsolved = (np.abs(residual) > BACKWARD_ERROR * (_times(magnitudes, y) + shares)).any(axis=1)
+        error = np.abs(residual) > BACKWARD_ERROR * (_times(magnitudes, y) + shares)
+        unsolved = problems & error.any(axis=1)
         if not unsolved.any():
             break
         hessian = cosines.copy()
@@ -47,7 +63,7 @@ def solve(gram: Array, alpha: float, max_iters: int) -> Array:
         slope = (residual * step).sum(axis=1)
         length = np.where(unsolved, 0.95 / np.maximum((-step / y).max(axis=1), 0.95), 0.0)
         while True:
-            trial = y + length[:, None] * step
+            trial = np.maximum(y + length[:, None] * step, SMALLEST)
             shares = demands * trial**-power
             residual = _times(cosines, trial) - shares
             # The slope along the step grows, from below zero; well past its zero the step is too long.
@@ -56,7 +72,7 @@ def solve(gram: Array, alpha: float, max_iters: int) -> Array:
                 break
             length = np.where(too_long, length / 2, length)
         y = trial
-    return np.where(absent, 0.0, y / norms)
+    return y
 
 
 def _diagonal(matrices: Array) -> Array:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import variants
@@ -65,9 +67,9 @@ class GradVac(Method):
             raise ValueError(
                 f"gram is {list(gram.shape)}, the state is for {list(phi.shape)}; call reset() when the tasks change"
             )
-        places = _draw_places(gram.shape, self.generator).to(gram.device)
         phi = xp.asarray(phi)
-        coefficients, targets = _vaccinate(xp, array, phi, xp.asarray(places), self.beta, self.eps)
+        places = xp.asarray(_draw_places(gram.shape, self.generator), device=array.device)
+        coefficients, targets = _vaccinate(xp, array, phi, places, self.beta, self.eps)
         finite = finite[..., None, None]
         self._phi = torch.as_tensor(xp.where(finite, targets, phi))
         coefficients = xp.where(finite, coefficients, xp.nan)
@@ -100,17 +102,19 @@ class GradVac(Method):
         return f"GradVac(beta={self.beta!r}, eps={self.eps!r})"
 
 
-def _draw_places(shape: torch.Size, generator: Generator | None) -> Tensor:
-    """For each task of all problems itself, then the others in random order: ``[S·T, T]`` int64 on the CPU."""
+def _draw_places(shape: torch.Size, generator: Generator | None) -> NDArray[np.int64]:
+    """For each task of all problems itself, then the others in random order: ``[S·T, T]``."""
     tasks = shape[-1]
     places = []
     for row in range(shape[:-1].numel()):
         own = row % tasks
         places.append([own] + [k + (k >= own) for k in _permutation(tasks - 1, generator)])
-    return torch.tensor(places, dtype=torch.int64, device="cpu").reshape(-1, tasks)
+    return np.array(places, dtype=np.int64).reshape(-1, tasks)
 
 
 def _permutation(count: int, generator: Generator | None) -> list[int]:
+    if count < 2:  # nothing is drawn for it
+        return list(range(count))
     if isinstance(generator, random.Random):
         items = list(range(count))
         generator.shuffle(items)
@@ -134,7 +138,7 @@ def _vaccinate(xp: Any, gram: Any, phi: Any, places: Any, beta: float, eps: floa
     targets = phi.reshape(-1, tasks) + 0.0
     coefficients = xp.zeros_like(gram)
     own = places[:, 0]
-    row = xp.cumsum(xp.ones_like(own), 0) - 1
+    row = xp.arange(len(gram), device=gram.device)
     first = row - own  # where the problem begins that the row belongs to
     coefficients[row, own] = 1.0
     norms = xp.sqrt(gram[row, own].clip(0.0))
@@ -146,10 +150,10 @@ def _vaccinate(xp: Any, gram: Any, phi: Any, places: Any, beta: float, eps: floa
         both = length * other_length + eps
         cosine = (products[row, j] / xp.where(both > 0, both, 1.0)).clip(-1.0, 1.0)
         target = targets[row, j]
-        across = other_length * xp.sqrt(1.0 - target * target) + eps
+        sine, target_sine = xp.sqrt(1.0 - cosine * cosine), xp.sqrt(1.0 - target * target)
+        across = other_length * target_sine + eps
         turns = (cosine < target) & (across > 0)
-        short = target * xp.sqrt(1.0 - cosine * cosine) - cosine * xp.sqrt(1.0 - target * target)
-        factor = turns * length * short / xp.where(across > 0, across, 1.0)
+        factor = turns * length * (target * sine - cosine * target_sine) / xp.where(across > 0, across, 1.0)
         coefficients[row, j] += factor
         products += factor[:, None] * gram[other]
         targets[row, j] = (1.0 - beta) * target + beta * cosine

@@ -27,7 +27,7 @@ class IMTLG(Method):
 
     def solve(self, gram: Tensor) -> Solution:
         xp, array, values, vectors, kept, poison = spectrum(gram)
-        squared = xp.einsum("...tt->...t", array)
+        squared = array.diagonal(0, -2, -1)
         coordinates = (xp.sqrt(squared)[..., None, :] @ vectors)[..., 0, :] * kept / values
         solution = (vectors @ coordinates[..., None])[..., 0]
         total = solution.sum(-1)[..., None]

@@ -61,7 +61,8 @@ def _line_search(gram: Array, weights: Array, products: Array, problem: Indices,
     mixed = products[problem, task]
     current = (weights * products).sum(axis=1)
     corner = gram[problem, task, task]
-    # With mixed below both others the denominator is positive; elsewhere the minimum lies at an end.
     inside = (mixed < corner) & (mixed < current)
+    # With mixed below both others the denominator is positive; elsewhere the minimum lies at an end: the nearer one, so
+    # that the search stops, where both are the same point.
     denominator = np.where(inside, current + corner - 2 * mixed, 1.0)
-    return np.where(inside, (current - mixed) / denominator, corner <= mixed)
+    return np.where(inside, (current - mixed) / denominator, mixed < current)

@@ -67,9 +67,15 @@ def in_place(gram: Tensor) -> tuple[Any, Any, Any]:
         ValueError: see ``check_gram``.
     """
     check_gram(gram)
-    xp, array = (np, gram.detach().numpy()) if gram.is_cpu else (torch, gram.detach())
-    finite = xp.isfinite(array).all(-1).all(-1)
+    xp = array_module(gram)
+    array = xp.asarray(gram.detach())
+    finite = xp.isfinite(array).all((-2, -1))
     return xp, xp.where(finite[..., None, None], array, 0.0), finite
+
+
+def array_module(gram: Tensor) -> Any:
+    """numpy for a tensor on a CPU, else torch."""
+    return np if gram.is_cpu else torch
 
 
 def check_gram(gram: Tensor) -> None:

@@ -1,0 +1,113 @@
+"""Aligned-MTL: task gradients made orthogonal and equally long, then summed by preference."""
+
+import pytest
+import torch
+
+from fastpcgrad.methods.aligned_mtl import AlignedMTL
+from tests.methods import contract
+from tests.methods.matrices import difference, gram, jacobians
+from tests.methods.properties import given, independent, integer_rows, prop
+
+MODES = ("min", "median", "rmse")
+for_every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+def settled_rank(rows):
+    """Whether no eigenvalue lies where rounding decides if it counts: near λ_max·T·2⁻⁵²."""
+    values = torch.linalg.eigvalsh(gram(rows))
+    relative = values.abs() / values[-1]
+    return not bool(((relative > 1e-17) & (relative < 1e-13)).any())
+
+
+@for_every_mode
+@pytest.mark.parametrize("preferred", [False, True])
+def test_it_is_torchjds(mode, preferred):
+    torchjd = pytest.importorskip("torchjd.aggregation")
+    compared = 0
+    for name, rows in jacobians():
+        if not settled_rank(rows):
+            continue
+        preference = torch.linspace(0.1, 2.0, len(rows), dtype=torch.float64) if preferred else None
+        expected = torchjd.AlignedMTLWeighting(preference, scale_mode=mode)(gram(rows))
+        found = AlignedMTL(preference, mode).weights(gram(rows))
+        assert difference(rows, found, expected) <= 1e-9, name
+        compared += 1
+    assert compared >= 200
+
+
+@given(integer_rows())
+@prop
+def test_the_aligned_gradients_are_orthogonal_and_equally_long(rows):
+    """Each unit preference gives one aligned gradient; their Gram matrix is λ_min I: condition number 1."""
+    tasks = len(rows)
+    if not independent(rows):
+        return
+    units = torch.eye(tasks, dtype=torch.float64)
+    aligned = torch.stack([AlignedMTL(unit).weights(gram(rows)) @ rows for unit in units])
+    smallest = torch.linalg.eigvalsh(gram(rows))[0]
+    assert float((gram(aligned) - smallest * units).abs().max()) <= 1e-9 * float(smallest)
+
+
+@for_every_mode
+def test_two_tasks_by_hand(mode):
+    """G = diag(1, 4): w = √s (1, ½)·½ with s = 1, 1 (the lower of two) and 2.5."""
+    found = AlignedMTL(scale_mode=mode).weights(torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64)))
+    root = {"min": 1.0, "median": 1.0, "rmse": 2.5**0.5}[mode]
+    torch.testing.assert_close(found, root * torch.tensor([0.5, 0.25], dtype=torch.float64))
+
+
+@for_every_mode
+def test_no_gradients_at_all_give_the_preference(mode):
+    nothing = torch.zeros(2, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(AlignedMTL(scale_mode=mode).weights(nothing), torch.full_like(nothing[0, :2], 1 / 3))
+
+
+@for_every_mode
+def test_a_batch_is_a_loop(mode):
+    contract.check_batch_is_a_loop(lambda: AlignedMTL(scale_mode=mode))
+
+
+@for_every_mode
+def test_in_torch_it_gives_what_it_gives_in_numpy(mode):
+    contract.check_in_torch(lambda: AlignedMTL(torch.tensor([1.0, 2.0, 3.0, 4.0]), mode))
+
+
+def test_not_finite():
+    contract.check_not_finite_stays_in_its_problem(AlignedMTL)
+
+
+def test_scaled_gradients_give_the_same_weights():
+    contract.check_scaled_gradients_give_the_same_weights(AlignedMTL)
+
+
+def test_bad_grams_are_refused():
+    contract.check_bad_grams_are_refused(AlignedMTL)
+
+
+def test_in_a_surgery():
+    contract.check_surgery(AlignedMTL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"scale_mode": "max"}, ["scale_mode", "max", "rmse"]),
+        ({"pref_vector": torch.ones(2, 2)}, ["pref_vector"]),
+        ({"pref_vector": torch.tensor([1.0, torch.nan])}, ["pref_vector", "nan"]),
+    ],
+)
+def test_bad_arguments_name_what_was_found(arguments, words):
+    with pytest.raises(ValueError) as caught:
+        AlignedMTL(**arguments)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_preference_for_other_tasks_is_refused():
+    with pytest.raises(ValueError, match=r"pref_vector must be \[2\].*found \[3\]"):
+        AlignedMTL(torch.ones(3)).weights(torch.eye(2, dtype=torch.float64))
+
+
+def test_it_has_no_state_and_says_what_it_is():
+    method = AlignedMTL(torch.tensor([1.0, 3.0]), "rmse")
+    assert method.state_dict() == {}
+    assert repr(method) == "AlignedMTL(pref_vector=[1.0, 3.0], scale_mode='rmse')"

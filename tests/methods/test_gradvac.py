@@ -1,0 +1,228 @@
+"""GradVac: task gradients turned until their cosines reach running targets."""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+
+from fastpcgrad.methods.gradvac import GradVac
+from tests.methods import contract
+from tests.methods.matrices import difference, gram, jacobian, jacobians
+from tests.methods.properties import given, integer_rows, prop, st
+
+seeded = partial(GradVac, eps=0.0)
+
+
+def fixed(**options):
+    """A method whose orders do not depend on what else was drawn."""
+    return GradVac(generator=torch.Generator().manual_seed(4), **options)
+
+
+def with_targets(phi, **options):
+    method = GradVac(**options)
+    method.load_state_dict({"phi": phi})
+    return method
+
+
+@pytest.mark.parametrize(("beta", "eps"), [(0.5, 1e-8), (0.1, 0.0)])
+def test_it_is_torchjds_in_every_step(beta, eps):
+    """From the same seed: the third of three calls, with targets from the first two. Without eps TorchJD divides by zero
+    where a gradient is zero; a target of 1, from duplicates, divides by eps alone and magnifies rounding."""
+    torchjd = pytest.importorskip("torchjd.aggregation")
+    compared = 0
+    for name, rows in jacobians(kinds=("independent", "conflicting", "opposite", "dependent", "zero row")):
+        if name.startswith("zero row") and eps == 0:
+            continue
+        theirs, ours = torchjd.GradVacWeighting(beta, eps), GradVac(beta, eps)
+        for call in range(3):
+            J = rows + 0.3 * call * rows.roll(1, 0)
+            torch.manual_seed(call)
+            expected = theirs(gram(J))
+            after = torch.get_rng_state()
+            torch.manual_seed(call)
+            found = ours.weights(gram(J))
+            assert torch.equal(torch.get_rng_state(), after)
+            assert difference(J, found, expected) <= 1e-6, name
+        compared += 1
+    assert compared >= 200
+
+
+@given(integer_rows(max_tasks=2), st.floats(-0.9, 0.9))
+@prop
+def test_a_turned_gradient_has_the_target_cosine(rows, target):
+    """With two tasks: the cosine becomes the target where it was below, and stays as it is elsewhere."""
+    if len(rows) == 1 or not rows.any(dim=1).all():
+        return
+    before = torch.cosine_similarity(*rows, dim=0)
+    if abs(float(before)) > 1 - 1e-9:  # no plane to turn in
+        return
+    method = with_targets(torch.full((2, 2), target, dtype=torch.float64), eps=0.0)
+    turned = method.solve(gram(rows)).coefficients @ rows
+    expected = max(float(before), target)
+    for i, other in ((0, 1), (1, 0)):
+        assert float(torch.cosine_similarity(turned[i], rows[other], dim=0)) == pytest.approx(expected, abs=1e-9)
+
+
+@given(integer_rows())
+@prop
+def test_targets_follow_the_cosines(rows):
+    """φ̂ ← (1 − β) φ̂ + β φ, with φ before the turn; for a task's first turn that is the cosine of the gradients."""
+    method = GradVac(beta=1.0, eps=0.0)
+    method.weights(gram(rows))
+    phi = method.state_dict()["phi"]
+    assert bool((phi.abs() <= 1).all()) and not phi.diagonal().any()
+    if len(rows) == 2 and rows.any(dim=1).all():
+        cosine = torch.cosine_similarity(*rows, dim=0)
+        torch.testing.assert_close(phi, cosine * (1 - torch.eye(2, dtype=torch.float64)))
+
+
+def test_two_tasks_by_hand():
+    """cos = −0.6, targets 0: a = 1·(0·0.8 + 0.6·1)/(1·1) = 0.6; then φ̂ = −0.3."""
+    method = GradVac(eps=0.0)
+    grams = torch.tensor([[1.0, -0.6], [-0.6, 1.0]], dtype=torch.float64)
+    solution = method.solve(grams)
+    torch.testing.assert_close(solution.coefficients, torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64))
+    torch.testing.assert_close(solution.weights, torch.tensor([1.6, 1.6], dtype=torch.float64))
+    torch.testing.assert_close(
+        method.state_dict()["phi"], torch.tensor([[0.0, -0.3], [-0.3, 0.0]], dtype=torch.float64)
+    )
+
+
+def test_gradients_that_agree_are_summed_at_first():
+    grams = gram(jacobian("independent", 4, seed=0).abs())
+    solution = GradVac().solve(grams)
+    assert torch.equal(solution.coefficients, torch.eye(4, dtype=torch.float64))
+
+
+def test_zero_gradients_and_a_target_of_one_change_nothing_without_eps():
+    rows = jacobian("zero row", 3, seed=0)
+    method = with_targets(torch.ones(3, 3, dtype=torch.float64), eps=0.0)
+    assert torch.equal(method.solve(gram(rows)).coefficients, torch.eye(3, dtype=torch.float64))
+
+
+def test_a_batch_is_a_loop():
+    """Orders are drawn problem by problem."""
+    rows = [jacobian(kind, 4, seed=11) for kind in ("independent", "conflicting", "opposite", "zero row")]
+    method, generator = fixed(eps=0.0), torch.Generator().manual_seed(4)
+    single = [GradVac(eps=0.0, generator=generator) for _ in rows]
+    for _ in range(3):
+        together = method.solve(torch.stack([gram(matrix) for matrix in rows]))
+        for s, matrix in enumerate(rows):
+            alone = single[s].solve(gram(matrix))
+            torch.testing.assert_close(together.weights[s], alone.weights)
+            torch.testing.assert_close(together.coefficients[s], alone.coefficients)
+    phis = torch.stack([one.state_dict()["phi"] for one in single])
+    torch.testing.assert_close(method.state_dict()["phi"], phis)
+
+
+def test_in_torch_it_gives_what_it_gives_in_numpy():
+    contract.check_in_torch(partial(fixed, eps=0.0))
+
+
+def test_not_finite():
+    contract.check_not_finite_stays_in_its_problem(partial(with_targets, torch.zeros(4, 4).double()), batched=False)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_targets_of_its_problem():
+    grams = torch.stack([gram(jacobian("conflicting", 3, seed)) for seed in range(3)])
+    method = fixed()
+    method.weights(grams)
+    before = method.state_dict()["phi"]
+    grams[1, 0, 0] = torch.nan
+    assert method.weights(grams)[1].isnan().all()
+    after = method.state_dict()["phi"]
+    assert torch.equal(after[1], before[1]) and not torch.equal(after[0], before[0])
+
+
+def test_scaled_gradients_give_the_same_weights_without_eps():
+    contract.check_scaled_gradients_give_the_same_weights(partial(fixed, eps=0.0))
+
+
+def test_it_resumes_from_its_state():
+    grams = [gram(jacobian("conflicting", 4, seed)) for seed in range(6)]
+    whole, first = fixed(), fixed()
+    expected = [whole.weights(matrix) for matrix in grams]
+    for matrix in grams[:3]:
+        first.weights(matrix)
+    second = GradVac(generator=first.generator)
+    second.load_state_dict(first.state_dict())
+    for matrix, weights in zip(grams[3:], expected[3:], strict=True):
+        assert torch.equal(second.weights(matrix), weights)
+
+
+def test_the_state_is_a_copy_and_reset_forgets_it():
+    method, matrix = GradVac(), gram(jacobian("conflicting", 3, seed=0))
+    method.weights(matrix)
+    state = method.state_dict()
+    kept = state["phi"].clone()
+    state["phi"].zero_()
+    assert torch.equal(method.state_dict()["phi"], kept)
+    method.weights(matrix)
+    other = GradVac()
+    other.load_state_dict({"phi": kept})
+    other.weights(matrix)
+    method.reset()
+    assert method.state_dict() == {"phi": None}
+    method.load_state_dict({"phi": None})
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 3, 3)])
+def test_the_state_is_not_used_for_other_tasks(shape):
+    method = GradVac()
+    method.weights(torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"state is for \[3, 3\].*reset"):
+        method.weights(torch.eye(shape[-1], dtype=torch.float64).expand(shape))
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({}, ["phi"]),
+        ({"phi": None, "beta": 1}, ["phi", "beta"]),
+        ({"phi": torch.zeros(2, 3).double()}, ["phi", "[2, 3]"]),
+        ({"phi": torch.zeros(2, 2)}, ["phi", "float32"]),
+        ({"phi": [0.0]}, ["phi", "[0.0]"]),
+        ({"phi": torch.full((2, 2), 1.5).double()}, ["phi", "1.5"]),
+    ],
+)
+def test_a_bad_state_is_refused(state, words):
+    with pytest.raises(ValueError) as caught:
+        GradVac().load_state_dict(state)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_python_generator_orders_the_turns_too():
+    matrix = gram(jacobian("conflicting", 5, seed=0))
+    before = random.getstate(), torch.get_rng_state()
+    found = {tuple(GradVac(generator=random.Random(seed)).weights(matrix).tolist()) for seed in (1, 1, 2)}
+    assert len(found) == 2
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_bad_grams_are_refused():
+    contract.check_bad_grams_are_refused(GradVac)
+
+
+def test_in_a_surgery():
+    contract.check_surgery(fixed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"beta": 1.5}, ValueError, ["beta", "1.5"]),
+        ({"beta": float("nan")}, ValueError, ["beta", "nan"]),
+        ({"eps": -1e-8}, ValueError, ["eps", "-1e-08"]),
+        ({"eps": float("inf")}, ValueError, ["eps", "inf"]),
+        ({"generator": 3}, TypeError, ["generator", "3"]),
+    ],
+)
+def test_bad_arguments_name_what_was_found(arguments, error, words):
+    with pytest.raises(error) as caught:
+        GradVac(**arguments)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_repr_says_what_was_chosen():
+    assert repr(GradVac(beta=0.2)) == "GradVac(beta=0.2, eps=1e-08)"

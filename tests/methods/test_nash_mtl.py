@@ -1,0 +1,199 @@
+"""Nash-MTL: (G/‖G‖_F) w = 1/w, then the merged gradient shortened to max_norm."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from fastpcgrad.methods.nash_mtl import NashMTL
+from tests.methods import contract
+from tests.methods.matrices import difference, gram, jacobian, jacobians
+from tests.methods.properties import given, independent, integer_rows, prop
+
+SOLVABLE = ("independent", "conflicting", "duplicate")
+unshortened = partial(NashMTL, max_norm=0)
+
+
+def mismatch(grams, weights):
+    """max_i |w_i (G w)_i / ‖G‖_F − 1|."""
+    return float((weights * (grams @ weights) / grams.norm() - 1).abs().max())
+
+
+@pytest.mark.filterwarnings("ignore:You are solving a parameterized problem:UserWarning")
+@pytest.mark.filterwarnings("ignore:Solution may be inaccurate:UserWarning")
+def test_it_is_torchjds_where_that_has_converged():
+    """TorchJD stops at a residual of 1e-3, often far from the solution; where its residual is small both agree. It
+    cannot take a single task."""
+    torchjd = pytest.importorskip("torchjd.aggregation")
+    for package in ("cvxpy", "ecos"):
+        pytest.importorskip(package)
+    compared = 0
+    for name, rows in jacobians(kinds=SOLVABLE[:2], tasks=(2, 3), seeds=range(6), scales=(1.0, 1e-2)):
+        theirs = torchjd.NashMTL(len(rows), max_norm=0.0)
+        expected = theirs.weighting(rows).double()
+        error = mismatch(gram(rows), expected)
+        if not error <= 1e-3:
+            continue
+        assert difference(rows, unshortened().weights(gram(rows)), expected) <= 3e-3, name
+        compared += 1
+    assert compared >= 20
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_the_equation_holds(scale):
+    for name, rows in jacobians(kinds=SOLVABLE, seeds=range(9), scales=(scale,)):
+        weights = unshortened().weights(gram(rows))
+        assert bool((weights > 0).all()), name
+        assert mismatch(gram(rows), weights) <= 1e-10, name
+
+
+@given(integer_rows())
+@prop
+def test_the_equation_holds_for_independent_gradients(rows):
+    if independent(rows):
+        assert mismatch(gram(rows), unshortened().weights(gram(rows))) <= 1e-10
+
+
+@given(integer_rows())
+@prop
+def test_weights_are_finite_and_positive_whatever_the_gradients(rows):
+    """Also at Pareto-stationary points; only a task without gradient gets 0."""
+    weights = NashMTL().weights(gram(rows))
+    assert bool(weights.isfinite().all())
+    assert torch.equal(weights > 0, rows.any(dim=1))
+
+
+def test_lengths_of_single_task_gradients_do_not_change_the_direction():
+    rows = jacobian("conflicting", 4, seed=3)
+    lengths = torch.tensor([1e-4, 1.0, 1e2, 1e4], dtype=torch.float64)
+    directions = [NashMTL().weights(gram(J)) @ J for J in (rows, lengths[:, None] * rows)]
+    torch.testing.assert_close(*(direction / direction.norm() for direction in directions))
+
+
+def test_two_tasks_by_hand():
+    """G/‖G‖_F = diag(0.6, 0.8): w_i² = 1/G_ii."""
+    found = unshortened().weights(torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64)))
+    torch.testing.assert_close(found, torch.tensor([0.6**-0.5, 0.8**-0.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 0.25])
+def test_the_merged_gradient_is_shortened_and_never_lengthened(max_norm):
+    rows = jacobian("independent", 3, seed=0)
+    long = NashMTL(max_norm).weights(gram(rows)) @ rows
+    torch.testing.assert_close(long.norm(), torch.tensor(max_norm, dtype=torch.float64))
+    short = 1e-3 * rows
+    torch.testing.assert_close(NashMTL(max_norm).weights(gram(short)), unshortened().weights(gram(short)))
+
+
+def test_weights_are_solved_for_in_every_third_call_and_reused_between():
+    grams = [gram(jacobian("independent", 3, seed)) for seed in range(6)]
+    method = unshortened(update_weights_every=3)
+    found = [method.weights(matrix) for matrix in grams]
+    for call, weights in enumerate(found):
+        torch.testing.assert_close(weights, unshortened().weights(grams[call - call % 3]), rtol=0, atol=0)
+
+
+def test_reused_weights_are_shortened_for_the_new_gradients():
+    method, rows = NashMTL(update_weights_every=2), jacobian("independent", 3, seed=0)
+    method.weights(gram(1e-6 * rows))
+    merged = method.weights(gram(rows)) @ rows
+    torch.testing.assert_close(merged.norm(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_it_resumes_from_its_state():
+    grams = [gram(jacobian("independent", 3, seed)) for seed in range(8)]
+    whole, first, second = (NashMTL(update_weights_every=3) for _ in range(3))
+    expected = [whole.weights(matrix) for matrix in grams]
+    for matrix in grams[:5]:
+        first.weights(matrix)
+    second.load_state_dict(first.state_dict())
+    for matrix, weights in zip(grams[5:], expected[5:], strict=True):
+        assert torch.equal(second.weights(matrix), weights)
+
+
+def test_the_state_is_a_copy():
+    method, matrix = NashMTL(update_weights_every=9), gram(jacobian("independent", 3, seed=0))
+    expected = method.weights(matrix)
+    method.state_dict()["weights"].zero_()
+    assert torch.equal(method.weights(matrix), expected)
+
+
+def test_reset_starts_over():
+    method = NashMTL(update_weights_every=9)
+    method.weights(gram(jacobian("independent", 3, seed=0)))
+    method.reset()
+    other = gram(jacobian("independent", 4, seed=1))
+    assert torch.equal(method.weights(other), NashMTL().weights(other))
+    assert NashMTL().state_dict() == {"step": 0, "weights": None}
+
+
+def test_weights_are_not_reused_for_other_tasks():
+    method = NashMTL(update_weights_every=2)
+    method.weights(torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"1 problems of 4 tasks.*1 of 3.*reset"):
+        method.weights(torch.eye(4, dtype=torch.float64))
+    every = NashMTL()
+    assert [len(every.weights(torch.eye(n, dtype=torch.float64))) for n in (3, 4)] == [3, 4]
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_gradient_that_is_not_finite_does_not_enter_the_state(before):
+    """As with a GradScaler whose first steps overflow: the weights are found as soon as there are gradients."""
+    method, matrix = NashMTL(update_weights_every=5), gram(jacobian("independent", 3, seed=0))
+    for _ in range(before):
+        method.weights(matrix)
+    assert method.weights(torch.full_like(matrix, torch.inf)).isnan().all()
+    assert torch.equal(method.weights(matrix), NashMTL().weights(matrix))
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"alpha": 1}, ["step", "weights", "alpha"]),
+        ({"step": -1, "weights": None}, ["step", "-1"]),
+        ({"step": 1, "weights": torch.ones(3)}, ["weights", "float32", "[3]"]),
+        ({"step": 1, "weights": [1.0]}, ["weights", "[1.0]"]),
+    ],
+)
+def test_a_bad_state_is_refused(state, words):
+    with pytest.raises(ValueError) as caught:
+        NashMTL().load_state_dict(state)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_batch_is_a_loop():
+    contract.check_batch_is_a_loop(NashMTL)
+
+
+def test_not_finite():
+    contract.check_not_finite_stays_in_its_problem(NashMTL)
+
+
+def test_scaled_gradients_give_the_same_weights():
+    contract.check_scaled_gradients_give_the_same_weights(unshortened)
+
+
+def test_bad_grams_are_refused():
+    contract.check_bad_grams_are_refused(NashMTL)
+
+
+def test_in_a_surgery():
+    contract.check_surgery(NashMTL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_norm": -1.0}, ["max_norm", "-1.0"]),
+        ({"update_weights_every": 0}, ["update_weights_every", "0"]),
+        ({"optim_niter": 0}, ["optim_niter", "0"]),
+    ],
+)
+def test_bad_arguments_name_what_was_found(arguments, words):
+    with pytest.raises(ValueError) as caught:
+        NashMTL(**arguments)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_repr_says_what_was_chosen():
+    assert repr(NashMTL()) == "NashMTL(max_norm=1.0, update_weights_every=1, optim_niter=100)"
