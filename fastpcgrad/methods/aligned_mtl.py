@@ -24,10 +24,10 @@ class AlignedMTL(Method):
         scale_mode: the common squared length s of the aligned gradients. ``min``: the smallest eigenvalue kept, as in
             the paper; ``median`` (the lower one) or ``rmse`` (the mean) of those kept.
     Raises:
-        ValueError: ``pref_vector`` has another rank or is not finite; unknown ``scale_mode``. From ``solve``: the length
-            of ``pref_vector`` is not T.
-    Numerics: eigenvalues up to λ_max·T·2⁻⁵² count as zero. NumPy on a CPU, else torch on the device of
-        G.
+        ValueError: ``pref_vector`` has another rank or is not finite; unknown ``scale_mode``. From ``solve``: the
+            length of ``pref_vector`` is not T.
+    Numerics: eigenvalues up to λ_max·T·2⁻⁵² count as zero. NumPy on a CPU, else torch on the device of G, where
+        ``torch.linalg.eigh`` waits for the device.
     Source: Senushkin et al. 2023, Independent Component Alignment for Multi-Task Learning, CVPR, Alg. 1
         (arXiv:2305.19000).
     Example:

@@ -11,8 +11,8 @@ from .problems import Array, HostMethod
 class CAGrad(HostMethod):
     """Weights of the d that maximises min_i g_i·d within ‖d − g_0‖ ≤ c‖g_0‖, where g_0 is the mean gradient.
 
-    w = 1/T + (c‖g_0‖/‖g_v‖) v, where v minimises g_v·g_0 + c‖g_0‖‖g_v‖ over the simplex, g_v = v J. c = 0 gives the mean.
-    The weights do not change with the scale of the gradients, so the merged gradient scales with them.
+    w = 1/T + (c‖g_0‖/‖g_v‖) v, where v minimises g_v·g_0 + c‖g_0‖‖g_v‖ over the simplex, g_v = v J. With c = 0 it is
+    the mean. The weights do not change with the scale of the gradients, so the merged gradient scales with them.
 
     Args:
         c: radius of the ball around g_0 in units of ‖g_0‖; not negative. The paper takes 0.2 to 0.8.
@@ -45,13 +45,13 @@ class CAGrad(HostMethod):
         mean = np.full(tasks, 1 / tasks)
         if self.c == 0:
             return mean
-        gram = gram / (np.trace(gram) or 1.0)
+        gram = gram / (gram.trace() or 1.0)
         products = gram.mean(axis=1)  # g_i·g_0
-        radius = self.c * np.sqrt(max(products.mean(), 0.0))
+        radius = self.c * np.sqrt(max(float(products.mean()), 0.0))
         if radius == 0:
             return np.zeros(tasks)
         v = simplex.minimum(gram, products, radius)
-        norm = np.sqrt(max(v @ gram @ v, 0.0))
+        norm = np.sqrt(max(float(v @ gram @ v), 0.0))
         if norm < max(self.norm_eps, simplex.SMOOTHING):
             return np.zeros(tasks)
         return mean + radius / norm * v

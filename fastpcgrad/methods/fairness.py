@@ -42,7 +42,7 @@ def solve(gram: Array, alpha: float, max_iters: int) -> Array:
     _diagonal(cosines)[:] = 1 + RIDGE
     y = _newton(cosines, demands, power, y, everywhere, max_iters)
     _diagonal(cosines)[:] = 1
-    little = (RIDGE * y < 0.01 * demands * y**-power).all(axis=1)
+    little: Flags = np.logical_and.reduce(RIDGE * y < 0.01 * demands * y**-power, axis=1)
     y = _newton(cosines, demands, power, y, little, max_iters)
     return np.where(absent, 0.0, y / norms)
 

@@ -35,8 +35,8 @@ class GradVac(Method):
     Raises:
         TypeError: a generator of another type.
         ValueError: ``beta`` or ``eps`` is out of range. From ``solve``: the state is for another shape.
-    Numerics: NumPy on a CPU, else torch on the device of G without waiting for it. NaN or inf in G gives NaN weights and
-        leaves φ̂ of that problem as it was.
+    Numerics: NumPy on a CPU, else torch on the device of G without waiting for it. NaN or inf in G gives NaN weights
+        and leaves φ̂ of that problem as it was.
     Source: Wang et al. 2021, Gradient Vaccine, arXiv:2010.05874, Alg. 1.
     Example:
         >>> G = torch.tensor([[1.0, -0.6], [-0.6, 1.0]], dtype=torch.float64)

@@ -16,9 +16,10 @@ class IMTLG(Method):
     then have no common direction). Weights may be negative. The merged gradient scales with the gradients.
 
     Numerics: G⁺ leaves out the eigenvalues up to λ_max·T·2⁻⁵². Σv counts as zero below 1e-12, with the gradients
-        scaled to trace G = 1 (TorchJD does not scale them). NumPy on a CPU, else torch on the device of G.
-    Source: Liu et al. 2021, Towards Impartial Multi-task Learning, ICLR, eq. 6; for dependent task gradients Quinton and
-        Rey 2024, arXiv:2406.16232.
+        scaled to trace G = 1 (TorchJD does not scale them). NumPy on a CPU, else torch on the device of G,
+        where ``torch.linalg.eigh`` waits for the device.
+    Source: Liu et al. 2021, Towards Impartial Multi-task Learning, ICLR; for dependent task gradients Quinton and Rey
+        2024, arXiv:2406.16232.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.IMTLG().weights(G)

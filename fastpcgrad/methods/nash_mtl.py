@@ -10,14 +10,15 @@ from torch import Tensor
 
 from . import fairness
 from .base import Method, Solution
-from .problems import Array, from_host, on_host
+from .problems import Array, Flags, from_host, on_host
 
 
 class NashMTL(Method):
-    """Weights w > 0 with (G/‖G‖_F) w = 1/w, then the merged gradient shortened to ``max_norm``.
+    """Weights w > 0 with G w = 1/w, then the merged gradient shortened to ``max_norm``.
 
-    Below ``max_norm`` the merged gradient scales with the gradients; above it its direction alone counts. The scales of
-    single task gradients do not change the direction.
+    Each task gains w_i g_i·d = 1, so the merged gradient d has the length √T, or ``max_norm``, however long the task
+    gradients are: a loss scaled for mixed precision must be unscaled before, not after. Neither does the direction
+    change with the lengths of single task gradients.
 
     State: the weights (before the shortening) and the number of calls, so that a run with ``update_weights_every`` > 1
     resumes where it was. Where that is 1, nothing depends on the state. The weights belong to the tasks in their
@@ -35,9 +36,9 @@ class NashMTL(Method):
         then found in the next call. float64 in NumPy on the host, S problems together; waits for the device of G.
     Source: Navon et al. 2022, Multi-Task Learning as a Bargaining Game, arXiv:2202.01017, Alg. 1.
     Example:
-        >>> G = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)  # G/‖G‖_F = diag(0.6, 0.8)
+        >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.NashMTL(max_norm=0).weights(G)
-        tensor([1.2910, 1.1180], dtype=torch.float64)
+        tensor([1.0000, 0.5000], dtype=torch.float64)
     """
 
     def __init__(self, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 100) -> None:
@@ -67,7 +68,7 @@ class NashMTL(Method):
         weights[~finite] = np.nan
         return Solution(from_host(weights, gram), None)
 
-    def _bargained(self, gram: Array, finite: Array) -> Array:
+    def _bargained(self, gram: Array, finite: Flags) -> Array:
         """The weights before the shortening, solved for or from the state."""
         due = self._step % self.update_weights_every == 0
         known = self._weights
@@ -79,8 +80,7 @@ class NashMTL(Method):
         self._step += 1
         if not due and known is not None and not np.isnan(known[finite]).any():
             return known
-        scale = np.linalg.norm(gram, axis=(1, 2))
-        solved = fairness.solve(gram, 1.0, self.optim_niter) * np.sqrt(scale)[:, None]
+        solved = fairness.solve(gram, 1.0, self.optim_niter)
         if known is None or known.shape != solved.shape:
             known = np.full_like(solved, np.nan)
         self._weights = np.where(finite[:, None], solved, known)

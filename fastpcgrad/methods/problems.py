@@ -1,7 +1,8 @@
 """What methods share: a batch of problems, checked, with those that are not finite set apart.
 
-On a CPU the methods compute in NumPy, whose calls on T×T arrays cost a fraction of torch's. What has few steps also runs
-in torch, on the device of G: it is written once against what the two modules have in common, with the module as ``xp``.
+On a CPU the methods compute in NumPy, whose calls on T×T arrays cost a fraction of torch's. What has few steps also
+runs in torch, on the device of G: it is written once against what the two modules have in common, with the module as
+``xp``.
 
 Small iterative solvers run in NumPy on the host, whatever the device of the Gram matrix: a T×T problem takes tens of
 dependent steps of a few operations each, which on a GPU are kernel launches and take milliseconds; a copy of G to the
@@ -47,7 +48,7 @@ def on_host(gram: Tensor) -> tuple[Array, Flags]:
     """
     check_gram(gram)
     problems: Array = gram.detach().cpu().numpy().reshape(-1, *gram.shape[-2:])
-    finite: Flags = np.isfinite(problems).all(axis=(1, 2))
+    finite: Flags = np.logical_and.reduce(np.isfinite(problems), axis=(1, 2))
     if not finite.all():
         problems = np.where(finite[:, None, None], problems, 0.0)
     return problems, finite

@@ -22,8 +22,8 @@ def mismatch(grams, weights, alpha):
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 def test_it_is_torchjds(alpha):
-    """Where TorchJD's solver has found a solution: it starts from 1/T, too far off at other scales. Where task gradients
-    oppose each other or one is zero there is none."""
+    """Where TorchJD's solver has found a solution: it starts from 1/T, too far off at other scales. Where task
+    gradients oppose each other or one is zero there is none."""
     torchjd = pytest.importorskip("torchjd.aggregation")
     pytest.importorskip("scipy")
     compared = 0

@@ -11,8 +11,6 @@ from tests.methods import contract
 from tests.methods.matrices import difference, gram, jacobian, jacobians
 from tests.methods.properties import given, integer_rows, prop, st
 
-seeded = partial(GradVac, eps=0.0)
-
 
 def fixed(**options):
     """A method whose orders do not depend on what else was drawn."""
@@ -27,12 +25,14 @@ def with_targets(phi, **options):
 
 @pytest.mark.parametrize(("beta", "eps"), [(0.5, 1e-8), (0.1, 0.0)])
 def test_it_is_torchjds_in_every_step(beta, eps):
-    """From the same seed: the third of three calls, with targets from the first two. Without eps TorchJD divides by zero
-    where a gradient is zero; a target of 1, from duplicates, divides by eps alone and magnifies rounding."""
+    """From the same seed, in each of three calls, with targets from those before. Without eps TorchJD divides by zero
+    where a gradient is zero. Left out are parallel gradients: what is left of a gradient that its opposite cancels is
+    rounding, whose cosine is noise, and the target of 1 that duplicates reach makes both divide by eps alone."""
     torchjd = pytest.importorskip("torchjd.aggregation")
     compared = 0
-    for name, rows in jacobians(kinds=("independent", "conflicting", "opposite", "dependent", "zero row")):
-        if name.startswith("zero row") and eps == 0:
+    kinds = ["independent", "conflicting", "dependent"] + (["zero row"] if eps else [])
+    for name, rows in jacobians(kinds):
+        if name.startswith("dependent, T=2"):  # of rank 1
             continue
         theirs, ours = torchjd.GradVacWeighting(beta, eps), GradVac(beta, eps)
         for call in range(3):
@@ -121,7 +121,7 @@ def test_in_torch_it_gives_what_it_gives_in_numpy():
 
 
 def test_not_finite():
-    contract.check_not_finite_stays_in_its_problem(partial(with_targets, torch.zeros(4, 4).double()), batched=False)
+    contract.check_not_finite_stays_in_its_problem(fixed)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_targets_of_its_problem():

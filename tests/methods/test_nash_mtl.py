@@ -1,4 +1,4 @@
-"""Nash-MTL: (G/‖G‖_F) w = 1/w, then the merged gradient shortened to max_norm."""
+"""Nash-MTL: G w = 1/w, then the merged gradient shortened to max_norm."""
 
 from functools import partial
 
@@ -15,28 +15,26 @@ unshortened = partial(NashMTL, max_norm=0)
 
 
 def mismatch(grams, weights):
-    """max_i |w_i (G w)_i / ‖G‖_F − 1|."""
-    return float((weights * (grams @ weights) / grams.norm() - 1).abs().max())
+    """max_i |w_i (G w)_i − 1|: each task's gain should be 1."""
+    return float((weights * (grams @ weights) - 1).abs().max())
 
 
 @pytest.mark.filterwarnings("ignore:You are solving a parameterized problem:UserWarning")
 @pytest.mark.filterwarnings("ignore:Solution may be inaccurate:UserWarning")
 def test_it_is_torchjds_where_that_has_converged():
-    """TorchJD stops at a residual of 1e-3, often far from the solution; where its residual is small both agree. It
-    cannot take a single task."""
+    """TorchJD stops at a residual of 1e-3 of another equation, at times far from the solution; where it is near both
+    agree. It cannot take a single task, and takes 50 ms for two."""
     torchjd = pytest.importorskip("torchjd.aggregation")
     for package in ("cvxpy", "ecos"):
         pytest.importorskip(package)
     compared = 0
-    for name, rows in jacobians(kinds=SOLVABLE[:2], tasks=(2, 3), seeds=range(6), scales=(1.0, 1e-2)):
-        theirs = torchjd.NashMTL(len(rows), max_norm=0.0)
-        expected = theirs.weighting(rows).double()
-        error = mismatch(gram(rows), expected)
-        if not error <= 1e-3:
+    for name, rows in jacobians(kinds=SOLVABLE, tasks=(2, 3), seeds=range(8), scales=(1.0, 10.0, 100.0)):
+        expected = torchjd.NashMTL(len(rows), max_norm=0.0).weighting(rows)
+        if mismatch(gram(rows), expected) > 1e-3:
             continue
         assert difference(rows, unshortened().weights(gram(rows)), expected) <= 3e-3, name
         compared += 1
-    assert compared >= 20
+    assert compared >= 100
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
@@ -71,18 +69,19 @@ def test_lengths_of_single_task_gradients_do_not_change_the_direction():
 
 
 def test_two_tasks_by_hand():
-    """G/‖G‖_F = diag(0.6, 0.8): w_i² = 1/G_ii."""
-    found = unshortened().weights(torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64)))
-    torch.testing.assert_close(found, torch.tensor([0.6**-0.5, 0.8**-0.5], dtype=torch.float64))
+    """G = diag(1, 4): w_i² = 1/G_ii."""
+    found = unshortened().weights(torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64)))
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.5], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("max_norm", [1.0, 0.25])
-def test_the_merged_gradient_is_shortened_and_never_lengthened(max_norm):
-    rows = jacobian("independent", 3, seed=0)
-    long = NashMTL(max_norm).weights(gram(rows)) @ rows
-    torch.testing.assert_close(long.norm(), torch.tensor(max_norm, dtype=torch.float64))
-    short = 1e-3 * rows
-    torch.testing.assert_close(NashMTL(max_norm).weights(gram(short)), unshortened().weights(gram(short)))
+@pytest.mark.parametrize(("max_norm", "length"), [(1.0, 1.0), (0.25, 0.25), (2.0, 3**0.5), (0.0, 3**0.5)])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_the_merged_gradient_has_one_length_and_direction_at_any_scale(max_norm, length, scale):
+    rows = jacobian("conflicting", 3, seed=0)
+    merged = NashMTL(max_norm).weights(gram(scale * rows)) @ (scale * rows)
+    assert float(merged.norm()) == pytest.approx(length, rel=1e-9)
+    expected = unshortened().weights(gram(rows)) @ rows
+    torch.testing.assert_close(merged / length, expected / expected.norm())
 
 
 def test_weights_are_solved_for_in_every_third_call_and_reused_between():
@@ -93,11 +92,13 @@ def test_weights_are_solved_for_in_every_third_call_and_reused_between():
         torch.testing.assert_close(weights, unshortened().weights(grams[call - call % 3]), rtol=0, atol=0)
 
 
-def test_reused_weights_are_shortened_for_the_new_gradients():
-    method, rows = NashMTL(update_weights_every=2), jacobian("independent", 3, seed=0)
-    method.weights(gram(1e-6 * rows))
-    merged = method.weights(gram(rows)) @ rows
-    torch.testing.assert_close(merged.norm(), torch.tensor(1.0, dtype=torch.float64))
+def test_reused_weights_are_shortened_and_never_lengthened_for_the_new_gradients():
+    rows = jacobian("independent", 3, seed=0)
+    method = NashMTL(update_weights_every=3)
+    method.weights(gram(rows))
+    longer, shorter = 10 * rows, 0.1 * rows
+    assert float((method.weights(gram(longer)) @ longer).norm()) == pytest.approx(1.0)
+    assert float((method.weights(gram(shorter)) @ shorter).norm()) == pytest.approx(0.1 * 3**0.5)
 
 
 def test_it_resumes_from_its_state():
@@ -167,10 +168,6 @@ def test_a_batch_is_a_loop():
 
 def test_not_finite():
     contract.check_not_finite_stays_in_its_problem(NashMTL)
-
-
-def test_scaled_gradients_give_the_same_weights():
-    contract.check_scaled_gradients_give_the_same_weights(unshortened)
 
 
 def test_bad_grams_are_refused():
