@@ -1,0 +1,108 @@
+"""Baselines whose weights do not depend on the task gradients.
+
+They do not look at G, so NaN and inf stay in the columns of J where they arose: ``combine`` hides none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._task_vector import TaskVector, check_length, task_vector
+from .base import Method, Solution
+
+
+class Mean(Method):
+    """The mean of the task gradients: weights 1/T.
+
+    Example:
+        >>> fastpcgrad.methods.Mean().weights(torch.eye(4, dtype=torch.float64))
+        tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
+    """
+
+    def solve(self, gram: Tensor) -> Solution:
+        return Solution(gram.new_full(gram.shape[:-1], 1 / gram.shape[-1]), coefficients=None)
+
+    def __repr__(self) -> str:
+        return "Mean()"
+
+
+class Sum(Method):
+    """The sum of the task gradients, which is the gradient of the summed losses: weights 1.
+
+    Example:
+        >>> fastpcgrad.methods.Sum().weights(torch.eye(2, dtype=torch.float64))
+        tensor([1., 1.], dtype=torch.float64)
+    """
+
+    def solve(self, gram: Tensor) -> Solution:
+        return Solution(gram.new_ones(gram.shape[:-1]), coefficients=None)
+
+    def __repr__(self) -> str:
+        return "Sum()"
+
+
+class Constant(Method):
+    """The task gradients with given weights.
+
+    Args:
+        weights: of each task, ``[T]``, finite.
+    Raises:
+        TypeError, ValueError: bad weights; when solving, a number of tasks that does not fit.
+    Example:
+        >>> fastpcgrad.methods.Constant([0.5, 2.0]).weights(torch.eye(2, dtype=torch.float64))
+        tensor([0.5000, 2.0000], dtype=torch.float64)
+    """
+
+    def __init__(self, weights: TaskVector) -> None:
+        self.task_weights = task_vector("weights", weights)
+
+    def solve(self, gram: Tensor) -> Solution:
+        check_length("weights", self.task_weights, gram.shape[-1])
+        # A copy: what the caller does with the answer must not change the next one.
+        weights = gram.new_empty(gram.shape[:-1]).copy_(self.task_weights)
+        return Solution(weights, coefficients=None)
+
+    def __repr__(self) -> str:
+        return f"Constant(weights={self.task_weights.tolist()})"
+
+
+class RandomWeights(Method):
+    """Random weights: the softmax of T independent standard normal numbers, drawn anew for each problem.
+
+    Args:
+        generator: where the numbers are drawn, float64, on its device; for S problems S times T numbers in turn.
+            None: the global generator of the device of G.
+    Raises:
+        TypeError: a generator of another type.
+    Source: Lin et al. 2022, Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning,
+        arXiv:2111.10603 (RLW, normal distribution).
+    Example:
+        >>> method = fastpcgrad.methods.RandomWeights(torch.Generator().manual_seed(0))
+        >>> method.weights(torch.eye(3, dtype=torch.float64)).sum()
+        tensor(1., dtype=torch.float64)
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        check_generator(generator)
+        self.generator = generator
+
+    def solve(self, gram: Tensor) -> Solution:
+        device = gram.device if self.generator is None else self.generator.device
+        *problems, tasks = gram.shape[:-1]
+
+        def draw() -> Tensor:
+            return torch.randn(tasks, generator=self.generator, dtype=torch.float64, device=device)
+
+        # One by one: a single draw of S × T numbers would give others than S draws of T.
+        normal = torch.stack([draw() for _ in range(problems[0])]) if problems else draw()
+        return Solution(normal.softmax(dim=-1).to(gram.device), coefficients=None)
+
+    def __repr__(self) -> str:
+        return f"RandomWeights(generator={self.generator})"
+
+
+def check_generator(generator: object) -> None:
+    """TypeError unless ``generator`` is None or a ``torch.Generator``."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None; found {generator!r}")

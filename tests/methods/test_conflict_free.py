@@ -1,0 +1,124 @@
+"""ConFIG: TorchJD's numbers, equal cosines, hand-worked cases."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fastpcgrad.methods.conflict_free import ConFIG
+from tests.methods.random_rows import check_batch, check_broken, check_scales, error, gram, random_rows
+
+
+def units(rows):
+    return torch.nan_to_num(rows / rows.norm(dim=1, keepdim=True))
+
+
+def relative_singular_values(rows):
+    values = torch.linalg.svdvals(units(rows))
+    return values / values.max() if values.any() else values
+
+
+@pytest.mark.parametrize("with_preferences", [False, True])
+def test_equals_torchjd(with_preferences):
+    """Left out: singular values between dependent and independent, where the two draw the line at different places, and
+    preferences without a part in the span of the gradients, where TorchJD normalises rounding."""
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    compared = 0
+    for seed in range(300):
+        rows = random_rows(seed)
+        preferences = 0.1 + torch.rand(len(rows), dtype=torch.float64) if with_preferences else None
+        wanted = torch.ones(len(rows), dtype=torch.float64) if preferences is None else preferences
+        values = relative_singular_values(rows)
+        between = (values > 1e-12) & (values < 1e-3)
+        part = units(rows) @ (torch.linalg.pinv(units(rows)) @ wanted)
+        if between.any() or 0 < part.norm() < 1e-9:
+            continue
+        weights = ConFIG(preferences).weights(gram(rows))
+        expected = aggregation.ConFIG(preferences)(rows)
+        assert error(weights @ rows, expected, weights, rows) <= 1e-9, seed
+        compared += 1
+    assert compared >= 200
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_equal_cosines_with_all_tasks(seed):
+    """And none negative: it conflicts with no task. Needs linearly independent task gradients."""
+    rows = random_rows(seed, kinds=("plain", "common direction", "conflicting", "mixed norms"))
+    assume(relative_singular_values(rows).min() > 1e-3)
+    merged = ConFIG().weights(gram(rows)) @ rows
+    cosines = units(rows) @ merged / merged.norm()
+    assert cosines.min() > 0
+    assert float((cosines - cosines.mean()).abs().max()) <= 1e-9
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=100, deadline=None)
+def test_cosines_are_as_preferred_and_the_length_is_the_sum_of_projections(seed):
+    rows = random_rows(seed, kinds=("plain", "common direction", "mixed norms"))
+    assume(relative_singular_values(rows).min() > 1e-3)
+    preferences = torch.linspace(1, 3, len(rows), dtype=torch.float64)
+    merged = ConFIG(preferences).weights(gram(rows)) @ rows
+    cosines = units(rows) @ merged / merged.norm()
+    torch.testing.assert_close(cosines / cosines[0], preferences, rtol=1e-8, atol=0)
+    torch.testing.assert_close(rows.sum(dim=0) @ merged / merged.norm(), merged.norm(), rtol=1e-8, atol=0)
+
+
+def test_by_hand():
+    """(3, 0) and (0, 1): direction (1, 1)/√2, length 4/√2."""
+    rows = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(ConFIG().weights(gram(rows)) @ rows, torch.tensor([2.0, 2.0], dtype=torch.float64))
+
+
+def test_one_task_is_left_as_it_is():
+    assert ConFIG().weights(torch.full((1, 1), 9.0, dtype=torch.float64)).tolist() == [1.0]
+
+
+def test_exact_opposites_cancel():
+    rows = torch.tensor([[1.0, 2.0], [-3.0, -6.0]], dtype=torch.float64)
+    assert ConFIG().weights(gram(rows)).tolist() == [0.0, 0.0]
+
+
+def test_a_zero_gradient_has_no_weight_and_changes_nothing():
+    rows = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    weights = ConFIG().weights(gram(rows))
+    assert weights[1] == 0
+    torch.testing.assert_close(weights @ rows, torch.tensor([2.0, 2.0], dtype=torch.float64))
+    assert ConFIG().weights(torch.zeros(2, 2, dtype=torch.float64)).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_batch(tasks):
+    check_batch(ConFIG(), tasks)
+
+
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_what_is_not_finite_stays_in_its_problem(tasks):
+    check_broken(ConFIG(), tasks)
+
+
+def test_scales():
+    check_scales(ConFIG(), 5)
+
+
+@pytest.mark.parametrize(
+    ("preferences", "error", "words"),
+    [
+        ([[1.0, 2.0]], ValueError, ["pref_vector", "[1, 2]"]),
+        ([float("nan")], ValueError, ["pref_vector", "nan"]),
+        ("ones", TypeError, ["pref_vector", "ones"]),
+    ],
+)
+def test_bad_arguments(preferences, error, words):
+    with pytest.raises(error) as caught:
+        ConFIG(preferences)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_preferences_of_another_number_of_tasks():
+    with pytest.raises(ValueError, match=r"pref_vector has 2 .* found 3"):
+        ConFIG([1.0, 1.0]).weights(torch.eye(3, dtype=torch.float64))
+
+
+def test_repr():
+    assert repr(ConFIG([1, 2])) == "ConFIG(pref_vector=[1.0, 2.0])"
