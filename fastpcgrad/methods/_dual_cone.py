@@ -38,7 +38,7 @@ def project(gram: Tensor, lower: Tensor, norm_eps: float, reg_eps: float) -> Ten
     Args:
         gram: ``[T, T]`` or ``[S, T, T]`` float64.
         lower: the vectors u, ``[R, T]`` float64 on the CPU, finite.
-        norm_eps: G' = reg_eps I where tr G is not above it.
+        norm_eps: where tr G is not above it, G counts as zero and v = u.
         reg_eps: added to the diagonal.
     Returns:
         ``[R, T]`` or ``[S, R, T]`` float64 on the device of ``gram``; NaN for a problem whose G is not finite.
@@ -48,32 +48,33 @@ def project(gram: Tensor, lower: Tensor, norm_eps: float, reg_eps: float) -> Ten
         comparison of block pivoting and interior-point algorithms for linear least squares problems with nonnegative
         variables.
     """
-    grams = gram.detach().cpu().numpy().reshape(-1, *gram.shape[-2:])
-    traces = grams.trace(axis1=1, axis2=2)[:, None, None]
-    broken = ~np.isfinite(grams.sum(axis=(1, 2)) + traces[:, 0, 0])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = np.where(traces > norm_eps, grams / traces, 0.0)
-    scaled[broken] = 0.0
     tasks = gram.shape[-1]
-    scaled += reg_eps * np.eye(tasks)
-    weights = _solve(scaled, lower.numpy())
-    weights[broken] = np.nan
-    return torch.from_numpy(weights).reshape(*gram.shape[:-2], *lower.shape).to(gram.device)
+    grams = gram.detach().cpu().numpy().reshape(-1, tasks, tasks)
+    traces = grams.trace(axis1=1, axis2=2)[:, None]
+    finite = np.isfinite(grams.sum(axis=(1, 2)))
+    counts = finite[:, None] & (traces > norm_eps)
+    if not counts.all():
+        grams, traces = np.where(counts[:, :, None], grams, 0.0), np.where(counts, traces, 0.0)
+    values = _solve(grams, reg_eps * traces, lower.numpy())
+    if not finite.all():
+        values[~finite] = np.nan
+    return torch.from_numpy(values.reshape(*gram.shape[:-2], *lower.shape)).to(gram.device)
 
 
-def _solve(grams: Array, lower: Array) -> Array:
-    """``project`` for G' ``[S, T, T]`` and u ``[R, T]``: v ``[S, R, T]``."""
+def _solve(grams: Array, added: Array, lower: Array) -> Array:
+    """v ``[S, R, T]`` for G ``[S, T, T]``, what is added to their diagonals ``[S, 1]``, and u ``[R, T]``."""
     count, tasks = len(grams), grams.shape[-1]
-    norms = np.sqrt(np.einsum("stt->st", grams))
-    norms[norms == 0] = 1.0
+    norms = np.sqrt(grams.diagonal(axis1=1, axis2=2) + added)
+    is_zero = norms == 0
+    norms[is_zero] = 1.0
     unit = grams / (norms[:, :, None] * norms[:, None, :])
+    np.einsum("stt->st", unit)[...] = ~is_zero
     bound = (lower * norms[:, None, :]).reshape(-1, tasks)
     matrices = np.repeat(unit, len(lower), axis=0)
     values, found = _block_pivoting(matrices, bound)
     if not found.all():
         values[~found] = _ActiveSets(matrices[~found], bound[~found]).solve()
-    values = values.reshape(count, len(lower), tasks)
-    values /= norms[:, None, :]
+    values = values.reshape(count, len(lower), tasks) / norms[:, None, :]
     return np.maximum(values, lower)
 
 

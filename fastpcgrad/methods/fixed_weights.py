@@ -36,7 +36,7 @@ class Sum(Method):
     """
 
     def solve(self, gram: Tensor) -> Solution:
-        return Solution(gram.new_ones(gram.shape[:-1]), coefficients=None)
+        return Solution(gram.new_full(gram.shape[:-1], 1.0), coefficients=None)
 
     def __repr__(self) -> str:
         return "Sum()"
@@ -60,8 +60,8 @@ class Constant(Method):
     def solve(self, gram: Tensor) -> Solution:
         check_length("weights", self.task_weights, gram.shape[-1])
         # A copy: what the caller does with the answer must not change the next one.
-        weights = gram.new_empty(gram.shape[:-1]).copy_(self.task_weights)
-        return Solution(weights, coefficients=None)
+        weights = self.task_weights.to(gram.device, copy=True)
+        return Solution(weights if gram.dim() == 2 else weights.repeat(len(gram), 1), coefficients=None)
 
     def __repr__(self) -> str:
         return f"Constant(weights={self.task_weights.tolist()})"
@@ -88,15 +88,13 @@ class RandomWeights(Method):
         self.generator = generator
 
     def solve(self, gram: Tensor) -> Solution:
-        device = gram.device if self.generator is None else self.generator.device
-        *problems, tasks = gram.shape[:-1]
-
-        def draw() -> Tensor:
-            return torch.randn(tasks, generator=self.generator, dtype=torch.float64, device=device)
-
         # One by one: a single draw of S × T numbers would give others than S draws of T.
-        normal = torch.stack([draw() for _ in range(problems[0])]) if problems else draw()
+        normal = self._draw(gram) if gram.dim() == 2 else torch.stack([self._draw(problem) for problem in gram])
         return Solution(normal.softmax(dim=-1).to(gram.device), coefficients=None)
+
+    def _draw(self, gram: Tensor) -> Tensor:
+        device = gram.device if self.generator is None else self.generator.device
+        return torch.randn(len(gram), generator=self.generator, dtype=torch.float64, device=device)
 
     def __repr__(self) -> str:
         return f"RandomWeights(generator={self.generator})"
