@@ -24,7 +24,7 @@ SCHEMA = 1
 # What a number depends on. Results, plots and the README's table change with every run and are none of it.
 _MEASURED_PATHS = ("fastpcgrad", "csrc", "benchmarks", "setup.py", "pyproject.toml")
 
-Kind = Literal["bandwidth", "kernel", "step", "memory"]
+Kind = Literal["bandwidth", "kernel", "step", "memory", "method"]
 
 
 @dataclass(frozen=True)

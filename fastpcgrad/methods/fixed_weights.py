@@ -60,8 +60,8 @@ class Constant(Method):
     def solve(self, gram: Tensor) -> Solution:
         check_length("weights", self.task_weights, gram.shape[-1])
         # A copy: what the caller does with the answer must not change the next one.
-        weights = self.task_weights.to(gram.device, copy=True)
-        return Solution(weights if gram.dim() == 2 else weights.repeat(len(gram), 1), coefficients=None)
+        weights = self.task_weights.to(gram.device)
+        return Solution(weights.clone() if gram.dim() == 2 else weights.repeat(len(gram), 1), coefficients=None)
 
     def __repr__(self) -> str:
         return f"Constant(weights={self.task_weights.tolist()})"
@@ -90,7 +90,7 @@ class RandomWeights(Method):
     def solve(self, gram: Tensor) -> Solution:
         # One by one: a single draw of S × T numbers would give others than S draws of T.
         normal = self._draw(gram) if gram.dim() == 2 else torch.stack([self._draw(problem) for problem in gram])
-        return Solution(normal.softmax(dim=-1).to(gram.device), coefficients=None)
+        return Solution(normal.softmax(-1).to(gram.device), coefficients=None)
 
     def _draw(self, gram: Tensor) -> Tensor:
         device = gram.device if self.generator is None else self.generator.device

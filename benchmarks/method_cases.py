@@ -1,0 +1,88 @@
+"""Every method of the library, made for T tasks, and its counterpart in TorchJD with the same hyperparameters."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastpcgrad
+from fastpcgrad import methods
+from fastpcgrad.methods.base import Method
+from fastpcgrad.methods.elementwise import Elementwise
+
+Arguments = Mapping[str, Any]
+
+
+def _weights(tasks: int) -> Tensor:
+    return torch.linspace(0.5, 1.5, tasks)
+
+
+def _byzantine(tasks: int) -> Arguments:
+    return {"n_byzantine": max(0, (tasks - 3) // 2)}
+
+
+def _trim(tasks: int) -> Arguments:
+    return {"trim_number": (tasks + 1) // 4}
+
+
+# Where the defaults do not do. TorchJD takes the same but for what _THEIRS says.
+_OURS: dict[str, Callable[[int], Arguments]] = {
+    "PCGrad": lambda tasks: {"variant": "torchjd"},
+    "CAGrad": lambda tasks: {"c": 0.5},
+    "FairGrad": lambda tasks: {"alpha": 1.0},
+    "Constant": lambda tasks: {"weights": _weights(tasks)},
+    "Krum": _byzantine,
+    "TrimmedMean": _trim,
+}
+_THEIRS: dict[str, Callable[[int], Arguments]] = {
+    "PCGrad": lambda tasks: {},
+    "NashMTL": lambda tasks: {"n_tasks": tasks},
+}
+_THEIR_NAMES = {"RandomWeights": "Random"}
+_FEWEST_TASKS = {"Krum": 3}
+
+
+def names(tasks: int = 32) -> list[str]:
+    """The methods that can merge that many task gradients, by their names in ``fastpcgrad.methods``."""
+    found = []
+    for name in sorted(methods.__all__):
+        method = getattr(methods, name)
+        is_method = inspect.isclass(method) and issubclass(method, Method) and not inspect.isabstract(method)
+        if is_method and tasks >= _FEWEST_TASKS.get(name, 1):
+            found.append(name)
+    return found
+
+
+def ours(name: str, tasks: int) -> Method:
+    """A new instance of the library's."""
+    made: Method = getattr(methods, name)(**_arguments(_OURS, name, tasks))
+    return made
+
+
+def theirs(name: str, tasks: int, dtype: torch.dtype) -> Any:
+    """A new TorchJD aggregator for task gradients of that dtype.
+
+    Raises:
+        ImportError: TorchJD or what this aggregator needs besides is not installed.
+        AttributeError: TorchJD has no such method.
+    """
+    aggregation = importlib.import_module("torchjd.aggregation")
+    arguments = _arguments({**_OURS, **_THEIRS}, name, tasks)
+    cast = {key: value.to(dtype) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    return getattr(aggregation, _THEIR_NAMES.get(name, name))(**cast)
+
+
+def aggregate(method: Method, grads: Tensor) -> Tensor:
+    """The merged gradient, by the library's public functions."""
+    if isinstance(method, Elementwise):
+        return method.aggregate(grads)
+    return fastpcgrad.combine(grads, method.weights(fastpcgrad.gram(grads)))
+
+
+def _arguments(table: Mapping[str, Callable[[int], Arguments]], name: str, tasks: int) -> Arguments:
+    return table[name](tasks) if name in table else {}

@@ -1,0 +1,212 @@
+"""``python -m benchmarks.methods [--quick] [--only METHOD] [--threads 2] [--append]``
+
+Every method of ``fastpcgrad.methods`` against TorchJD's, at T = 2, 8 and 32:
+
+- *weights*: G to weights, on a Gram matrix that exists: float64 for the library, for TorchJD its own of the same J.
+  Methods that are no function of G have no such row.
+- *aggregation*: the merged gradient of a packed fp32 J [T, N]: Gram matrix, weights and combination.
+
+The task gradients conflict pairwise. The two take turns in one process (``benchmarks.measure``); the ratio is library /
+TorchJD, so below 1 is faster. ``apart`` says how far the two results are from each other on a small float64 J, as a
+part of Σ_j |w_j| ‖g_j‖ (of Σ_j ‖g_j‖ for methods without weights). Rows go to benchmarks/results/methods.jsonl with
+``--append`` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+import fastpcgrad
+from benchmarks import method_cases, rows, subjects
+from benchmarks.measure import Plan, Samples, Subject, in_turn, paired_ratio, percentile
+from benchmarks.rows import Row
+from benchmarks.run import Session
+from fastpcgrad.methods.elementwise import Elementwise
+
+RESULTS = rows.ROOT / "benchmarks" / "results" / "methods.jsonl"
+TASKS = (2, 8, 32)
+PEER = "torchjd"
+
+
+def task_gradients(tasks: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """J ``[T, N]`` whose rows conflict pairwise: random ones from which most of their mean was taken."""
+    found = torch.randn(tasks, width, generator=torch.Generator().manual_seed(tasks), dtype=dtype)
+    # In place, a row at a time: at T=32 a second J of this size may not fit.
+    mean = found.mean(dim=0) * 0.9
+    for row in found:
+        row -= mean
+    return found
+
+
+def their_weighting(aggregator: Any) -> Callable[[Tensor], Tensor] | None:
+    """What gives TorchJD's weights: of G where it has that, or of the shape of J alone."""
+    from torchjd.aggregation import GramianWeightedAggregator, WeightedAggregator
+
+    found: Callable[[Tensor], Tensor] | None = None
+    if isinstance(aggregator, GramianWeightedAggregator):
+        found = aggregator.gramian_weighting
+    elif isinstance(aggregator, WeightedAggregator):
+        found = aggregator.weighting
+    return found
+
+
+def apart(name: str, tasks: int) -> float:
+    """How far the two results are from each other."""
+    grads = task_gradients(tasks, 64, torch.float64)
+    method, aggregator = method_cases.ours(name, tasks), method_cases.theirs(name, tasks, grads.dtype)
+    torch.manual_seed(0)
+    found = method_cases.aggregate(method, grads)
+    torch.manual_seed(0)
+    expected = aggregator(grads)
+    norms = grads.norm(dim=1)
+    if not isinstance(method, Elementwise):
+        torch.manual_seed(0)
+        norms = norms * method_cases.ours(name, tasks).weights(fastpcgrad.gram(grads)).abs()
+    return float((found - expected).norm() / norms.sum())
+
+
+def measure(name: str, grads: Tensor, session: Session, plan: Plan) -> list[Row]:
+    """The rows of one method on one J: of the library and of TorchJD, for the weights and for the aggregation."""
+    tasks = len(grads)
+    method = method_cases.ours(name, tasks)
+    try:
+        distance = apart(name, tasks)
+        aggregator = method_cases.theirs(name, tasks, grads.dtype)
+        missing, note = "", f"{distance:.1e} apart"
+    except (ImportError, AttributeError) as problem:
+        aggregator, missing, note = None, subjects.MISSING + str(problem).partition("\n")[0], ""
+
+    calls: dict[str, dict[str, Callable[[], object]]] = {
+        "aggregation": {subjects.LIBRARY: lambda: method_cases.aggregate(method, grads)}
+    }
+    if aggregator is not None:
+        calls["aggregation"][PEER] = lambda: aggregator(grads)
+    if not isinstance(method, Elementwise):
+        gram = fastpcgrad.gram(grads)
+        calls["weights"] = {subjects.LIBRARY: lambda: method.weights(gram)}
+        weighting = None if aggregator is None else their_weighting(aggregator)
+        if weighting is not None:
+            their_gram = grads @ grads.mT
+            calls["weights"][PEER] = lambda: weighting(their_gram)
+
+    measured = []
+    for op, competitors in calls.items():
+        timings = in_turn([Subject(subject, {"call": call}) for subject, call in competitors.items()], plan)
+        samples = {subject: phases["call"] for subject, phases in timings.items()}
+        template = Row(
+            kind="method",
+            case=f"{name} {op} T={tasks} N={grads.shape[1]}",
+            op=f"{name}.{op}",
+            subject="",
+            environment=session.environment,
+            T=tasks,
+            N=grads.shape[1],
+            dtype="float32",
+            layout="contiguous",
+            note=note,
+        )
+        measured += [_timed(template, subject, samples) for subject in samples]
+        if missing:
+            measured.append(dataclasses.replace(template, subject=PEER, status=missing))
+    return measured
+
+
+def _timed(template: Row, subject: str, samples: dict[str, Samples]) -> Row:
+    own = samples[subject]
+    p20, p50, p80 = (percentile(own.values, p) for p in (20, 50, 80))
+    return dataclasses.replace(
+        template,
+        subject=subject,
+        subject_version=rows.version_of(subject),
+        backend=subjects.library_backend() if subject == subjects.LIBRARY else "",
+        rounds=own.rounds,
+        cold=own.cold,
+        p20_ms=p20,
+        p50_ms=p50,
+        p80_ms=p80,
+        ratios={other: paired_ratio(own, samples[other]) for other in samples if other != subject},
+    )
+
+
+def show(console: Console, measured: Sequence[Row]) -> None:
+    table = Table(
+        "method", "T", *(f"{op} {unit}" for op, unit in (("weights", "µs"), ("aggregation", "ms"))), "apart",
+        title="fastpcgrad (TorchJD; TorchJD / fastpcgrad, above 1: fastpcgrad is faster)", box=box.SIMPLE_HEAD,
+    )  # fmt: skip
+    by_key = {(row.op, row.T, row.subject): row for row in measured}
+    keys = dict.fromkeys((row.op.partition(".")[0], row.T) for row in measured)
+    for name, tasks in keys:
+        cells = []
+        for op, scale in (("weights", 1e3), ("aggregation", 1.0)):
+            own, other = (by_key.get((f"{name}.{op}", tasks, subject)) for subject in (subjects.LIBRARY, PEER))
+            cells.append(_cell(own, other, scale))
+        aggregation = by_key[f"{name}.aggregation", tasks, subjects.LIBRARY]
+        table.add_row(name, str(tasks), *cells, aggregation.note.partition(" ")[0])
+    console.print(table)
+    for problem in dict.fromkeys(f"{row.op.partition('.')[0]}: {row.status}" for row in measured if not row.ok):
+        console.print(problem, markup=False)
+
+
+def _cell(own: Row | None, other: Row | None, scale: float) -> str:
+    if own is None or own.p50_ms is None:
+        return "–"
+    found = f"{own.p50_ms * scale:.4g}"
+    if other is None or other.p50_ms is None:
+        return found
+    factor = 1 / own.ratios[PEER]
+    colour = "green" if factor >= 1 else "red"
+    cold = ", 1 cold" if other.cold else ""
+    return f"{found} ({other.p50_ms * scale:.4g}{cold}; [{colour}]{escape(f'{factor:.3g}')}×[/])"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description="Time the methods.")
+    parser.add_argument("--quick", action="store_true", help="N=2^18 instead of 2^22, fewer rounds: about a minute")
+    parser.add_argument("--only", action="append", metavar="METHOD", help="one method alone; may be repeated")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--append", action="store_true", help="append the rows to the results file")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where --append writes")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.only or ()) - set(method_cases.names()):
+        parser.error(f"--only must be one of {', '.join(method_cases.names())}; found {', '.join(sorted(unknown))}")
+
+    torch.set_num_threads(options.threads)
+    # A peer's warnings would be printed into the progress bar; they change no number.
+    warnings.filterwarnings("ignore", category=UserWarning)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    session = Session(rows.environment(options.threads), options.quick, console)
+    console.print(session.environment)
+    started = time.monotonic()
+    width, plan = (1 << 18, Plan(0.1, least=5, most=50)) if options.quick else (1 << 22, Plan(0.5, least=7, most=500))
+    chosen = {tasks: [n for n in method_cases.names(tasks) if n in (options.only or [n])] for tasks in TASKS}
+    measured: list[Row] = []
+    with session.progress("methods", sum(map(len, chosen.values()))) as starts:
+        for tasks, found in chosen.items():
+            grads = task_gradients(tasks, width)
+            for name in found:
+                starts(f"{name} T={tasks}")
+                measured += measure(name, grads, session, plan)
+    show(console, measured)
+    if options.append:
+        rows.append(measured, options.results)
+        console.print(f"{len(measured)} rows appended to {options.results}")
+    console.print(f"{time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
