@@ -43,7 +43,9 @@ def project(gram: Tensor, lower: Tensor, norm_eps: float, reg_eps: float) -> Ten
     Returns:
         ``[R, T]`` or ``[S, R, T]`` float64 on the device of ``gram``; NaN for a problem whose G is not finite.
     Numerics: NumPy in float64 on the CPU: G is copied to the host. With G' scaled to a unit diagonal, the conditions
-        v ≥ u, G'v ≥ 0 and (v − u) · G'v = 0 hold to about 1e-13 of the largest |v_t|.
+        v ≥ u, G'v ≥ 0 and (v − u) · G'v = 0 hold to about 1e-13 of the largest |u_t| or |v_t|. Only with reg_eps = 0
+        a task gradient nearer than about 1e-7 of its norm to the span of others counts as dependent on them, and
+        its condition then holds to about 1e-7.
     Source: Lawson and Hanson 1974, Solving Least Squares Problems, ch. 23; Portugal, Júdice and Vicente 1994, A
         comparison of block pivoting and interior-point algorithms for linear least squares problems with nonnegative
         variables.

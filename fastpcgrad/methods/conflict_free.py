@@ -26,7 +26,7 @@ class ConFIG(Method):
         nearer than about 1e-7 of its norm to the span of the others depends on them, where a pseudoinverse of U sees
         down to about 1e-15. A zero gradient has no direction and weight 0; where p has no part in the span (two exact
         opposites), all weights are 0. On a GPU ``eigh`` waits for the device.
-    Source: Liu, Chu and Thuerey 2025, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
+    Source: Liu, Chu and Thuerey 2024, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
         arXiv:2408.11104, eq. 2.
     Example:
         >>> G = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)

@@ -70,3 +70,14 @@ def test_a_trace_that_is_not_above_norm_eps_counts_as_zero():
     lower = torch.eye(2, dtype=torch.float64)
     assert torch.equal(_dual_cone.project(gram(rows), lower, norm_eps=3.0, reg_eps=1e-4), lower)
     assert not torch.equal(_dual_cone.project(gram(rows), lower, norm_eps=2.9, reg_eps=1e-4), lower)
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6, 1e-8, 1e-12])
+def test_task_gradients_that_are_almost_opposite(distance):
+    """What counts as dependent is left with a conflict of its distance from the others, at most about 1e-7."""
+    rows = torch.tensor([[1.0, 0.0, 0.0], [-1.0, distance, 0.0], [0.3, 0.1, 1.0]], dtype=torch.float64)
+    lower = torch.eye(3, dtype=torch.float64)
+    exact = _dual_cone.project(gram(rows), lower, 0.0, 0.0)
+    assert violation(prepared(gram(rows), 0.0), lower, exact) <= (1e-10 if distance >= 1e-6 else 2e-7)
+    regular = _dual_cone.project(gram(rows), lower, 0.0, 1e-4)
+    assert violation(prepared(gram(rows), 1e-4), lower, regular) <= 1e-10
