@@ -1,0 +1,270 @@
+"""apply: dicts of arrays in, one merged dict out, in the library that they came from.
+
+Arrays change hands through DLPack. A library is known by the type of the arrays that the caller gives, so none but
+NumPy and torch is ever imported here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, reduce
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from . import functional
+from ._native import prefer_huge_pages
+from .methods import Method, PCGrad, check_method
+from .variants import Generator, Reduction
+
+_DEFAULT_VARIANT = "tensorlogic"
+
+
+def apply(
+    task_gradients: Iterable[Mapping[str, Any]],
+    *,
+    variant: str = _DEFAULT_VARIANT,
+    method: Method | None = None,
+    reduction: Reduction | None = None,
+    generator: Generator | None = None,
+) -> dict[str, Any]:
+    """Merge task gradients that are dicts of arrays, in any library that speaks DLPack.
+
+    Args:
+        task_gradients: T dicts, one a task: name → array of NumPy, torch, CuPy, JAX, TensorFlow or another library
+            with DLPack, fp16/bf16/fp32/fp64, dense, of any shape and strides. Under one name all tasks have the same
+            library, dtype, shape and device; all arrays lie on one device. Not changed.
+        variant: which published PCGrad, see ``pcgrad``. ``tensorlogic``: each name is a problem of its own, and one
+            that any task lacks is left out. The others see one vector over all names: ``libmtl`` sums the names that
+            some task lacks; elsewhere what a task lacks counts as zero.
+        method: makes weights of the Gram matrix, instead of a variant; its ``scope`` says what one problem spans.
+        reduction: ``sum`` or ``mean`` of the projected gradients; None: the variant's own.
+        generator: a ``torch.Generator`` (CPU) or ``random.Random`` for the order of the projections. None: the
+            global generator of the variant's original.
+    Returns:
+        name → array, of the library, dtype, shape and device that came in: names in the order in which they first
+        appear. No array shares memory with what was given; together they may lie in one block of memory.
+    Raises:
+        TypeError: no iterable of dicts of arrays, arrays that are not real floating point, or of another type or
+            dtype than under the same name before; ``method`` that is no ``Method``.
+        ValueError: no task, shapes that differ under one name, arrays on several devices, sparse arrays; ``method``
+            together with what chooses a PCGrad; unknown variant or reduction.
+    Numerics: see ``gram`` and ``combine``. Names of several dtypes are merged in the dtype that holds them all, and
+        each is rounded to its own at the end, so float64 keeps its precision. There is no derivative.
+    Memory: (T + 1)·N·itemsize bytes for N elements under all names; N·itemsize remain. NumPy arrays with negative
+        strides or foreign byte order are copied once more.
+    Source: Yu et al. 2020, arXiv:2001.06782, Alg. 1. Oracle: ``reference.merge``.
+    Example:
+        >>> import numpy
+        >>> one = {"w": numpy.array([[1.0, 0.0]]), "b": numpy.array([1.0])}
+        >>> other = {"w": numpy.array([[-1.0, 1.0]]), "b": numpy.array([3.0])}
+        >>> fastpcgrad.apply([one, other])
+        {'w': array([[0.25, 0.75]]), 'b': array([2.])}
+    """
+    chosen = _method(variant, method, reduction, generator)
+    tasks, first = _read(task_gradients)
+    complete = [name for name in first if all(name in task for task in tasks)]
+    partial = [name for name in first if name not in set(complete)] if chosen.scope != "parameter" else []
+    names = [*complete, *partial]
+    if not names:
+        return {}
+    ends = list(accumulate(first[name].tensor.numel() for name in names))
+    rows = _pack(tasks, {name: first[name].tensor for name in names})
+    merged = _merge(rows, ends, len(complete), chosen)
+    if merged.is_cuda and any(first[name].library is not _TORCH for name in names):
+        # Other libraries do not know torch's stream: it must have read their arrays before their owners go on.
+        torch.cuda.current_stream(merged.device).synchronize()
+    pieces = {name: merged[start:end] for name, start, end in zip(names, [0, *ends], ends, strict=False)}
+    return {name: entry.like_this(pieces[name]) for name, entry in first.items() if name in pieces}
+
+
+def _method(variant: str, method: Method | None, reduction: Reduction | None, generator: Generator | None) -> Method:
+    if method is None:
+        return PCGrad(variant, reduction, generator)
+    named = variant if variant != _DEFAULT_VARIANT else None
+    for name, value in (("variant", named), ("reduction", reduction), ("generator", generator)):
+        if value is not None:
+            raise ValueError(f"{name} belongs to a variant and cannot go with method={method!r}; found {value!r}")
+    return check_method(method, PCGrad)
+
+
+class _Library(NamedTuple):
+    """How arrays of one library become torch tensors, without a copy where possible, and come back."""
+
+    name: str
+    read: Callable[[Any], Tensor]
+    write: Callable[[Tensor, Any], Any]
+    """Makes of a tensor, which is nobody else's, an array like the second argument."""
+
+
+class _Entry(NamedTuple):
+    """An array that the caller gave, and the tensor that reads it."""
+
+    array: Any
+    library: _Library
+    tensor: Tensor
+
+    def agrees_with(self, other: _Entry) -> bool:
+        x, y = self.tensor, other.tensor
+        same_library = self.library.name == other.library.name
+        return same_library and x.dtype == y.dtype and x.shape == y.shape and x.device == y.device
+
+    def like_this(self, piece: Tensor) -> Any:
+        """Columns of the merged gradient as an array of this one's library, dtype and shape."""
+        return self.library.write(piece.view(self.tensor.shape).to(self.tensor.dtype), self.array)
+
+    def __str__(self) -> str:
+        dtype = _dtype_name(self.array.dtype)
+        return f"{self.library.name} {dtype} {list(self.tensor.shape)} on {self.tensor.device}"
+
+
+def _read(
+    task_gradients: Iterable[Mapping[str, Any]],
+) -> tuple[list[dict[str, _Entry]], dict[str, _Entry]]:
+    """Every task's arrays, and under each name the first of them, with which the others agree."""
+    if isinstance(task_gradients, Mapping) or not isinstance(task_gradients, Iterable):
+        raise TypeError(f"task_gradients must be a list of dicts, one a task; found {type(task_gradients).__name__}")
+    tasks: list[dict[str, _Entry]] = []
+    first: dict[str, _Entry] = {}
+    for t, task in enumerate(task_gradients):
+        if not isinstance(task, Mapping):
+            raise TypeError(f"task_gradients[{t}] must be a dict of arrays; found {type(task).__name__}")
+        tasks.append({})
+        for name, array in task.items():
+            entry = tasks[t][name] = _entry(f"task_gradients[{t}][{name!r}]", array)
+            before = first.setdefault(name, entry)
+            if not entry.agrees_with(before):
+                raise ValueError(f"task_gradients[{t}][{name!r}] must be {before}, as in a task before; found {entry}")
+    if not tasks:
+        raise ValueError("task_gradients must hold at least one task; found none")
+    devices = {entry.tensor.device for entry in first.values()}
+    if len(devices) > 1:
+        raise ValueError(f"all arrays must be on one device; found {', '.join(sorted(map(str, devices)))}")
+    return tasks, first
+
+
+def _entry(where: str, array: Any) -> _Entry:
+    kind: Any = type(array)
+    library = _library(kind)
+    if library is None:
+        raise TypeError(
+            f"{where} must be an array of NumPy, torch, CuPy, JAX, TensorFlow or another library with DLPack; "
+            f"found {kind.__name__}"
+        )
+    if (dtype := _dtype_name(array.dtype)) not in _DTYPES:
+        raise TypeError(f"{where} must be {', '.join(_DTYPES)}; found {dtype}")
+    if library is _TORCH and array.layout != torch.strided:
+        raise ValueError(f"{where} must be dense; found layout {array.layout}")
+    try:
+        return _Entry(array, library, library.read(array))
+    except Exception as error:  # every library raises its own for what has no memory to read: traced, sharded, deleted
+        raise TypeError(f"{where} cannot be read through DLPack: {type(array).__name__}: {error}") from error
+
+
+@cache
+def _dtype_name(dtype: Any) -> str:
+    """``float32`` for what NumPy, torch and TensorFlow each call so."""
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+
+
+_DTYPES = [_dtype_name(dtype) for dtype in functional.ROW_DTYPES]
+
+
+def _pack(tasks: Sequence[Mapping[str, _Entry]], like: Mapping[str, Tensor]) -> Tensor:
+    """J ``[T, N]`` in the dtype that holds all, with columns in the order of ``like``; zero where a task lacks one."""
+    lengths = [x.numel() for x in like.values()]
+    dtype = reduce(torch.promote_types, (x.dtype for x in like.values()))
+    device = next(iter(like.values())).device
+    rows = prefer_huge_pages(torch.empty(len(tasks), sum(lengths), dtype=dtype, device=device))
+    for task, row in zip(tasks, rows, strict=True):
+        places = {name: part.view(x.shape) for (name, x), part in zip(like.items(), row.split(lengths), strict=True)}
+        if absent := [places.pop(name) for name in like if name not in task]:
+            torch._foreach_zero_(absent)
+        if places:
+            torch._foreach_copy_(list(places.values()), [task[name].tensor for name in places])
+    return rows
+
+
+def _merge(rows: Tensor, ends: Sequence[int], complete: int, method: Method) -> Tensor:
+    """The merged gradient ``[N]``. ``ends``: of each name's columns; all tasks have the first ``complete`` names."""
+    if method.scope == "parameter":
+        segments = [0, *ends]
+        weights = method.solve(functional.gram(rows, segments)).weights
+        return functional.combine(rows, weights, segments=segments)
+    width, summed = ends[complete - 1] if complete else 0, method.scope == "shared"
+    weights = method.solve(functional.gram(rows[:, :width] if summed else rows)).weights
+    partial_weights = torch.ones_like(weights) if summed else method.partial_weights(weights)
+    return functional.combine(rows, torch.stack([weights, partial_weights]), segments=[0, width, ends[-1]])
+
+
+def _read_torch(array: Tensor) -> Tensor:
+    return array.detach()
+
+
+def _write_torch(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor
+
+
+def _read_numpy(array: Any) -> Tensor:
+    array = np.asarray(array)  # a NumPy scalar is an array without dimensions
+    if _dtype_name(array.dtype) == "bfloat16":  # of ml_dtypes: NumPy itself has none and does not export it
+        return _read_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    size = array.itemsize
+    if not (array.flags.aligned and array.dtype.isnative and all(s >= 0 and s % size == 0 for s in array.strides)):
+        array = array.astype(array.dtype.newbyteorder("="), order="C")
+    return from_dlpack(array)
+
+
+def _write_numpy(tensor: Tensor, like: Any) -> Any:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(like.dtype)
+    return tensor.numpy().astype(like.dtype, copy=False)
+
+
+def _read_tensorflow(array: Any) -> Tensor:
+    return from_dlpack(sys.modules["tensorflow"].experimental.dlpack.to_dlpack(array))
+
+
+def _write_tensorflow(tensor: Tensor, like: Any) -> Any:
+    if tensor.data_ptr() % 64:  # TensorFlow ends the process when it computes with less aligned memory
+        tensor = tensor.clone()
+    return sys.modules["tensorflow"].experimental.dlpack.from_dlpack(tensor.__dlpack__())
+
+
+def _read_dlpack(array: Any) -> Tensor:
+    if any(stride < 0 for stride in getattr(array, "strides", None) or ()):  # torch would end the process
+        array = array.copy()
+    return from_dlpack(array)
+
+
+def _write_dlpack(tensor: Tensor, like: Any) -> Any:
+    if hasattr(like, "__array_namespace__"):
+        return like.__array_namespace__().from_dlpack(tensor)
+    return sys.modules[_root(type(like))].from_dlpack(tensor)
+
+
+_TORCH = _Library("torch", _read_torch, _write_torch)
+_NUMPY = _Library("numpy", _read_numpy, _write_numpy)
+_TENSORFLOW = _Library("tensorflow", _read_tensorflow, _write_tensorflow)
+
+
+@cache
+def _library(kind: type) -> _Library | None:
+    """The library that a type of arrays belongs to; None for what is no dense array."""
+    if issubclass(kind, Tensor):
+        return _TORCH
+    if issubclass(kind, np.ndarray | np.generic):
+        return None if issubclass(kind, np.ma.MaskedArray) else _NUMPY
+    if _root(kind) == "tensorflow":
+        return _TENSORFLOW if issubclass(kind, sys.modules["tensorflow"].Tensor) else None
+    return _Library(_root(kind), _read_dlpack, _write_dlpack) if hasattr(kind, "__dlpack__") else None
+
+
+def _root(kind: type) -> str:
+    """The package that a type comes from."""
+    return kind.__module__.partition(".")[0]
