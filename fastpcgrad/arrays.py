@@ -48,16 +48,16 @@ def apply(
             global generator of the variant's original.
     Returns:
         name → array, of the library, dtype, shape and device that came in: names in the order in which they first
-        appear. No array shares memory with what was given; together they may lie in one block of memory.
+        appear. None shares memory with what was given; together they may lie in one block of memory.
     Raises:
-        TypeError: no iterable of dicts of arrays, arrays that are not real floating point, or of another type or
-            dtype than under the same name before; ``method`` that is no ``Method``.
-        ValueError: no task, shapes that differ under one name, arrays on several devices, sparse arrays; ``method``
-            together with what chooses a PCGrad; unknown variant or reduction.
+        TypeError: no iterable of dicts of arrays, arrays that are not real floating point or that DLPack cannot hand
+            over (traced, sharded); a method or generator of another type.
+        ValueError: no task, arrays that differ under one name in more than their values, arrays on several devices,
+            sparse arrays; unknown variant or reduction; one of them, or a generator, together with ``method``.
     Numerics: see ``gram`` and ``combine``. Names of several dtypes are merged in the dtype that holds them all, and
         each is rounded to its own at the end, so float64 keeps its precision. There is no derivative.
-    Memory: (T + 1)·N·itemsize bytes for N elements under all names; N·itemsize remain. NumPy arrays with negative
-        strides or foreign byte order are copied once more.
+    Memory: (T + 1)·N·itemsize bytes for N elements under all names, in the dtype that holds them all; N·itemsize
+        remain. NumPy arrays that torch cannot read (negative strides, foreign byte order) are copied once more.
     Source: Yu et al. 2020, arXiv:2001.06782, Alg. 1. Oracle: ``reference.merge``.
     Example:
         >>> import numpy
@@ -68,14 +68,15 @@ def apply(
     """
     chosen = _method(variant, method, reduction, generator)
     tasks, first = _read(task_gradients)
-    complete = [name for name in first if all(name in task for task in tasks)]
-    partial = [name for name in first if name not in set(complete)] if chosen.scope != "parameter" else []
-    names = [*complete, *partial]
+    everywhere = {name: all(name in task for task in tasks) for name in first}
+    complete = sum(everywhere.values())
+    names = sorted(first, key=everywhere.__getitem__, reverse=True)
+    names = names[:complete] if chosen.scope == "parameter" else names
     if not names:
         return {}
     ends = list(accumulate(first[name].tensor.numel() for name in names))
     rows = _pack(tasks, {name: first[name].tensor for name in names})
-    merged = _merge(rows, ends, len(complete), chosen)
+    merged = _merge(rows, ends, complete, chosen)
     if merged.is_cuda and any(first[name].library is not _TORCH for name in names):
         # Other libraries do not know torch's stream: it must have read their arrays before their owners go on.
         torch.cuda.current_stream(merged.device).synchronize()
@@ -177,16 +178,18 @@ _DTYPES = [_dtype_name(dtype) for dtype in functional.ROW_DTYPES]
 
 def _pack(tasks: Sequence[Mapping[str, _Entry]], like: Mapping[str, Tensor]) -> Tensor:
     """J ``[T, N]`` in the dtype that holds all, with columns in the order of ``like``; zero where a task lacks one."""
-    lengths = [x.numel() for x in like.values()]
-    dtype = reduce(torch.promote_types, (x.dtype for x in like.values()))
-    device = next(iter(like.values())).device
+    tensors = like.values()
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
+    lengths, device = [x.numel() for x in tensors], next(iter(tensors)).device
     rows = prefer_huge_pages(torch.empty(len(tasks), sum(lengths), dtype=dtype, device=device))
-    for task, row in zip(tasks, rows, strict=True):
-        places = {name: part.view(x.shape) for (name, x), part in zip(like.items(), row.split(lengths), strict=True)}
-        if absent := [places.pop(name) for name in like if name not in task]:
+    columns = zip(tensors, rows.split(lengths, dim=1), strict=True)
+    places = [part.view(len(tasks), *x.shape).unbind() for x, part in columns]
+    for task, row in zip(tasks, zip(*places, strict=True), strict=True):
+        named = dict(zip(like, row, strict=True))
+        if absent := [named.pop(name) for name in like if name not in task]:
             torch._foreach_zero_(absent)
-        if places:
-            torch._foreach_copy_(list(places.values()), [task[name].tensor for name in places])
+        if named:
+            torch._foreach_copy_(list(named.values()), [task[name].tensor for name in named])
     return rows
 
 
@@ -217,7 +220,8 @@ def _read_numpy(array: Any) -> Tensor:
     size = array.itemsize
     if not (array.flags.aligned and array.dtype.isnative and all(s >= 0 and s % size == 0 for s in array.strides)):
         array = array.astype(array.dtype.newbyteorder("="), order="C")
-    return from_dlpack(array)
+    # from_numpy is three times as fast, but warns of read-only arrays, which are only read here
+    return torch.from_numpy(array) if array.flags.writeable else from_dlpack(array)
 
 
 def _write_numpy(tensor: Tensor, like: Any) -> Any:
@@ -236,6 +240,10 @@ def _write_tensorflow(tensor: Tensor, like: Any) -> Any:
     return sys.modules["tensorflow"].experimental.dlpack.from_dlpack(tensor.__dlpack__())
 
 
+def _write_jax(tensor: Tensor, like: Any) -> Any:
+    return sys.modules["jax"].numpy.from_dlpack(tensor, device=like.device)  # which may be one of several on the host
+
+
 def _read_dlpack(array: Any) -> Tensor:
     if any(stride < 0 for stride in getattr(array, "strides", None) or ()):  # torch would end the process
         array = array.copy()
@@ -250,6 +258,7 @@ def _write_dlpack(tensor: Tensor, like: Any) -> Any:
 
 _TORCH = _Library("torch", _read_torch, _write_torch)
 _NUMPY = _Library("numpy", _read_numpy, _write_numpy)
+_JAX = _Library("jax", from_dlpack, _write_jax)
 _TENSORFLOW = _Library("tensorflow", _read_tensorflow, _write_tensorflow)
 
 
@@ -262,6 +271,8 @@ def _library(kind: type) -> _Library | None:
         return None if issubclass(kind, np.ma.MaskedArray) else _NUMPY
     if _root(kind) == "tensorflow":
         return _TENSORFLOW if issubclass(kind, sys.modules["tensorflow"].Tensor) else None
+    if _root(kind) in ("jax", "jaxlib"):
+        return _JAX if hasattr(kind, "__dlpack__") else None
     return _Library(_root(kind), _read_dlpack, _write_dlpack) if hasattr(kind, "__dlpack__") else None
 
 

@@ -425,13 +425,14 @@ def optional(name):
         return pytest.importorskip(name)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def jax():
+    """JAX with float64 and, as it is used here for the first time, two devices on the host."""
     module = optional("jax")
-    before = module.config.jax_enable_x64
+    module.config.update("jax_num_cpu_devices", 2)
     module.config.update("jax_enable_x64", True)
     yield module
-    module.config.update("jax_enable_x64", before)
+    module.config.update("jax_enable_x64", False)
 
 
 @LIBRARY_DTYPES
@@ -442,6 +443,19 @@ def test_jax_arrays_come_back(jax, dtype, tolerance):
         dtype,
         tolerance,
     )
+
+
+def test_jax_arrays_come_back_to_their_device(jax):
+    for device in jax.devices("cpu"):
+        merged = apply([{"w": jax.device_put(jax.numpy.ones(3), device)}])
+        assert merged["w"].device == device and merged["w"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_sharded_jax_arrays_are_refused(jax):
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices("cpu"))
+    sharded = jax.device_put(jax.numpy.ones(4), jax.NamedSharding(mesh, jax.P("x")))
+    with pytest.raises(TypeError, match=r"task_gradients\[0\]\['w'\].*sharded"):
+        apply([{"w": sharded}])
 
 
 def test_jax_arrays_are_refused_while_traced(jax):
