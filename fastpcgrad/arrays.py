@@ -218,7 +218,7 @@ def _read_numpy(array: Any) -> Tensor:
     if _dtype_name(array.dtype) == "bfloat16":  # of ml_dtypes: NumPy itself has none and does not export it
         return _read_numpy(array.view(np.uint16)).view(torch.bfloat16)
     size = array.itemsize
-    if not (array.flags.aligned and array.dtype.isnative and all(s >= 0 and s % size == 0 for s in array.strides)):
+    if not (array.dtype.isnative and all(s >= 0 and s % size == 0 for s in array.strides)):
         array = array.astype(array.dtype.newbyteorder("="), order="C")
     # from_numpy is three times as fast, but warns of read-only arrays, which are only read here
     return torch.from_numpy(array) if array.flags.writeable else from_dlpack(array)

@@ -296,6 +296,13 @@ def test_numpy_arrays_of_any_layout_give_the_same(make, dtype):
         np.testing.assert_array_equal(task["w"], old["w"])
 
 
+def test_an_unaligned_array_is_read_in_another_dtype_too():
+    values = np.random.default_rng(6).standard_normal(1001).astype("f")
+    unaligned = AWKWARD["unaligned"](values)
+    merged = apply([{"w": unaligned, "v": np.ones(2)}])
+    np.testing.assert_array_equal(merged["w"], values)
+
+
 def test_broadcast_arrays_and_scalars():
     merged = apply(
         [{"w": np.broadcast_to(3.0, (2, 3)), "s": np.float32(1)}, {"w": np.ones((2, 3)), "s": np.float32(2)}]
