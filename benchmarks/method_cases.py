@@ -81,7 +81,9 @@ def aggregate(method: Method, grads: Tensor) -> Tensor:
     """The merged gradient, by the library's public functions."""
     if isinstance(method, Elementwise):
         return method.aggregate(grads)
-    return fastpcgrad.combine(grads, method.weights(fastpcgrad.gram(grads)))
+    tasks = len(grads)
+    gram = fastpcgrad.gram(grads) if method.looks_at_gram else grads.new_empty(tasks, tasks, dtype=torch.float64)
+    return fastpcgrad.combine(grads, method.weights(gram))
 
 
 def _arguments(table: Mapping[str, Callable[[int], Arguments]], name: str, tasks: int) -> Arguments:

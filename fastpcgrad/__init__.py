@@ -1,8 +1,9 @@
-"""Gradient surgery for PyTorch at memory speed: PCGrad and its relatives on packed task gradients."""
+"""Gradient surgery for PyTorch at memory speed: PCGrad and its relatives on task gradients."""
 
 from . import backends as backends  # registers the kernels of the ops
 from . import methods
 from ._version import __version__
+from .arrays import apply
 from .autograd import backward, grad
 from .config import show_config
 from .functional import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficients
@@ -15,6 +16,7 @@ __all__ = [
     "GradientSurgery",
     "PCGrad",
     "__version__",
+    "apply",
     "backward",
     "combine",
     "grad",

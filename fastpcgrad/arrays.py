@@ -19,7 +19,7 @@ from torch.utils.dlpack import from_dlpack
 
 from . import functional
 from ._native import prefer_huge_pages
-from .methods import Method, PCGrad, check_method
+from .methods import Elementwise, Method, PCGrad, check_method
 from .variants import Generator, Reduction
 
 _DEFAULT_VARIANT = "tensorlogic"
@@ -42,7 +42,7 @@ def apply(
         variant: which published PCGrad, see ``pcgrad``. ``tensorlogic``: each name is a problem of its own, and one
             that any task lacks is left out. The others see one vector over all names: ``libmtl`` sums the names that
             some task lacks; elsewhere what a task lacks counts as zero.
-        method: makes weights of the Gram matrix, instead of a variant; its ``scope`` says what one problem spans.
+        method: any method instead of a variant; its ``scope`` says what one problem spans.
         reduction: ``sum`` or ``mean`` of the projected gradients; None: the variant's own.
         generator: a ``torch.Generator`` (CPU) or ``random.Random`` for the order of the projections. None: the
             global generator of the variant's original.
@@ -195,6 +195,8 @@ def _pack(tasks: Sequence[Mapping[str, _Entry]], like: Mapping[str, Tensor]) -> 
 
 def _merge(rows: Tensor, ends: Sequence[int], complete: int, method: Method) -> Tensor:
     """The merged gradient ``[N]``. ``ends``: of each name's columns; all tasks have the first ``complete`` names."""
+    if isinstance(method, Elementwise):
+        return method.aggregate(rows)
     if method.scope == "parameter":
         segments = [0, *ends]
         weights = method.solve(functional.gram(rows, segments)).weights

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from itertools import compress
 
 import torch
+from torch import Tensor
 
-from ._ops import KERNELS
-from .methods import Method
+from ._ops import KERNELS, Blocks
+from .methods import Elementwise, Method, Solution
 from .report import ConflictReport
 from .task_gradients import Row, TaskGradients
 
@@ -34,8 +36,12 @@ def merge(
     """
     blocks, tasks = grads.blocks(), tuple(grads.tasks)
     complete = all(0 not in row for row in blocks.pointers)
-    if complete and shared is groups is None and method.scope != "parameter":
+    one_problem = shared is groups is None and method.scope != "parameter"
+    if one_problem and (complete or isinstance(method, Elementwise)):
         gram, solution = method.merge(blocks, out)
+        return ConflictReport(tasks, gram, solution.weights, solution.coefficients, None), list(out)
+    if isinstance(method, Elementwise):
+        gram, solution = _merge_columns(blocks, method, out, shared)
         return ConflictReport(tasks, gram, solution.weights, solution.coefficients, None), list(out)
 
     touches = [len(tasks) - column.count(None) for column in zip(*blocks.tensors, strict=True)]
@@ -64,6 +70,24 @@ def merge(
         place if whole or problem is None or not drop_partial else None
         for place, whole, problem in zip(out, everywhere, problems, strict=True)
     ]
+
+
+def _merge_columns(blocks: Blocks, method: Method, out: Row, shared: Sequence[bool] | None) -> tuple[Tensor, Solution]:
+    """An elementwise method on the shared parameters, the sum on the others; groups make no difference to either."""
+    inside = [True] * len(out) if shared is None else shared
+    outside = [not chosen for chosen in inside]
+    found = method.merge(_some(blocks, inside), list(compress(out, inside)))
+    ones = found[0].new_ones(1, len(blocks.tensors))
+    KERNELS["combine_blocks"](_some(blocks, outside), ones, None, list(compress(out, outside)))
+    return found
+
+
+def _some(blocks: Blocks, chosen: Sequence[bool]) -> Blocks:
+    return blocks._replace(
+        tensors=[list(compress(row, chosen)) for row in blocks.tensors],
+        pointers=[list(compress(row, chosen)) for row in blocks.pointers],
+        widths=array("q", compress(blocks.widths, chosen)),
+    )
 
 
 def _problems(

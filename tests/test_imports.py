@@ -18,7 +18,7 @@ FLOORS = (
     {"methods"},
     {"task_gradients", "report"},
     {"merging"},
-    {"surgery", "autograd"},
+    {"surgery", "autograd", "arrays"},
     {"optimizer"},
     {"config"},
     {"__init__"},
@@ -27,7 +27,12 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {"reference": set(), "backends": {"_ops", "_native", "reference"}}
 """Rooms that may import less than all that lies below them."""
 
-THIRD_PARTY = {"torch": None, "numpy": {"config"}, "triton": {"backends.triton"}, "matplotlib": {"report"}}
+THIRD_PARTY = {
+    "torch": None,
+    "numpy": {"arrays", "config", "methods"},
+    "triton": {"backends.triton"},
+    "matplotlib": {"report"},
+}
 """Packages and the modules (with what lies in them) that may import them; None: all."""
 INSIDE_FUNCTIONS = {"matplotlib"}
 """Optional packages: importing the module must not need them."""

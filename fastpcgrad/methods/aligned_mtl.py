@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ._spectrum import spectrum
 from .base import Method, Solution
-from .spectrum import spectrum
 
 ScaleMode = Literal["min", "median", "rmse"]
 

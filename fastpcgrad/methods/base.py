@@ -40,6 +40,8 @@ class Method(ABC):
 
     scope: Literal["all", "shared", "parameter"] = "all"
     """What one problem spans where the caller does not say: see ``variants.Variant``."""
+    looks_at_gram: bool = True
+    """Whether the weights depend on G."""
 
     @abstractmethod
     def solve(self, gram: Tensor) -> Solution:

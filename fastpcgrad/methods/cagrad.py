@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import simplex
-from .problems import Array, HostMethod
+from . import _simplex
+from ._problems import Array, HostMethod
 
 
 class CAGrad(HostMethod):
@@ -20,7 +20,7 @@ class CAGrad(HostMethod):
             also gives zeros where ‖J‖_F² < norm_eps, which would stop the training on small or scaled gradients.
     Raises:
         ValueError: an argument is negative or not finite.
-    Numerics: see ``simplex.minimum``: exact up to rounding while ‖g_v‖ is not tiny. float64 in NumPy on the host, one
+    Numerics: see ``_simplex.minimum``: exact up to rounding while ‖g_v‖ is not tiny. float64 in NumPy on the host, one
         problem after the other; waits for the device of G.
     Source: Liu et al. 2021, Conflict-Averse Gradient Descent, arXiv:2110.14048, Alg. 1.
     Example:
@@ -50,9 +50,9 @@ class CAGrad(HostMethod):
         radius = self.c * np.sqrt(max(float(products.mean()), 0.0))
         if radius == 0:
             return np.zeros(tasks)
-        v = simplex.minimum(gram, products, radius)
+        v = _simplex.minimum(gram, products, radius)
         norm = np.sqrt(max(float(v @ gram @ v), 0.0))
-        if norm < max(self.norm_eps, simplex.SMOOTHING):
+        if norm < max(self.norm_eps, _simplex.SMOOTHING):
             return np.zeros(tasks)
         return mean + radius / norm * v
 

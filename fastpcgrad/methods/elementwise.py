@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .._ops import KERNELS, Blocks
 from .base import Method, Solution
 
 # Entries of J that are worked on at a time: few enough for a CPU's cache, many enough to fill a GPU.
@@ -17,7 +19,7 @@ _GPU_ENTRIES = 1 << 24
 class Elementwise(Method):
     """A rule that merges each column of J by itself: it needs the rows, and has no weights.
 
-    A subclass gives ``columns``; ``aggregate`` calls it on one range of columns after the other.
+    A subclass gives ``columns``; ``aggregate`` and ``merge`` call it on one range of columns after the other.
     """
 
     def aggregate(self, rows: Tensor) -> Tensor:
@@ -33,15 +35,32 @@ class Elementwise(Method):
             column of the result not finite.
         Memory: besides the result a small multiple of 2¹⁸ numbers on a CPU and of 2²⁴ on a GPU, whatever n is.
         """
-        tasks, width = rows.shape
-        self.check_tasks(tasks)
-        out = rows.new_empty(width)
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        step = max(1, (_CPU_ENTRIES if rows.is_cpu else _GPU_ENTRIES) // tasks)
-        for start in range(0, width, step):
-            chunk = rows[:, start : start + step]
-            out[start : start + step] = self.columns(chunk.to(dtype))
+        self.check_tasks(len(rows))
+        out = rows.new_empty(rows.shape[1])
+        self._aggregate(list(rows), out)
         return out
+
+    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> tuple[Tensor, Solution]:
+        """See ``Method.merge``. A task without a gradient of a parameter counts as zero there; the weights are NaN."""
+        tasks = len(blocks.tensors)
+        self.check_tasks(tasks)
+        gram: Tensor = KERNELS["gram_blocks"](blocks, None, 1)[0]
+        for place, column in zip(out, zip(*blocks.tensors, strict=True), strict=True):
+            if place is not None:
+                self._aggregate([None if grad is None else _flat(grad) for grad in column], _flat(place))
+        return gram, Solution(gram.new_full((tasks,), torch.nan), None)
+
+    def _aggregate(self, rows: Sequence[Tensor | None], out: Tensor) -> None:
+        """The merged gradient of rows ``[n]``, None for one of zeros, into ``out``, which may be one of them."""
+        dtype = torch.promote_types(out.dtype, torch.float32)
+        step = max(1, (_CPU_ENTRIES if out.is_cpu else _GPU_ENTRIES) // len(rows))
+        for start in range(0, len(out), step):
+            place = out[start : start + step]
+            chunk = torch.zeros((len(rows), len(place)), dtype=dtype, device=out.device)
+            for columns, row in zip(chunk, rows, strict=True):
+                if row is not None:
+                    columns.copy_(row[start : start + step])
+            place.copy_(self.columns(chunk))
 
     @abstractmethod
     def columns(self, columns: Tensor) -> Tensor:
@@ -52,3 +71,8 @@ class Elementwise(Method):
 
     def solve(self, gram: Tensor) -> Solution:
         raise TypeError(f"{type(self).__name__} needs the task gradients themselves, which G does not hold")
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements in the order of their memory, as a view."""
+    return tensor.as_strided((tensor.numel(),), (1,))

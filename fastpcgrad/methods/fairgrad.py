@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import fairness
-from .problems import Array, HostMethod
+from . import _fairness
+from ._problems import Array, HostMethod
 
 
 class FairGrad(HostMethod):
@@ -20,7 +20,7 @@ class FairGrad(HostMethod):
         max_iters: the most Newton steps; positive. About 10 suffice where task gradients are not nearly dependent.
     Raises:
         ValueError: ``alpha`` is negative or not finite, or ``max_iters`` is not positive.
-    Numerics: see ``fairness.solve``; a task without gradient gets weight 0, and at a Pareto-stationary point, where
+    Numerics: see ``_fairness.solve``; a task without gradient gets weight 0, and at a Pareto-stationary point, where
         there is no solution, the weights are large but finite. float64 in NumPy on the host, S problems together;
         waits for the device of G.
     Source: Ban and Ji 2024, Fair Resource Allocation in Multi-Task Learning, arXiv:2402.15638, eq. 4.
@@ -41,7 +41,7 @@ class FairGrad(HostMethod):
     def solve_on_host(self, gram: Array) -> Array:
         if self.alpha == 0:
             return np.full(gram.shape[:2], 1 / gram.shape[1])
-        return fairness.solve(gram, self.alpha, self.max_iters)
+        return _fairness.solve(gram, self.alpha, self.max_iters)
 
     def __repr__(self) -> str:
         return f"FairGrad(alpha={self.alpha!r}, max_iters={self.max_iters!r})"

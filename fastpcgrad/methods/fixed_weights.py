@@ -12,7 +12,13 @@ from ._task_vector import TaskVector, check_length, task_vector
 from .base import Method, Solution
 
 
-class Mean(Method):
+class FixedWeights(Method):
+    """A method whose weights are known before the gradients: its ``solve`` takes but the shape of G."""
+
+    looks_at_gram = False
+
+
+class Mean(FixedWeights):
     """The mean of the task gradients: weights 1/T.
 
     Example:
@@ -27,7 +33,7 @@ class Mean(Method):
         return "Mean()"
 
 
-class Sum(Method):
+class Sum(FixedWeights):
     """The sum of the task gradients, which is the gradient of the summed losses: weights 1.
 
     Example:
@@ -42,7 +48,7 @@ class Sum(Method):
         return "Sum()"
 
 
-class Constant(Method):
+class Constant(FixedWeights):
     """The task gradients with given weights.
 
     Args:
@@ -67,7 +73,7 @@ class Constant(Method):
         return f"Constant(weights={self.task_weights.tolist()})"
 
 
-class RandomWeights(Method):
+class RandomWeights(FixedWeights):
     """Random weights: the softmax of T independent standard normal numbers, drawn anew for each problem.
 
     Args:

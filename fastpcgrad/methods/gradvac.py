@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import variants
 from ..variants import Generator
+from ._problems import in_place
 from .base import Method, Solution
-from .problems import in_place
 
 
 class GradVac(Method):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._spectrum import spectrum
 from .base import Method, Solution
-from .spectrum import spectrum
 
 
 class IMTLG(Method):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .problems import Array, HostMethod, Indices
+from ._problems import Array, HostMethod, Indices
 
 
 class MGDA(HostMethod):

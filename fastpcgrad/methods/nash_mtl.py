@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import fairness
+from . import _fairness
+from ._problems import Array, Flags, from_host, on_host
 from .base import Method, Solution
-from .problems import Array, Flags, from_host, on_host
 
 
 class NashMTL(Method):
@@ -31,7 +31,7 @@ class NashMTL(Method):
     Raises:
         ValueError: an argument is out of range. From ``solve``: weights are to be reused for another number of tasks or
             problems.
-    Numerics: see ``fairness.solve``; a task without gradient gets weight 0, and at a Pareto-stationary point, where
+    Numerics: see ``_fairness.solve``; a task without gradient gets weight 0, and at a Pareto-stationary point, where
         there is no solution, the weights are large but finite. NaN or inf in G never enters the state: the weights are
         then found in the next call. float64 in NumPy on the host, S problems together; waits for the device of G.
     Source: Navon et al. 2022, Multi-Task Learning as a Bargaining Game, arXiv:2202.01017, Alg. 1.
@@ -80,7 +80,7 @@ class NashMTL(Method):
         self._step += 1
         if not due and known is not None and not np.isnan(known[finite]).any():
             return known
-        solved = fairness.solve(gram, 1.0, self.optim_niter)
+        solved = _fairness.solve(gram, 1.0, self.optim_niter)
         if known is None or known.shape != solved.shape:
             known = np.full_like(solved, np.nan)
         self._weights = np.where(finite[:, None], solved, known)

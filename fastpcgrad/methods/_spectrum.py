@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .problems import in_place
+from ._problems import in_place
 
 EPS = float(np.finfo(np.float64).eps)
 
@@ -16,7 +16,7 @@ class Spectrum(NamedTuple):
     """G = V Λ Vᵀ and what of it is numerically there, as arrays of ``xp``.
 
     Attributes:
-        xp: numpy or torch, see ``problems.in_place``.
+        xp: numpy or torch, see ``_problems.in_place``.
         gram: G, ``[..., T, T]``, zero where it is not finite.
         values: Λ, ``[..., T]``, ascending; 1 where not kept, so that they can be divided by.
         vectors: V, ``[..., T, T]``, one eigenvector a column.

@@ -1,0 +1,98 @@
+"""Every method inside GradientSurgery: the merged gradient is what the method makes of the packed rows."""
+
+import inspect
+import random
+
+import pytest
+import torch
+
+import fastpcgrad
+from fastpcgrad import methods
+from tests.linear_problems import Kind, linear_loss
+
+ARGUMENTS = {
+    "CAGrad": {"c": 0.4},
+    "Constant": {"weights": [0.2, 1.0, 3.0]},
+    "FairGrad": {"alpha": 1.0},
+    "Krum": {"n_byzantine": 0},
+    "TrimmedMean": {"trim_number": 1},
+}
+SHAPES = ((4, 3), (), (0,), (70,))
+
+
+def all_methods():
+    for name in methods.__all__:
+        kind = getattr(methods, name)
+        if inspect.isclass(kind) and issubclass(kind, methods.Method) and not inspect.isabstract(kind):
+            yield pytest.param(lambda kind=kind, name=name: kind(**ARGUMENTS.get(name, {})), id=name)
+
+
+for_every_method = pytest.mark.parametrize("make", list(all_methods()))
+for_elementwise_methods = pytest.mark.parametrize(
+    "make", [methods.GradDrop, lambda: methods.TrimmedMean(1)], ids=["GradDrop", "TrimmedMean"]
+)
+
+
+def filled(make, presence, **options):
+    """A surgery with its three rows, its parameters, and the packed rows with zeros for what is absent."""
+    values = torch.Generator().manual_seed(3)
+    parameters = [Kind(shape).parameter(torch.float64) for shape in SHAPES]
+    rounds = fastpcgrad.GradientSurgery(parameters, 3, make(), **options)
+    rows = []
+    for t, there in enumerate(presence):
+        gradients = [torch.randn(shape, generator=values, dtype=torch.float64) for shape in SHAPES]
+        with rounds.task(t):
+            linear_loss(parameters, [g if here else None for g, here in zip(gradients, there, strict=True)]).backward()
+        rows.append(torch.cat([g.flatten() * here for g, here in zip(gradients, there, strict=True)]))
+    return rounds, parameters, torch.stack(rows)
+
+
+def seed():
+    torch.default_generator.manual_seed(5)
+    random.seed(5)
+
+
+def aggregated(method, rows):
+    seed()
+    if isinstance(method, methods.Elementwise):
+        return method.aggregate(rows)
+    return method.weights(rows @ rows.mT) @ rows
+
+
+@for_every_method
+def test_the_merged_gradient_is_the_methods_own(make):
+    rounds, parameters, rows = filled(make, [[True] * 4] * 3)
+    expected = aggregated(make(), rows)
+    seed()
+    report = rounds.merge()
+    found = torch.cat([p.grad.flatten() for p in parameters])
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(report.gram, rows @ rows.mT)
+    assert report.weights.isnan().all() == isinstance(rounds.method, methods.Elementwise)
+
+
+@for_elementwise_methods
+def test_elementwise_methods_take_absent_gradients_for_zeros(make):
+    presence = [[True, False, True, True], [True, True, False, False], [False, True, False, True]]
+    rounds, parameters, rows = filled(make, presence)
+    expected = aggregated(make(), rows)
+    seed()
+    rounds.merge()
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in parameters]), expected)
+
+
+@for_elementwise_methods
+def test_elementwise_methods_leave_what_is_not_shared_to_a_sum(make):
+    values = torch.Generator().manual_seed(4)
+    a, b = (torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in (40, 30))
+    rows = torch.randn(3, 70, generator=values, dtype=torch.float64)
+    rounds = fastpcgrad.GradientSurgery([a, b], 3, make(), shared=[b])
+    for t, row in enumerate(rows):
+        with rounds.task(t):
+            (a @ row[:40] + b @ row[40:]).backward()
+    expected = aggregated(make(), rows[:, 40:])
+    seed()
+    report = rounds.merge()
+    torch.testing.assert_close(a.grad, rows[:, :40].sum(dim=0))
+    torch.testing.assert_close(b.grad, expected)
+    torch.testing.assert_close(report.gram, rows[:, 40:] @ rows[:, 40:].mT)
