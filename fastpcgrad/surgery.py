@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from operator import attrgetter, is_
 from types import TracebackType
 from typing import Any, Literal
@@ -90,8 +91,7 @@ class GradientSurgery:
         self._grads: TaskGradients | None = None
         self._hooks = _Hooks(self)
         self._merged: Row = []
-        self._inside: _Task | None = None
-        self._resolved = False
+        self._inside: _Tasks | None = None
         self._resolve()
 
     @property
@@ -99,7 +99,7 @@ class GradientSurgery:
         """Bytes of T rows, whether or not they are there yet."""
         return self.num_tasks * self._rows_now().row_nbytes
 
-    def task(self, index: int) -> _Task:
+    def task(self, index: int) -> AbstractContextManager[Any]:
         """A context in which gradients go into the row of task ``index``.
 
         Enter it again for further micro-batches of the same task: they add up. A task counts as present, with a
@@ -190,50 +190,53 @@ class GradientSurgery:
     def _run(self, losses: Sequence[Tensor], retain_graph: bool) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
         last = len(losses) - 1
-        self._resolve()
-        self._resolved = True  # once for all tasks: nobody changes the parameters in here
-        try:
+        with _Tasks(self) as tasks:
             for t, loss in enumerate(losses):
-                with self.task(t):
-                    loss.backward(retain_graph=retain_graph or t < last)
-        finally:
-            self._resolved = False
-
-    def _begin(self, task: _Task) -> Row | None:
-        if self._inside is not None:
-            raise RuntimeError(f"task({task.index}) inside task({self._inside.index}): tasks do not nest")
-        if not self._resolved:
-            self._resolve()
-        grads = self._rows_now()
-        if self._merged:
-            self._release_merged()
-        self._inside = task
-        return grads.take(task.index)
+                tasks.open(t)
+                loss.backward(retain_graph=retain_graph or t < last)
+                tasks.close()
 
 
-class _Task:
-    """One stay inside a task. Gradients that were there before are set aside and come back afterwards."""
+class _Tasks:
+    """A stay inside tasks, one after the other. Gradients that were there before come back at the end."""
 
-    __slots__ = ("_aside", "_row", "_surgery", "index")
-
-    def __init__(self, surgery: GradientSurgery, index: int) -> None:
-        self.index = index
+    def __init__(self, surgery: GradientSurgery) -> None:
+        self.index = -1
         self._surgery = surgery
         self._row: Row = []
         self._aside: list[tuple[Tensor, Tensor]] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Tasks:
         surgery = self._surgery
-        row = surgery._begin(self)
-        parameters = surgery._parameters
-        self._aside = [(p, p.grad) for p in parameters if p.grad is not None]
-        for p, _ in self._aside:
-            p.grad = None
+        surgery._resolve()
+        if surgery._merged:
+            surgery._release_merged()
+        surgery._inside = self
+        self._aside = [(p, p.grad) for p in surgery._parameters if p.grad is not None]
+        self._clear()
+        return self
+
+    def open(self, index: int) -> None:
+        """From here on gradients are those of task ``index``."""
+        surgery = self._surgery
+        self.index = index
+        row = surgery._rows_now().take(index)
         if surgery._hooks.attached:
-            self._row = row or [None] * len(parameters)
+            self._row = row or [None] * len(surgery._parameters)
         elif row is not None:  # autograd adds to what is there
-            for p, grad in zip(parameters, row, strict=True):
+            for p, grad in zip(surgery._parameters, row, strict=True):
                 p.grad = grad
+
+    def close(self) -> None:
+        """What there is of the task's gradients is its row."""
+        surgery = self._surgery
+        if surgery._hooks.attached:
+            for index, p in enumerate(surgery._parameters):
+                self.convert(index, p)
+        else:
+            self._row = list(map(_GRAD, surgery._parameters))
+            self._clear()
+        surgery._rows_now().put(self.index, self._row)
 
     def convert(self, index: int, parameter: Tensor) -> None:
         """A hook's call: this parameter's gradient is complete; add it to the row, in the row's dtype."""
@@ -244,23 +247,39 @@ class _Task:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        surgery = self._surgery
-        parameters = surgery._parameters
+        self._surgery._inside = None
+        if kind is not None:  # what there is is no whole gradient: the open task is absent unless it is opened again
+            self._clear()
+        for p, grad in self._aside:
+            p.grad = grad
+
+    def _clear(self) -> None:
+        for p in self._surgery._parameters:
+            p.grad = None
+
+
+class _Task(_Tasks):
+    """A stay inside one task."""
+
+    def __init__(self, surgery: GradientSurgery, index: int) -> None:
+        super().__init__(surgery)
+        self.index = index
+
+    def __enter__(self) -> _Task:
+        if (other := self._surgery._inside) is not None:
+            raise RuntimeError(f"task({self.index}) inside task({other.index}): tasks do not nest")
+        super().__enter__()
+        self.open(self.index)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
-            # With an exception, what there is is no whole gradient: this task is absent unless it is entered again.
             if kind is None:
-                if surgery._hooks.attached:
-                    for index, p in enumerate(parameters):
-                        self.convert(index, p)
-                else:
-                    self._row = list(map(_GRAD, parameters))
-                surgery._rows_now().put(self.index, self._row)
+                self.close()
         finally:
-            surgery._inside = None
-            for p in parameters:
-                p.grad = None
-            for p, grad in self._aside:
-                p.grad = grad
+            super().__exit__(kind, error, trace)
 
 
 class _Hooks:
