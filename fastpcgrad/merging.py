@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import compress
+from itertools import compress, repeat
+from operator import contains
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def merge(
         the report, and for each parameter its merged gradient, None where it has none.
     """
     blocks, tasks = grads.blocks(), tuple(grads.tasks)
-    complete = all(0 not in row for row in blocks.pointers)
+    complete = not any(map(contains, blocks.pointers, repeat(0)))
     one_problem = shared is groups is None and method.scope != "parameter"
     if one_problem and (complete or isinstance(method, Elementwise)):
         gram, solution = method.merge(blocks, out)

@@ -4,8 +4,8 @@ Every backend module offers the same six functions (``gram``, ``pcgrad_coefficie
 ``pcgrad``, ``pcgrad_``) on inputs that ``functional`` has validated, and ``why_unavailable(device_type)``. An
 automatic choice takes the first backend that can run; a forced one that cannot run raises and says why.
 
-Task gradients that lie where autograd put them (``_ops.Blocks``) go to a backend's own ``gram_blocks``,
-``combine_blocks`` and ``pcgrad_blocks`` where it has them, else through ``stacked`` to the six.
+For task gradients that lie where autograd put them (``_ops.Blocks``) it offers ``gram_blocks``, ``combine_blocks`` and
+``pcgrad_blocks`` besides: its own, or those of ``stacked`` over its functions on packed rows.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native, _ops
-from . import stacked
 
 NAMES = ("eager", "cpu", "cuda", "triton")
 _AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
@@ -146,7 +144,7 @@ def _pcgrad_(
 
 def _gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     """G of each problem, ``[problems, T, T]``; block b counts for ``problem_of[b]``, -1: none; None: 0 for all."""
-    result: Tensor = _for_blocks(blocks).gram_blocks(blocks, problem_of, problems)
+    result: Tensor = select(blocks.device.type).gram_blocks(blocks, problem_of, problems)
     return result
 
 
@@ -155,7 +153,7 @@ def _combine_blocks(
 ) -> None:
     """Each block combined with its row of ``weights`` ``[count, T]`` into ``out[b]``, which may be a row of it."""
     torch.autograd.graph.increment_version([tensor for tensor in out if tensor is not None])
-    _for_blocks(blocks).combine_blocks(blocks, weights, weights_of, out)
+    select(blocks.device.type).combine_blocks(blocks, weights, weights_of, out)
 
 
 def _pcgrad_blocks(
@@ -169,15 +167,10 @@ def _pcgrad_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G, C and w of one problem over all blocks, and w J in ``out``."""
     torch.autograd.graph.increment_version([tensor for tensor in out if tensor is not None])
-    result: tuple[Tensor, Tensor, Tensor] = _for_blocks(blocks).pcgrad_blocks(
+    result: tuple[Tensor, Tensor, Tensor] = select(blocks.device.type).pcgrad_blocks(
         blocks, order, self_projection, eps, min_squared_norm, scale, out
     )
     return result
-
-
-def _for_blocks(blocks: _ops.Blocks) -> Any:
-    backend = select(blocks.device.type)
-    return backend if hasattr(backend, "gram_blocks") else stacked.Stacked(backend)
 
 
 def _mark_written(tensor: Tensor) -> None:

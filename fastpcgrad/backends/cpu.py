@@ -215,8 +215,15 @@ def pcgrad_blocks(
     _call(
         "fpg_cpu_pcgrad_blocks",
         *_blocks(blocks, pointers),
-        *(order.data_ptr(), self_projection, eps, min_squared_norm, scale),
-        *(address, address + square, address + 2 * square, _address(places)),
+        order.data_ptr(),
+        self_projection,
+        eps,
+        min_squared_norm,
+        scale,
+        address,
+        address + square,
+        address + 2 * square,
+        _address(places),
     )
     gram, coefficients, weights = result.split_with_sizes((tasks, tasks, 1))
     return gram, coefficients, weights[0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
+from .stacked import Stacked
 
 _CHUNK = 1 << 16
 """Columns a step: bounds the float64 copies, and is fixed, so that the sums have one order."""
@@ -109,3 +110,7 @@ def pcgrad_(
     coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
     mix_(grads, coefficients, segments)
     return matrix, coefficients
+
+
+_stacked = Stacked(gram, pcgrad_coefficients, combine)
+gram_blocks, combine_blocks, pcgrad_blocks = _stacked.gram_blocks, _stacked.combine_blocks, _stacked.pcgrad_blocks

@@ -5,8 +5,7 @@ Every pass packs anew, so that no more than one batch exists beside the gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +16,12 @@ _BATCH_BYTES = 64 << 20
 
 
 class Stacked:
-    """The block functions of a backend module, by its functions on packed rows."""
+    """The block functions of a backend, by its functions on packed rows."""
 
-    def __init__(self, backend: ModuleType) -> None:
-        self._backend = backend
+    def __init__(
+        self, gram: Callable[..., Tensor], pcgrad_coefficients: Callable[..., Tensor], combine: Callable[..., None]
+    ) -> None:
+        self._gram, self._pcgrad_coefficients, self._combine = gram, pcgrad_coefficients, combine
 
     def gram_blocks(self, blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
         tasks = len(blocks.tensors)
@@ -28,7 +29,7 @@ class Stacked:
         for problem, present, members in _batches(blocks, problem_of):
             if problem >= 0:
                 index = torch.tensor(present, device=blocks.device)
-                found = self._backend.gram(_pack(blocks, present, members), None)
+                found = self._gram(_pack(blocks, present, members), None)
                 result[problem].index_put_((index[:, None], index[None, :]), found, accumulate=True)
         return result
 
@@ -38,7 +39,7 @@ class Stacked:
         for problem, present, members in _batches(blocks, weights_of):
             packed = _pack(blocks, present, members)
             chosen = weights[problem, list(present)]
-            self._backend.combine(packed, chosen, None, packed[0])
+            self._combine(packed, chosen, None, packed[0])
             pieces = packed[0].split([blocks.widths[b] for b in members])
             torch._foreach_copy_([_flat(out[b]) for b in members], pieces)
 
@@ -53,7 +54,7 @@ class Stacked:
         out: Sequence[Tensor | None],
     ) -> tuple[Tensor, Tensor, Tensor]:
         gram = self.gram_blocks(blocks, None, 1)[0]
-        coefficients = self._backend.pcgrad_coefficients(gram, order, self_projection, eps, min_squared_norm)
+        coefficients = self._pcgrad_coefficients(gram, order, self_projection, eps, min_squared_norm)
         weights = scale * coefficients.sum(dim=0)
         self.combine_blocks(blocks, weights[None], None, out)
         return gram, coefficients, weights

@@ -9,9 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .launch import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficients
+    from .launch import (
+        combine,
+        combine_blocks,
+        gram,
+        gram_blocks,
+        mix_,
+        pcgrad,
+        pcgrad_,
+        pcgrad_blocks,
+        pcgrad_coefficients,
+    )
 
-__all__ = ["combine", "gram", "mix_", "pcgrad", "pcgrad_", "pcgrad_coefficients", "why_unavailable"]
+__all__ = [
+    "combine",
+    "combine_blocks",
+    "gram",
+    "gram_blocks",
+    "mix_",
+    "pcgrad",
+    "pcgrad_",
+    "pcgrad_blocks",
+    "pcgrad_coefficients",
+    "why_unavailable",
+]
 
 
 def why_unavailable(device_type: str) -> str | None:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..stacked import Stacked
 from . import kernels
 
 _WARPS = 4
@@ -320,3 +321,7 @@ def pcgrad_(
     coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
     mix_(grads, coefficients, segments)
     return matrix, coefficients
+
+
+_stacked = Stacked(gram, pcgrad_coefficients, combine)
+gram_blocks, combine_blocks, pcgrad_blocks = _stacked.gram_blocks, _stacked.combine_blocks, _stacked.pcgrad_blocks
