@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import methods
-from ._native import prefer_huge_pages
 from .functional import check_losses, check_tensors
 from .merging import merge
 from .task_gradients import TaskGradients
@@ -94,9 +93,8 @@ def _merged(
     for t, loss in enumerate(losses):
         keep = retain_graph or t < len(losses) - 1
         grads.put(t, list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)))
-    # What autograd.grad returns may be a tensor of the graph's own: it is not written to.
-    out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in grads.places()]
-    _, merged = merge(grads, method, out)
+    # Not in place: what autograd.grad returns may be a tensor of the graph's own.
+    _, merged = merge(grads, method, in_place=False)
     return dict(zip(map(id, inputs), merged, strict=True))
 
 

@@ -10,6 +10,7 @@ from operator import contains
 import torch
 from torch import Tensor
 
+from ._native import prefer_huge_pages
 from ._ops import KERNELS, Blocks
 from .methods import Elementwise, Method, Solution
 from .report import ConflictReport
@@ -19,31 +20,35 @@ from .task_gradients import Row, TaskGradients
 def merge(
     grads: TaskGradients,
     method: Method,
-    out: Row,
     shared: Sequence[bool] | None = None,
     groups: Sequence[int] | None = None,
+    *,
+    in_place: bool,
 ) -> tuple[ConflictReport, Row]:
-    """Write the merged gradient of all rows to ``out``.
+    """Merge all rows.
 
     Args:
         grads: the rows, of one task or more.
         method: makes weights of a Gram matrix.
-        out: for each parameter that some task has a gradient for a tensor like its gradients, which may be one of
-            them (``grads.places()``).
         shared: for each parameter whether it undergoes surgery; the others are summed. None: the method's scope.
         groups: for each parameter the problem (0..) that it belongs to; None: one problem, or the method's scope.
+        in_place: write the merged gradient over that of the first task that has one, for each parameter; else to
+            fresh memory.
     Returns:
         the report, and for each parameter its merged gradient, None where it has none.
     """
     blocks, tasks = grads.blocks(), tuple(grads.tasks)
+    out = _first_of_each(blocks)
+    if not in_place:
+        out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
     complete = not any(map(contains, blocks.pointers, repeat(0)))
     one_problem = shared is groups is None and method.scope != "parameter"
     if one_problem and (complete or isinstance(method, Elementwise)):
         gram, solution = method.merge(blocks, out)
-        return ConflictReport(tasks, gram, solution.weights, solution.coefficients, None), list(out)
+        return ConflictReport(tasks, gram, solution.weights, solution.coefficients, None), out
     if isinstance(method, Elementwise):
         gram, solution = _merge_columns(blocks, method, out, shared)
-        return ConflictReport(tasks, gram, solution.weights, solution.coefficients, None), list(out)
+        return ConflictReport(tasks, gram, solution.weights, solution.coefficients, None), out
 
     touches = [len(tasks) - column.count(None) for column in zip(*blocks.tensors, strict=True)]
     everywhere = [count == len(tasks) for count in touches]
@@ -71,6 +76,15 @@ def merge(
         place if whole or problem is None or not drop_partial else None
         for place, whole, problem in zip(out, everywhere, problems, strict=True)
     ]
+
+
+def _first_of_each(blocks: Blocks) -> Row:
+    """For each parameter the gradient of the first task that has one."""
+    first = list(blocks.tensors[0])
+    if 0 in blocks.pointers[0]:
+        for row in blocks.tensors[1:]:
+            first = [own if place is None else place for place, own in zip(first, row, strict=True)]
+    return first
 
 
 def _merge_columns(blocks: Blocks, method: Method, out: Row, shared: Sequence[bool] | None) -> tuple[Tensor, Solution]:

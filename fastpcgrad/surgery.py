@@ -129,7 +129,7 @@ class GradientSurgery:
         if not grads.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         shared = None if self._shared is None else [id(p) in self._shared for p in self._parameters]
-        report, merged = merge(grads, self.method, grads.places(), shared, self._problems)
+        report, merged = merge(grads, self.method, shared, self._problems, in_place=True)
         if self._hooks.attached:  # the rows have another dtype than the parameters
             merged = [m if m is None else m.to(p.dtype) for p, m in zip(self._parameters, merged, strict=True)]
         for p, own in zip(self._parameters, merged, strict=True):

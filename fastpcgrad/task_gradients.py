@@ -45,8 +45,6 @@ class TaskGradients:
         self._kind = (self.dtype, torch.strided, False)
         self._strides = [_gradient_stride(p) for p in parameters]
         self._rows: dict[int, Row] = {}
-        self._pointers: dict[int, list[int]] = {}
-        self._taken: set[int] = set()
         self._spent: list[Row] = []
 
     @property
@@ -62,32 +60,15 @@ class TaskGradients:
     def take(self, task: int) -> Row | None:
         """Give a task's row away, for more to be added; None for a task that has none, which is about to get one."""
         row = self._rows.pop(task, None)
-        if row is not None:
-            self._taken.difference_update(self._pointers.pop(task))
-        elif self._spent:
+        if row is None and self._spent:
             del self._spent[0]
         return row
 
     def put(self, task: int, row: Row) -> None:
-        """Take a task's row over.
-
-        Raises:
-            RuntimeError: a gradient lies where another task's lies: a backward pass has overwritten that one.
-        """
-        row = [g if g is None else self._plain(g, stride) for g, stride in zip(row, self._strides, strict=True)]
-        pointers = [0 if grad is None else grad.data_ptr() for grad in row]
-        distinct = set(pointers)
-        if len(distinct) < len(pointers):
-            row, pointers = _apart(row)
-            distinct = set(pointers)
-        distinct.discard(0)
-        if not self._taken.isdisjoint(distinct):
-            raise RuntimeError(
-                f"task {task}'s gradient lies in the memory of another task's: a backward pass returned a buffer "
-                "that it uses again; let it return a clone"
-            )
-        self._taken |= distinct
-        self._rows[task], self._pointers[task] = row, pointers
+        """Take a task's row over. What has a graph of its own (of ``create_graph=True``) loses it."""
+        if any(grad is not None and grad.requires_grad for grad in row):
+            row = [None if grad is None else grad.detach() for grad in row]
+        self._rows[task] = row
 
     def add(self, row: Row, index: int, grad: Tensor) -> None:
         """Add one parameter's gradient, of any dtype, to an open row."""
@@ -98,26 +79,39 @@ class TaskGradients:
             there.add_(_dense(grad))
 
     def blocks(self) -> Blocks:
-        """J."""
-        tasks = self.tasks
-        tensors, pointers = [self._rows[t] for t in tasks], [self._pointers[t] for t in tasks]
-        return Blocks(tensors, pointers, self.widths, self.dtype, self.device)
+        """J. Looked at here, all at once: right after a backward pass this code would find the caches cold.
 
-    def places(self) -> Row:
-        """Memory of the rows for the merged gradient: of the first task that has a gradient, for each parameter."""
-        tasks = self.tasks
-        places = list(self._rows[tasks[0]])
-        if 0 in self._pointers[tasks[0]]:
-            for t in tasks[1:]:
-                places = [own if place is None else place for place, own in zip(places, self._rows[t], strict=True)]
-        return places
+        Raises:
+            RuntimeError: a task's gradient lies where another task's lies: a backward pass has overwritten that one.
+        """
+        tensors, pointers = [], []
+        taken: set[int] = set()
+        for task in self.tasks:
+            given = zip(self._rows[task], self._strides, strict=True)
+            row = [None if grad is None else self._plain(grad, stride) for grad, stride in given]
+            where = [0 if grad is None else grad.data_ptr() for grad in row]
+            distinct = set(where)
+            if len(distinct) < len(where):
+                row, where = _apart(row)
+                distinct = set(where)
+            distinct.discard(0)
+            if not taken.isdisjoint(distinct):
+                raise RuntimeError(
+                    f"task {task}'s gradient lies in the memory of another task's: a backward pass returned a buffer "
+                    "that it uses again; let it return a clone"
+                )
+            taken |= distinct
+            self._rows[task] = row
+            tensors.append(row)
+            pointers.append(where)
+        return Blocks(tensors, pointers, self.widths, self.dtype, self.device)
 
     def clear(self) -> None:
         """Forget all rows."""
         if not self._rows:
             return
         self._spent = [self._rows[t] for t in self.tasks] if self.device.type == "cpu" else []
-        self._rows, self._pointers, self._taken = {}, {}, set()
+        self._rows = {}
 
     def _plain(self, grad: Tensor, stride: tuple[int, ...]) -> Tensor:
         """The gradient itself if it is a dense tensor of its own with the rows' dtype, else a copy that is."""

@@ -84,8 +84,9 @@ def in_blocks(rows, widths=(7, 0, 33)):
 def test_merge_on_rows_is_solve_and_combine(variant, reduction):
     rows = task_gradients(5)
     grads = in_blocks(rows)
-    out = [torch.full_like(place, torch.nan) for place in grads.places()]
-    gram, solution = methods.PCGrad(variant, reduction, random.Random(3)).merge(grads.blocks(), out)
+    blocks = grads.blocks()
+    out = [torch.full_like(place, torch.nan) for place in blocks.tensors[0]]
+    gram, solution = methods.PCGrad(variant, reduction, random.Random(3)).merge(blocks, out)
     expected = methods.PCGrad(variant, reduction, random.Random(3)).solve(rows @ rows.mT)
     torch.testing.assert_close(gram, rows @ rows.mT)
     torch.testing.assert_close(solution.weights, expected.weights)
@@ -96,8 +97,9 @@ def test_merge_on_rows_is_solve_and_combine(variant, reduction):
 def test_merge_may_write_over_a_row():
     rows = task_gradients(5)
     grads = in_blocks(rows)
-    out = grads.places()
-    methods.PCGrad("tensorflow").merge(grads.blocks(), out)
+    blocks = grads.blocks()
+    out = blocks.tensors[1]
+    methods.PCGrad("tensorflow").merge(blocks, out)
     torch.testing.assert_close(torch.cat(out), merged("tensorflow", rows, None, None))
 
 
