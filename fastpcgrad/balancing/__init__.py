@@ -1,0 +1,10 @@
+"""Balancers that weigh the task losses before they are summed or merged: one file a balancer."""
+
+from .base import Balancer
+from .dwa import DWA
+from .famo import FAMO
+from .gradnorm import GradNorm
+from .stch import STCH
+from .uncertainty import UncertaintyWeighting
+
+__all__ = ["DWA", "FAMO", "STCH", "Balancer", "GradNorm", "UncertaintyWeighting"]

@@ -1,0 +1,148 @@
+"""What a balancer is: T task losses in, T weighted losses out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+"""Makes the optimizer of a balancer's own weights, as ``functools.partial(torch.optim.SGD, lr=0.1)`` does."""
+
+
+class Balancer(nn.Module, ABC):
+    """Weighs task losses; calling it gives the weighted losses, to be summed or handed to gradient surgery.
+
+    A subclass gives ``weigh``. State lies in parameters and buffers, so ``state_dict``, ``to(device)`` and
+    ``double()`` work as for any module. No call waits for the device.
+
+    Attributes:
+        num_tasks: T.
+        weights: ``[T]``, detached: what the last call multiplied the losses by. Where they do not depend on the
+            losses of the call itself (GradNorm, UncertaintyWeighting, DWA) it is what the next call will use, so that
+            ``balancer.weights[t] * loss`` serves a loop that has one task's graph at a time.
+    Raises:
+        TypeError: ``num_tasks`` is no integer.
+        ValueError: ``num_tasks`` < 1.
+    """
+
+    weights: Tensor
+
+    def __init__(self, num_tasks: int) -> None:
+        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
+            raise TypeError(f"num_tasks must be an integer; found {num_tasks!r}")
+        if num_tasks < 1:
+            raise ValueError(f"num_tasks must be at least 1; found {num_tasks}")
+        super().__init__()
+        self.num_tasks = num_tasks
+
+    @abstractmethod
+    def weigh(self, losses: Tensor) -> Tensor:
+        """The weights of this step: ``[T]``.
+
+        Args:
+            losses: ``[T]``, detached, of the dtype and on the device of ``weights``.
+        """
+
+    def forward(self, losses: Sequence[Tensor] | Tensor) -> list[Tensor] | Tensor:
+        """The weighted losses w_i L_i.
+
+        Args:
+            losses: T scalar losses, or one tensor ``[T]``; real floating point, on the device of the balancer.
+        Returns:
+            a list for a sequence, ``[T]`` for a tensor. Each loss of the list depends on the graph of its own task
+            alone; elements of a tensor share theirs, so that a backward pass of one runs through all.
+        Raises:
+            TypeError: losses that are no real floating-point tensors.
+            ValueError: not T, not scalar, or on another device.
+        """
+        losses = losses if isinstance(losses, Tensor) else list(losses)
+        weights = self.weigh(self._vector("losses", losses))
+        if isinstance(losses, Tensor):
+            return weights * losses
+        return [weight * loss for weight, loss in zip(weights.unbind(), losses, strict=True)]
+
+    def _vector(self, name: str, values: Sequence[Tensor] | Tensor) -> Tensor:
+        """T scalars as one detached ``[T]``, of the dtype and on the device of the weights."""
+        count = self.num_tasks
+        if isinstance(values, Tensor):
+            if values.shape != (count,):
+                raise ValueError(f"{name} must be {count} scalars or one tensor [{count}]; found {list(values.shape)}")
+            return self._like_weights(name, values)
+        if len(values) != count:
+            raise ValueError(f"{name} must be {count} scalars, one a task; found {len(values)}")
+        return torch.stack([self._scalar(f"{name}[{t}]", value) for t, value in enumerate(values)])
+
+    def _scalar(self, name: str, value: Tensor) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; found {type(value).__name__}")
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a scalar; found shape {list(value.shape)}")
+        return self._like_weights(name, value).reshape(())
+
+    def _like_weights(self, name: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be real floating point; found {value.dtype}")
+        weights = self.weights
+        if value.device != weights.device:
+            raise ValueError(
+                f"{name} must be on {weights.device}, as the balancer (which .to(device) moves); found {value.device}"
+            )
+        return value.detach().to(weights.dtype)
+
+    def extra_repr(self) -> str:
+        return f"num_tasks={self.num_tasks}"
+
+
+class LearnedBalancer(Balancer):
+    """A balancer that takes steps of its own optimizer on one tensor, with gradients that it computes itself."""
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__(num_tasks)
+        self.optimizer: torch.optim.Optimizer
+
+    def _learn(self, learned: Tensor, optimizer: OptimizerFactory) -> nn.Parameter:
+        """The parameter, which asks for no gradient: another optimizer that finds it leaves it alone."""
+        parameter = nn.Parameter(learned, requires_grad=False)
+        if not callable(optimizer):
+            raise TypeError(
+                "optimizer must make an optimizer of a list of tensors, as functools.partial(torch.optim.Adam, lr=0.1) "
+                f"does; found {optimizer!r}"
+            )
+        self.optimizer = optimizer([parameter])
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must make a torch.optim.Optimizer; it made {self.optimizer!r}")
+        return parameter
+
+    def _step(self, parameter: Tensor, gradient: Tensor) -> None:
+        parameter.grad = gradient
+        self.optimizer.step()
+        parameter.grad = None
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedBalancer:
+        super()._apply(fn, recurse)
+        # Loading casts and moves the optimizer's state to where the parameter now is.
+        self.optimizer.load_state_dict(self.optimizer.state_dict())
+        return self
+
+
+def task_values(name: str, values: Iterable[float] | Tensor, num_tasks: int) -> Tensor:
+    """One finite number a task, given at construction, as ``[T]``.
+
+    Raises:
+        ValueError: not T, or not finite.
+    """
+    found = torch.as_tensor(values if isinstance(values, Tensor) else list(values)).detach().clone()
+    found = found if found.is_floating_point() else found.to(torch.get_default_dtype())
+    if found.shape != (num_tasks,) or not found.isfinite().all():
+        raise ValueError(f"{name} must be {num_tasks} finite numbers, one a task; found {found.tolist()}")
+    return found

@@ -1,0 +1,85 @@
+"""FAMO: weights that let all losses fall at the same rate, from losses before and after each step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .base import LearnedBalancer, OptimizerFactory, task_values
+
+
+class FAMO(LearnedBalancer):
+    """Weights c z_i / D_i with z = softmax(ξ), D_i = L_i − min_i and c = 1 / Σ_j z_j / D_j, so that they sum to 1.
+
+    Their weighted losses have the gradient of c Σ z_i log D_i. After the optimizer's step, ``update`` is given the
+    losses of the same batch again and moves ξ by how much log D_i fell: a task that fell less weighs more.
+
+    Args:
+        num_tasks: T.
+        min_losses: T lower bounds of the losses; None: zeros.
+        optimizer: makes the optimizer of ξ: the paper's β is its ``lr``, γ its ``weight_decay``. None: Adam with 0.025
+            and 1e-3.
+    Attributes:
+        logits: ξ, ``[T]``, starts at 0.
+        weights: those of the last call.
+    Raises:
+        TypeError: ``optimizer`` makes none.
+        ValueError: ``min_losses`` are not T finite numbers.
+    Numerics: 1e-8 is added to each D_i. Losses below their ``min_losses``, NaN or inf give NaN weights or, in
+        ``update``, NaN logits: from then on every weight is NaN.
+    Source: Liu et al. 2023, arXiv:2306.03792, Alg. 1.
+    Example:
+        >>> balancer = fastpcgrad.balancing.FAMO(2)
+        >>> balancer(torch.tensor([1.0, 4.0]))
+        tensor([0.8000, 0.8000])
+        >>> balancer.update(torch.tensor([0.5, 4.0]))  # after the step the first loss has fallen, the second has not
+        >>> balancer.logits.data
+        tensor([-0.0250,  0.0250])
+    """
+
+    min_losses: Tensor
+
+    def __init__(
+        self,
+        num_tasks: int,
+        min_losses: Iterable[float] | Tensor | None = None,
+        optimizer: OptimizerFactory | None = None,
+    ) -> None:
+        super().__init__(num_tasks)
+        least = task_values("min_losses", [0.0] * num_tasks if min_losses is None else min_losses, num_tasks)
+        self.register_buffer("min_losses", least)
+        self.logits = self._learn(
+            torch.zeros_like(least), optimizer or partial(torch.optim.Adam, lr=0.025, weight_decay=1e-3)
+        )
+        self.register_buffer("weights", torch.ones_like(least), persistent=False)
+        self._before: Tensor | None = None
+
+    def weigh(self, losses: Tensor) -> Tensor:
+        excess = self._excess(losses)
+        self._before = excess.log()
+        shares = torch.softmax(self.logits, dim=0) / excess
+        self.weights = shares / shares.sum()
+        return self.weights
+
+    def update(self, losses: Sequence[Tensor] | Tensor) -> None:
+        """Move ξ, once after each step.
+
+        Args:
+            losses: those of the same batch, computed again after the optimizer's step; see ``forward``.
+        Raises:
+            TypeError, ValueError: see ``forward``.
+            RuntimeError: no call since the last update.
+        """
+        after = self._excess(self._vector("losses", losses if isinstance(losses, Tensor) else list(losses))).log()
+        if self._before is None:
+            raise RuntimeError("update() needs the losses before the step: call the balancer with them first")
+        fall = self._before - after
+        shares = torch.softmax(self.logits, dim=0)
+        self._step(self.logits, shares * (fall - shares @ fall))  # the softmax's Jacobian times the falls
+        self._before = None
+
+    def _excess(self, losses: Tensor) -> Tensor:
+        return losses - self.min_losses + 1e-8

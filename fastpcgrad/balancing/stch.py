@@ -1,0 +1,63 @@
+"""Smooth Tchebycheff scalarization: the losses furthest from their ideal weigh most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .base import Balancer, task_values
+
+
+class STCH(Balancer):
+    """Weights whose weighted sum of losses has the gradient of μ log Σ_i exp(λ_i (L_i − z_i) / μ).
+
+    That is w_i = λ_i softmax(λ (L − z) / μ)_i. The smaller μ, the closer to the largest λ_i (L_i − z_i) alone. The
+    losses should be of comparable size; logarithms of losses over a reference may be given instead of the losses.
+
+    Args:
+        num_tasks: T.
+        mu: μ > 0, in the unit of the losses times λ.
+        preference: λ, T numbers > 0; None: 1/T each.
+        ideal: z, T numbers: the best loss that each task could reach; None: zeros.
+    Raises:
+        ValueError: ``mu`` not > 0, a preference not > 0, or not T numbers.
+    Numerics: the largest exponent is subtracted, so nothing overflows. A NaN or +inf loss gives NaN weights.
+    Source: Lin et al. 2024, arXiv:2402.19078.
+    Example:
+        >>> balancer = fastpcgrad.balancing.STCH(2, mu=0.5, preference=[1.0, 1.0])
+        >>> balancer(torch.tensor([1.0, 2.0]))
+        tensor([0.1192, 1.7616])
+    """
+
+    preference: Tensor
+    ideal: Tensor
+
+    def __init__(
+        self,
+        num_tasks: int,
+        mu: float,
+        preference: Iterable[float] | Tensor | None = None,
+        ideal: Iterable[float] | Tensor | None = None,
+    ) -> None:
+        super().__init__(num_tasks)
+        if not 0 < mu < float("inf"):
+            raise ValueError(f"mu must be a finite number > 0; found {mu!r}")
+        chosen = [1 / num_tasks] * num_tasks if preference is None else preference
+        weight = task_values("preference", chosen, num_tasks)
+        if not (weight > 0).all():
+            raise ValueError(f"preference must be > 0 for every task; found {weight.tolist()}")
+        self.mu = mu
+        self.register_buffer("preference", weight)
+        self.register_buffer("ideal", task_values("ideal", [0.0] * num_tasks if ideal is None else ideal, num_tasks))
+        # Those of the last call: made anew by every call, so no part of the state.
+        self.register_buffer("weights", torch.ones_like(weight), persistent=False)
+
+    def weigh(self, losses: Tensor) -> Tensor:
+        exponents = self.preference * (losses - self.ideal) / self.mu
+        self.weights = self.preference * torch.softmax(exponents, dim=0)
+        return self.weights
+
+    def extra_repr(self) -> str:
+        return f"num_tasks={self.num_tasks}, mu={self.mu}"

@@ -1,0 +1,135 @@
+"""gradNorm: trains a network with GradNorm, called as the widely used PyTorch implementation is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .balancing.gradnorm import Layer, check_alpha, excess_signs, layer_norms, layer_tensors, scaled_to_count
+
+VARIANTS = ("paper", "lucasbotang")
+
+
+def gradNorm(
+    net: nn.Module,
+    layer: Layer,
+    alpha: float,
+    dataloader: Iterable[Sequence[Any]],
+    num_epochs: int,
+    lr1: float,
+    lr2: float,
+    log: bool = False,
+    *,
+    variant: str = "paper",
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Train ``net`` with Adam on its weighted task losses, and the weights with GradNorm.
+
+    Each step: Adam(``lr1``) on the network with the gradient of Σ w_i L_i; a first Adam step (``lr2``, without
+    momentum, so nearly ``lr2`` times the sign of the gradient) on the weights, which start at 1; then the weights are
+    scaled to sum to T. L(0) is the loss of the first batch.
+
+    Args:
+        net: ``net(*batch)`` gives the T task losses as one tensor ``[T]``. It is put into training mode.
+        layer: W, whose gradients are compared: a module, of which only the first parameter (its weight) is looked at,
+            or tensors.
+        alpha: α ≥ 0, the restoring force; see ``balancing.GradNorm``.
+        dataloader: gives batches, each a sequence of arguments; their tensors are moved to the device of ``net``.
+        num_epochs: passes over ``dataloader``, at least 1.
+        lr1: learning rate of the network.
+        lr2: learning rate of the weights; 0 keeps them at 1.
+        log: keep the weights and normalised losses of every step.
+        variant: ``paper`` differentiates the GradNorm loss with respect to the weights only, in closed form.
+            ``lucasbotang`` follows the widely used implementation, whose second backward pass also adds the GradNorm
+            loss' gradient to that of the network; it costs second derivatives.
+    Returns:
+        ``(log_weights, log_loss)``, each ``[steps, T]``: the weights that each step used, and L_i / L_i(0). Without
+        ``log`` both are empty, ``[0, T]``.
+    Raises:
+        TypeError: a net without a tensor of losses, batches that are no sequences.
+        ValueError: unknown variant; bad ``alpha``, ``num_epochs``, learning rates, layer; losses that are not ``[T]``;
+            no batch.
+    Numerics: a loss that is not finite, or a first loss of 0, shows as NaN weights from the next step on. No step waits
+        for the device. The network's Adam is torch's fused one, which rounds differently in the last place.
+    Source: Chen et al. 2018, arXiv:1711.02257, Alg. 1.
+    Example:
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.trunk, self.heads = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
+        ...     def forward(self, x, y):
+        ...         return (self.heads(self.trunk(x)) - y).square().mean(dim=0)
+        >>> net, data = Net(), [(torch.randn(8, 4), torch.randn(8, 2)) for _ in range(5)]
+        >>> log_weights, log_loss = fastpcgrad.gradNorm(net, net.trunk, 0.12, data, 2, lr1=1e-3, lr2=1e-2, log=True)
+        >>> log_weights.shape, log_loss[0].tolist()
+        ((10, 2), [1.0, 1.0])
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; found {variant!r}")
+    if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 1:
+        raise ValueError(f"num_epochs must be an integer >= 1; found {num_epochs!r}")
+    for name, rate in (("lr1", lr1), ("lr2", lr2)):
+        if not 0 <= rate < float("inf"):
+            raise ValueError(f"{name} must be a finite number >= 0; found {rate!r}")
+    check_alpha(alpha)
+    shared = layer_tensors(layer)
+    parameters = list(net.parameters())
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    optimizer = torch.optim.Adam(parameters, lr=lr1, fused=fused)
+    device = parameters[0].device
+    leaks = variant == "lucasbotang"
+    initial: Tensor | None = None
+    logged: list[tuple[Tensor, Tensor]] = []
+    net.train()
+    for _ in range(num_epochs):
+        for batch in dataloader:
+            losses = net(*_on_device(batch, device))
+            if initial is None:
+                _check_task_losses(losses)
+                initial = losses.detach().clone()
+                weights = torch.ones_like(initial)
+            ratios = losses.detach() / initial
+            if log:
+                logged.append((weights, ratios))
+            optimizer.zero_grad()
+            norms = layer_norms(losses, shared, create_graph=leaks).to(weights.dtype)
+            signs = excess_signs(weights, norms.detach(), ratios, alpha)
+            if leaks:
+                # With respect to the norms, the GradNorm loss Σ|n_i − target_i| has the gradient signs · weights.
+                torch.autograd.backward([losses, norms], [weights, signs * weights])
+            else:
+                torch.autograd.backward(losses, weights)
+            optimizer.step()
+            weights = scaled_to_count(_first_adam_step(weights, signs * norms.detach(), lr2))
+    if initial is None:
+        raise ValueError("dataloader gave no batch")
+    if not log:
+        empty = np.empty((0, len(initial)), dtype=weights.cpu().numpy().dtype)
+        return empty, empty.copy()
+    log_weights, log_loss = (torch.stack(kept).cpu().numpy() for kept in zip(*logged, strict=True))
+    return log_weights, log_loss
+
+
+def _first_adam_step(weights: Tensor, gradient: Tensor, lr: float) -> Tensor:
+    """What ``torch.optim.Adam([weights], lr)`` makes of its first gradient: both moments are those of g itself."""
+    return weights - lr * gradient / (gradient.abs() + 1e-8)
+
+
+def _on_device(batch: Sequence[Any], device: torch.device) -> list[Any]:
+    if not isinstance(batch, tuple | list):
+        raise TypeError(f"dataloader must give tuples or lists of net's arguments; found {type(batch).__name__}")
+    return [value.to(device) if isinstance(value, Tensor) else value for value in batch]
+
+
+def _check_task_losses(losses: Any) -> None:
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"net must give its task losses as one tensor [T]; found {type(losses).__name__}")
+    if losses.dim() != 1 or len(losses) == 0 or not losses.requires_grad:
+        raise ValueError(
+            "net must give its task losses as one tensor [T] that requires grad; "
+            f"found {list(losses.shape)}, requires_grad={losses.requires_grad}"
+        )

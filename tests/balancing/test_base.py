@@ -1,0 +1,134 @@
+"""What all balancers share: lists and tensors in, checks, composition with surgery."""
+
+import copy
+
+import pytest
+import torch
+
+from fastpcgrad import PCGrad, balancing, methods
+
+BALANCERS = {
+    "GradNorm": lambda tasks: balancing.GradNorm(tasks, 0.5),
+    "UncertaintyWeighting": balancing.UncertaintyWeighting,
+    "DWA": balancing.DWA,
+    "FAMO": balancing.FAMO,
+    "STCH": lambda tasks: balancing.STCH(tasks, mu=0.5),
+}
+
+
+@pytest.fixture(params=BALANCERS)
+def make(request):
+    return BALANCERS[request.param]
+
+
+def test_every_balancer_is_here():
+    public = {name for name in balancing.__all__ if name != "Balancer"}
+    assert public == set(BALANCERS)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 17])
+def test_a_list_and_a_tensor_give_the_same(make, tasks):
+    values = torch.rand(tasks) + 0.5
+    by_tensor = make(tasks)(values)
+    by_list = make(tasks)(list(values))
+    assert by_tensor.shape == (tasks,) and isinstance(by_list, list)
+    torch.testing.assert_close(torch.stack(by_list), by_tensor)
+    torch.testing.assert_close(torch.stack(make(tasks)(iter(values))), by_tensor)
+
+
+def test_a_list_keeps_the_tasks_graphs_apart(make):
+    parameters = [torch.tensor(1.0 + t, requires_grad=True) for t in range(3)]
+    weighted = make(3)([p.square() for p in parameters])
+    for t, loss in enumerate(weighted):
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        assert [grad is not None for grad in grads] == [t == u for u in range(3)]
+
+
+def test_what_multiplies_the_gradients_are_the_weights(make):
+    balancer = make(3)
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(balancer(x).sum(), x)
+    torch.testing.assert_close(grad, balancer.weights.detach())
+    assert not balancer.weights.requires_grad
+
+
+def test_balanced_then_merged_is_merged_from_weighted_gradients(make):
+    """Balance, then surgery: pc_backward on weighted losses is PCGrad on weighted task gradients."""
+    matrix = torch.randn(3, 8, dtype=torch.float64)
+    x = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    balancer = make(3).double()
+    optimizer = PCGrad(torch.optim.SGD([x], lr=0.1), method=methods.PCGrad("tensorflow"))
+    optimizer.pc_backward(balancer([(row @ x).square() + 1 for row in matrix]))
+    rows = balancer.weights.detach()[:, None] * (2 * (matrix @ x)[:, None] * matrix).detach()
+    expected = methods.PCGrad("tensorflow").weights(rows @ rows.mT) @ rows
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_half_precision_losses_are_weighed_in_the_balancers_precision(make):
+    balancer = make(2)
+    weighted = balancer([torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor(2.0, dtype=torch.bfloat16)])
+    assert balancer.weights.dtype == torch.float32
+    assert {loss.dtype for loss in weighted} == {torch.float32}
+
+
+def test_no_task_loss_is_changed_or_kept_alive(make):
+    losses = torch.rand(2) + 0.5
+    before = losses.clone()
+    make(2)(losses)
+    assert torch.equal(losses, before)
+
+
+def test_a_meta_balancer_runs_so_no_value_is_looked_at(make):
+    """A tensor without data cannot be waited for."""
+    balancer = make(2).to("meta")
+    weighted = balancer([torch.ones((), device="meta"), torch.ones((), device="meta")])
+    assert [loss.device.type for loss in weighted] == ["meta"] * 2
+
+
+def test_copies_are_independent(make):
+    balancer = make(2)
+    copied = copy.deepcopy(balancer)
+    for values in copied.state_dict().values():
+        if isinstance(values, torch.Tensor):
+            values.fill_(3.0)
+    torch.testing.assert_close(balancer(torch.ones(2)), make(2)(torch.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("losses", "error", "words"),
+    [
+        ([], ValueError, ["losses", "2", "0"]),
+        ([torch.ones(())], ValueError, ["losses", "2", "1"]),
+        ([torch.ones(()), 1.0], TypeError, ["losses[1]", "float"]),
+        ([torch.ones(()), torch.ones(3)], ValueError, ["losses[1]", "[3]"]),
+        ([torch.ones(()), torch.ones((), dtype=torch.int64)], TypeError, ["losses[1]", "int64"]),
+        ([torch.ones(()), torch.ones((), dtype=torch.complex64)], TypeError, ["losses[1]", "complex64"]),
+        ([torch.ones(()), torch.ones((), device="meta")], ValueError, ["losses[1]", "meta", "cpu"]),
+        (torch.ones(3), ValueError, ["losses", "[2]", "[3]"]),
+        (torch.ones(2, 1), ValueError, ["losses", "[2, 1]"]),
+        (torch.ones(2, dtype=torch.int32), TypeError, ["losses", "int32"]),
+        (torch.ones(2, device="meta"), ValueError, ["losses", "meta", "cpu"]),
+    ],
+)
+def test_bad_losses_are_named(make, losses, error, words):
+    with pytest.raises(error) as caught:
+        make(2)(losses)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(("tasks", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_a_bad_number_of_tasks_is_named(make, tasks, error):
+    with pytest.raises(error, match=f"num_tasks.*{tasks}"):
+        make(tasks)
+
+
+def test_six_lines_make_a_balancer():
+    class Equal(balancing.Balancer):
+        def __init__(self, num_tasks):
+            super().__init__(num_tasks)
+            self.register_buffer("weights", torch.full((num_tasks,), 1 / num_tasks))
+
+        def weigh(self, losses):
+            return self.weights
+
+    torch.testing.assert_close(Equal(2)(torch.tensor([1.0, 3.0])), torch.tensor([0.5, 1.5]))
