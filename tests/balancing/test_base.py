@@ -83,6 +83,17 @@ def test_a_meta_balancer_runs_so_no_value_is_looked_at(make):
     balancer = make(2).to("meta")
     weighted = balancer([torch.ones((), device="meta"), torch.ones((), device="meta")])
     assert [loss.device.type for loss in weighted] == ["meta"] * 2
+    if isinstance(balancer, balancing.GradNorm):
+        for t in range(2):
+            balancer.note(t, torch.ones((), device="meta"), torch.ones((), device="meta"))
+        balancer.update()
+    if isinstance(balancer, balancing.FAMO):
+        balancer.update(torch.ones(2, device="meta"))
+    if isinstance(balancer, balancing.DWA):
+        balancer.end_epoch()
+        balancer(torch.ones(2, device="meta"))
+        balancer.end_epoch()
+    assert balancer.weights.device.type == "meta"
 
 
 def test_copies_are_independent(make):
