@@ -125,8 +125,8 @@ def main(arguments: list[str] | None = None) -> list[Run]:
         console.print(f"Figure: [bold]{path}[/]", soft_wrap=True)
     console.print(
         "A loss above 1 is worse than at the start: with equal weights the gradients of large tasks swamp the small "
-        "ones in the shared layers. GradNorm brings the rates together while they differ. Both runs end near the same "
-        "losses, as this network can fit all tasks. One seed.",
+        "ones in the shared layers. GradNorm brings the rates closer while they differ. Both runs end near the same "
+        "losses. One seed.",
         soft_wrap=True,
     )
     return runs
