@@ -1,12 +1,13 @@
 """Gradient surgery for PyTorch at memory speed: PCGrad and its relatives on task gradients."""
 
 from . import backends as backends  # registers the kernels of the ops
-from . import methods
+from . import balancing, methods
 from ._version import __version__
 from .arrays import apply
 from .autograd import backward, grad
 from .config import show_config
 from .functional import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficients
+from .gradnorm import gradNorm
 from .optimizer import PCGrad
 from .report import ConflictReport
 from .surgery import GradientSurgery
@@ -18,8 +19,10 @@ __all__ = [
     "__version__",
     "apply",
     "backward",
+    "balancing",
     "combine",
     "grad",
+    "gradNorm",
     "gram",
     "methods",
     "mix_",

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 def public_objects():
     """The public names, those of the methods, and the public members of public classes."""
     named = {f"fastpcgrad.{name}": getattr(fastpcgrad, name) for name in fastpcgrad.__all__}
-    named |= {f"fastpcgrad.methods.{name}": getattr(fastpcgrad.methods, name) for name in fastpcgrad.methods.__all__}
+    for room in (fastpcgrad.methods, fastpcgrad.balancing):
+        named |= {f"{room.__name__}.{name}": getattr(room, name) for name in room.__all__}
     for name, found in list(named.items()):
         if inspect.isclass(found):
             members = {key: value for key, value in vars(found).items() if not key.startswith("_")}

@@ -12,13 +12,13 @@ PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
     {"reference", "variants", "_version"},
-    {"_ops", "_native"},
+    {"_ops", "_native", "balancing"},
     {"functional"},
     {"backends"},
     {"methods"},
     {"task_gradients", "report"},
     {"merging"},
-    {"surgery", "autograd", "arrays"},
+    {"surgery", "autograd", "arrays", "gradnorm"},
     {"optimizer"},
     {"config"},
     {"__init__"},
@@ -29,7 +29,7 @@ ONLY = {"reference": set(), "backends": {"_ops", "_native", "reference"}}
 
 THIRD_PARTY = {
     "torch": None,
-    "numpy": {"arrays", "config", "methods"},
+    "numpy": {"arrays", "config", "gradnorm", "methods"},
     "triton": {"backends.triton"},
     "matplotlib": {"report"},
 }
