@@ -84,6 +84,42 @@ FPG_EXPORT int fpg_cpu_pcgrad_blocks(const void* const* rows, const int64_t* wid
                                      double min_squared_norm, double scale, double* gram, double* coefficients,
                                      double* weights, void* const* out, int threads);
 
+/* The CUDA library. It has fpg_abi_version and what follows; all pointers to data are the device's, of the device that
+ * is current in the calling thread. Work is queued on `stream` (a cudaStream_t) and never waited for, nothing is
+ * allocated, and no value is read back, so a call can be captured in a CUDA graph. Besides the statuses above an entry
+ * point may return 1000 + a cudaError_t. T is at most 256. */
+
+/* What a status means, in the CUDA runtime's words where it comes from there. */
+FPG_EXPORT const char* fpg_cuda_error(int status);
+
+/* FPG_OK where the current device can run this library. */
+FPG_EXPORT int fpg_cuda_probe(void);
+
+/* Bytes of `workspace` that gram and pcgrad need, aligned to 8. Its contents do not matter. */
+FPG_EXPORT int64_t fpg_cuda_workspace(int64_t tasks, int64_t width, int64_t segments, int dtype);
+
+/* As the entry points of the CPU library. */
+FPG_EXPORT int fpg_cuda_gram(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
+                             const int64_t* offsets, int64_t segments, double* gram, void* workspace, void* stream);
+FPG_EXPORT int fpg_cuda_pcgrad_coefficients(const double* gram, int64_t tasks, int64_t segments, const int64_t* order,
+                                            int order_per_segment, int self_projection, double eps,
+                                            double min_squared_norm, double* coefficients, void* stream);
+FPG_EXPORT int fpg_cuda_combine(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
+                                const int64_t* offsets, int64_t segments, const double* weights, void* out,
+                                void* stream);
+FPG_EXPORT int fpg_cuda_mix(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
+                            const int64_t* offsets, int64_t segments, const double* coefficients, void* stream);
+
+/* How pcgrad runs: by the size of J, as one cooperative launch, or as one launch for each pass and one between them.
+ * The results are the same to the bit. Null `weights` replace J by C J instead; `out` is not used then. */
+typedef enum { FPG_AUTOMATIC = 0, FPG_ONE_LAUNCH = 1, FPG_SEVERAL_LAUNCHES = 2 } fpg_launches;
+
+FPG_EXPORT int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
+                               const int64_t* offsets, int64_t segments, const int64_t* order, int order_per_segment,
+                               int self_projection, double eps, double min_squared_norm, double scale, double* gram,
+                               double* coefficients, double* weights, void* out, void* workspace, int launches,
+                               void* stream);
+
 #ifdef __cplusplus
 }
 #endif

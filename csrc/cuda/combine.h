@@ -1,0 +1,104 @@
+// combine: w J, last columns first: the pass before read those last, and they are in the cache.
+//
+// A thread owns columns: it reads them of all rows before it writes them, so `out` may be one of the rows.
+#pragma once
+
+#include "rows.h"
+
+namespace fpg {
+
+struct CombineJob {
+  Rows rows;  // aligned: with out
+  Plan plan;
+  const double* weights;  // [segments, T]
+  void* out;
+};
+
+// Rounded to fp32 and multiplied with fp32 elements, such a weight would lose its meaning.
+__device__ inline bool unsafe_weight(double weight) {
+  const double magnitude = weight < 0 ? -weight : weight;
+  return magnitude > kSafeWeightMax || (magnitude < kSafeWeightMin && magnitude != 0);
+}
+
+// Copies weights into shared memory; whether one of them asks for float64. For all threads of a block.
+__device__ inline bool take_weights(const double* from, int64_t count, double* to) {
+  bool unsafe = false;
+  sync_block();  // the weights before are done with
+  for (int64_t k = thread_index(); k < count; k += kThreads) {
+    to[k] = from[k];
+    unsafe = unsafe || unsafe_weight(from[k]);
+  }
+  return any_in_block(unsafe);
+}
+
+// One step of columns. R rows at a time, all of them where T <= R.
+template <class Row, class Acc, int U, int R>
+__device__ inline void combine_step(const Rows& rows, const double* weights, Row* out, int64_t column, Range columns,
+                                    bool whole, Kept kept, int64_t number) {
+  Acc sums[U][kVector<Row>] = {};
+  for (int64_t first = 0; first < rows.tasks; first += R) {
+    Packed x[U][R];
+    if (number < kept.steps) {
+      kept.load(number, x);
+    } else {
+      load_owned<Row>(rows, first, column, columns, whole, x);
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (first + r >= rows.tasks) break;
+      const Acc weight = static_cast<Acc>(weights[first + r]);
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+#pragma unroll
+        for (int v = 0; v < kVector<Row>; ++v) {
+          sums[u][v] = fused(weight, static_cast<Acc>(element<Row>(x[u][r], v)), sums[u][v]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    store_rounded(out, column + (u * kThreads + thread_index()) * kVector<Row>, columns, whole, sums[u]);
+  }
+}
+
+// An item's steps, backwards. `wide`: in float64.
+template <class Row, int U, int R>
+__device__ inline void combine_item(const CombineJob& job, const Item& item, const double* weights, bool wide, Kept kept,
+                                    int64_t first_kept) {
+  const Range steps = steps_of(job.plan, item.columns);
+  for (int64_t step = steps.last - 1; step >= steps.first; --step) {
+    const int64_t column = step * job.plan.step;
+    const bool whole = job.rows.aligned && contains(item.columns, column, job.plan.step);
+    const int64_t number = first_kept + step - item.slot * (job.plan.span / job.plan.step);
+    Row* out = static_cast<Row*>(job.out);
+    if (kIsDouble<Row> || !wide) {
+      combine_step<Row, Accumulator<Row>, U, R>(job.rows, weights, out, column, item.columns, whole, kept, number);
+      continue;
+    }
+    // Rare: a vector at a time and from memory, so that it does not set the registers of the whole kernel.
+#pragma unroll 1
+    for (int u = 0; u < U; ++u) {
+      const int64_t part = column + u * (kThreads * kVector<Row>);
+      combine_step<Row, double, 1, R>(job.rows, weights, out, part, item.columns, whole, {nullptr, 0}, 0);
+    }
+  }
+}
+
+// All items of a block. Shared memory at `weights`: T doubles.
+template <class Row, int U, int R>
+__device__ inline void combine_all(const CombineJob& job, double* weights) {
+  const int64_t tasks = job.rows.tasks;
+  int64_t segment = -1;
+  bool wide = false;
+  for (int64_t item = job.plan.items - 1 - block_index(); item >= 0; item -= blocks()) {
+    const Item found = item_at(job.plan, job.rows.offsets, job.rows.segments, job.rows.width, item);
+    if (found.segment != segment) {
+      segment = found.segment;
+      wide = take_weights(job.weights + segment * tasks, tasks, weights);
+    }
+    combine_item<Row, U, R>(job, found, weights, wide, {nullptr, 0}, 0);
+  }
+}
+
+}  // namespace fpg

@@ -1,0 +1,146 @@
+// What lies between the two passes over J: the sum of the partial Gram matrices, rows that fp32 could not hold, the
+// T x T solve. A grid of any size does it; what a warp takes depends on nothing but its number.
+#pragma once
+
+#include "gram.h"
+
+namespace fpg {
+
+struct SolveJob {
+  const double* gram;
+  const int64_t* order;
+  bool order_per_segment;
+  Projection projection;
+  int64_t tasks;
+  int64_t segments;
+  double* coefficients;  // [segments, T, T]
+  double* weights;       // [segments, T]: scale * column sums
+  double scale;
+};
+
+enum Flag { kRight = 0, kRedo = 1, kRedoUnlessZero = 2 };
+
+__device__ inline int flag_of(double squared_norm) {
+  if (squared_norm == 0) return kRedoUnlessZero;  // a row of zeros, or an underflow
+  return squared_norm < kSafeSquaredNormMin || squared_norm > kSafeSquaredNormMax ? kRedo : kRight;
+}
+
+__device__ inline bool any_flag(const int* flags, int64_t count) {
+  bool found = false;
+  for (int64_t k = thread_index(); k < count; k += kThreads) found = found || flags[k] != kRight;
+  return any_in_block(found);
+}
+
+__device__ inline int64_t warp_of_grid() { return block_index() * kWarps + thread_index() / 32; }
+__device__ inline int64_t warps_of_grid() { return blocks() * kWarps; }
+
+// Sum over a warp, the same in all lanes.
+__device__ inline double warp_sum(double value) {
+  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+// Partial Gram matrices to G. `again`: only the segments with a flag, which stay as they are.
+__device__ inline void reduce(const GramJob& job, bool again) {
+  const int64_t tasks = job.rows.tasks, pairs = pair_index(tasks, 0);
+  const int lane = thread_index() % 32;
+  for (int64_t task = warp_of_grid(); task < job.rows.segments * pairs; task += warps_of_grid()) {
+    const int64_t s = task / pairs, index = task % pairs;
+    if (again) {
+      bool flagged = false;
+      for (int64_t t = 0; t < tasks; ++t) flagged = flagged || job.flags[s * tasks + t] != kRight;
+      if (!flagged) continue;
+    }
+    const Range items = items_of(job.plan, job.rows.offsets, s, job.rows.width);
+    double sum = 0;
+#pragma unroll 8
+    for (int64_t item = items.first + lane; item < items.last; item += 32) sum += job.partials[item * pairs + index];
+    sum = warp_sum(sum);
+    if (lane != 0) continue;
+    const Pair pair = pair_of(index);
+    double* gram = job.gram + s * tasks * tasks;
+    gram[pair.i * tasks + pair.j] = sum;
+    gram[pair.j * tasks + pair.i] = sum;
+    if (job.guarded && !again && pair.i == pair.j) job.flags[s * tasks + pair.i] = flag_of(sum);
+  }
+}
+
+template <class Row>
+__device__ inline bool has_nonzero(const Row* row, Range columns) {
+  bool found = false;
+  for (int64_t n = columns.first + thread_index(); n < columns.last; n += kThreads) found = found || widened(row[n]) != 0;
+  return any_in_block(found);
+}
+
+// Redoes an item's products of flagged rows in float64. A row that is all zeros in the item is right as it is: an absent
+// task costs one row's bytes.
+template <class Row>
+__device__ inline void rescue(const GramJob& job, int64_t item) {
+  const Rows& rows = job.rows;
+  const int64_t tasks = rows.tasks;
+  const Item found = item_at(job.plan, rows.offsets, rows.segments, rows.width, item);
+  const int* flags = job.flags + found.segment * tasks;
+  double* partial = job.partials + item * pair_index(tasks, 0);
+  const int lane = thread_index() % 32;
+  for (int64_t t = 0; t < tasks; ++t) {
+    const Row* row = rows.row<Row>(t);
+    if (flags[t] == kRight || (flags[t] == kRedoUnlessZero && !has_nonzero(row, found.columns))) continue;
+    for (int64_t other = thread_index() / 32; other < tasks; other += kWarps) {
+      if (other > t && flags[other] != kRight) continue;  // a pair of flagged rows belongs to the later one
+      const Row* beside = rows.row<Row>(other);
+      double sum = 0;
+      for (int64_t n = found.columns.first + lane; n < found.columns.last; n += 32) {
+        sum = fused(static_cast<double>(widened(row[n])), static_cast<double>(widened(beside[n])), sum);
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) partial[other < t ? pair_index(t, other) : pair_index(other, t)] = sum;
+    }
+  }
+}
+
+// Row i of one problem's C by a warp. Shared memory for each warp: T doubles.
+__device__ inline void solve_row(const SolveJob& job, int64_t s, int64_t i, double* coefficients, double* dots) {
+  const int64_t tasks = job.tasks;
+  const int64_t* order = job.order + (job.order_per_segment ? s * tasks * tasks : 0) + i * tasks;
+  sync_warp();  // the row before is done with `dots`
+  project_row(job.gram + s * tasks * tasks, order, tasks, i, job.projection, coefficients, dots, thread_index() % 32, 32,
+              [] { sync_warp(); });
+}
+
+__device__ inline void solve(const SolveJob& job) {
+  double* dots = reinterpret_cast<double*>(shared_memory()) + thread_index() / 32 * job.tasks;
+  for (int64_t row = warp_of_grid(); row < job.segments * job.tasks; row += warps_of_grid()) {
+    solve_row(job, row / job.tasks, row % job.tasks, job.coefficients + row * job.tasks, dots);
+  }
+}
+
+__device__ inline void merge_weights(const SolveJob& job) {
+  const int64_t tasks = job.tasks;
+  for (int64_t k = block_index() * kThreads + thread_index(); k < job.segments * tasks; k += blocks() * kThreads) {
+    job.weights[k] = merged_weight(job.coefficients + k / tasks * tasks * tasks, tasks, k % tasks, job.scale);
+  }
+}
+
+// From partial Gram matrices to G, by all blocks of a cooperative launch. At the end G is visible to all.
+template <class Row>
+__device__ inline void finish_gram(const GramJob& job) {
+  reduce(job, false);
+  sync_grid();
+  if (!job.guarded || !any_flag(job.flags, job.rows.segments * job.rows.tasks)) return;
+  for (int64_t item = block_index(); item < job.plan.items; item += blocks()) rescue<Row>(job, item);
+  sync_grid();
+  reduce(job, true);
+  sync_grid();
+}
+
+// From G to C and, if asked, to the weights, by all blocks.
+__device__ inline void finish_solve(const SolveJob& job) {
+  solve(job);
+  if (job.weights == nullptr) return;
+  sync_grid();
+  merge_weights(job);
+}
+
+constexpr int solve_bytes(int64_t tasks) { return kWarps * static_cast<int>(tasks * sizeof(double)); }
+
+}  // namespace fpg

@@ -1,0 +1,24 @@
+// pcgrad_coefficients: PCGrad's projections on Gram matrices, a warp a row.
+#include "launch.h"
+
+namespace fpg {
+
+__global__ void __launch_bounds__(kThreads) solve_kernel(SolveJob job) { solve(job); }
+
+}  // namespace fpg
+
+int fpg_cuda_pcgrad_coefficients(const double* gram, int64_t tasks, int64_t segments, const int64_t* order,
+                                 int order_per_segment, int self_projection, double eps, double min_squared_norm,
+                                 double* coefficients, void* stream) {
+  if (!fpg::is_valid(tasks, 0, FPG_F64, segments)) return FPG_BAD_ARGUMENT;
+  const fpg::SolveJob job = {
+      gram,         order,   order_per_segment != 0, {self_projection != 0, eps, min_squared_norm}, tasks, segments,
+      coefficients, nullptr, 1.0};
+  fpg::Device device = {};
+  int error = fpg::find_device(&device);
+  if (error == 0) {
+    const int64_t block_count = fpg::divide_up(segments * tasks, fpg::kWarps);
+    error = fpg::run<fpg::solve_kernel>(device, block_count, fpg::solve_bytes(tasks), false, stream, job);
+  }
+  return fpg::status_of(error);
+}

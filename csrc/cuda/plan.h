@@ -1,0 +1,147 @@
+// Which columns are whose: index maths that the host, the kernels and the tests share.
+//
+// Columns lie on one grid of steps from column 0, whatever the segments. A slot is a range of whole steps; where a
+// segment meets a slot there is an item, with a partial Gram matrix of its own. Going through the columns, each new pair
+// raises the slot or the segment by one, so slot + segment numbers the items without gaps worth a table, and a binary
+// search in the offsets finds the pair again.
+//
+// Everything follows from T, N, the row type and the segments alone, never from the GPU: so do the bits of every sum.
+#pragma once
+
+#include <cstdint>
+
+#include "../surgery_core.h"
+#include "tuned.h"
+
+namespace fpg {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// Rows that one thread holds of its columns: the class of T. Above, tiles of rows.
+constexpr int kMostRowsHeld = 8;
+constexpr int kLargestTasks = 256;
+
+FPG_HOST_DEVICE constexpr int vectors_of(int rows_held) {
+  return rows_held == 2 ? FPG_VECTORS_OF_2 : rows_held == 4 ? FPG_VECTORS_OF_4 : FPG_VECTORS_OF_8;
+}
+FPG_HOST_DEVICE constexpr int rows_held_for(int64_t tasks) { return tasks <= 2 ? 2 : tasks <= 4 ? 4 : kMostRowsHeld; }
+
+// Elements of 16 bytes.
+FPG_HOST_DEVICE constexpr int elements_of_vector(int64_t itemsize) { return static_cast<int>(16 / itemsize); }
+
+// A lane of fp32 takes this many products before they go to float64: a lane that holds one large product loses up to
+// half of its last place with each further one, and 32 stay within 1e-6 of the sum of the squares.
+constexpr int kProductsOfLane = 32;
+
+// Slabs of 4 vectors that a warp of tensor-core products takes in a step.
+constexpr int kSlabs = 2;
+
+// The lower triangle, row by row.
+FPG_HOST_DEVICE constexpr int64_t pair_index(int64_t i, int64_t j) { return i * (i + 1) / 2 + j; }
+
+struct Pair {
+  int64_t i;
+  int64_t j;
+};
+FPG_HOST_DEVICE inline Pair pair_of(int64_t index) {
+  int64_t i = 0;
+  for (int64_t step = int64_t{1} << 15; step > 0; step /= 2) {
+    if (pair_index(i + step, 0) <= index) i += step;
+  }
+  return {i, index - pair_index(i, 0)};
+}
+
+struct Plan {
+  int64_t step;   // columns that a block takes at a time
+  int64_t span;   // columns of a slot: whole steps
+  int64_t slots;
+  int64_t items;  // slots + segments - 1
+};
+
+FPG_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline Plan make_plan(int64_t width, int64_t segments, int64_t step, int64_t most_slots) {
+  const int64_t steps = divide_up(width, step);
+  int64_t slots = steps / 8;
+  if (slots < FPG_FEW_SLOTS) slots = steps < FPG_FEW_SLOTS ? steps : FPG_FEW_SLOTS;
+  if (slots > most_slots) slots = most_slots;
+  if (slots < 1) slots = 1;
+  const int64_t span = divide_up(steps < 1 ? 1 : steps, slots) * step;
+  slots = divide_up(width, span);
+  if (slots < 1) slots = 1;
+  return {step, span, slots, slots + segments - 1};
+}
+
+// Of the passes in which a thread owns columns: gram up to 8 rows or of float64, combine, mix.
+inline Plan columns_plan(int64_t tasks, int64_t width, int64_t segments, int64_t itemsize) {
+  const int64_t vectors = tasks <= kMostRowsHeld ? vectors_of(rows_held_for(tasks)) : 1;
+  return make_plan(width, segments, kThreads * vectors * elements_of_vector(itemsize), FPG_MANY_SLOTS);
+}
+
+// Of gram above 8 rows. The partial Gram matrices stay below 2^21 numbers, but for very many segments.
+inline Plan tiles_plan(int64_t tasks, int64_t width, int64_t segments, int64_t itemsize) {
+  const int64_t numbers = (int64_t{1} << 21) / pair_index(tasks, 0);
+  const int64_t affordable = numbers < 64 ? 64 : numbers > FPG_MANY_SLOTS / 2 ? FPG_MANY_SLOTS / 2 : numbers;
+  const int64_t vector = elements_of_vector(itemsize);
+  return make_plan(width, segments, itemsize == 8 ? kThreads * vector : kWarps * kSlabs * 4 * vector, affordable);
+}
+
+inline Plan gram_plan(int64_t tasks, int64_t width, int64_t segments, int64_t itemsize) {
+  return tasks <= kMostRowsHeld ? columns_plan(tasks, width, segments, itemsize)
+                                : tiles_plan(tasks, width, segments, itemsize);
+}
+
+// Rows of a tile of the Gram matrix above 8 rows.
+inline int tile_rows(int64_t tasks, int64_t itemsize) { return itemsize == 8 ? 8 : tasks <= 16 ? 16 : 32; }
+inline int64_t tile_pairs(int64_t tasks, int64_t itemsize) {
+  if (tasks <= kMostRowsHeld) return 1;
+  return pair_index(divide_up(tasks, tile_rows(tasks, itemsize)), 0);
+}
+
+// The columns [first, last) of a segment; clamped, since offsets on the device cannot be validated without a sync.
+struct Range {
+  int64_t first;
+  int64_t last;
+};
+FPG_HOST_DEVICE inline Range segment_range(const int64_t* offsets, int64_t s, int64_t width) {
+  if (offsets == nullptr) return {0, width};
+  int64_t first = offsets[s], last = offsets[s + 1];
+  first = first < 0 ? 0 : first > width ? width : first;
+  last = last < first ? first : last > width ? width : last;
+  return {first, last};
+}
+
+struct Item {
+  int64_t segment;
+  int64_t slot;
+  Range columns;  // where the segment meets the slot; may be empty
+};
+FPG_HOST_DEVICE inline Item item_at(const Plan& plan, const int64_t* offsets, int64_t segments, int64_t width,
+                                    int64_t item) {
+  int64_t s = 0, end = segments;
+  while (end - s > 1) {
+    const int64_t middle = (s + end) / 2;
+    (offsets[middle] / plan.span + middle <= item ? s : end) = middle;
+  }
+  Range range = segment_range(offsets, s, width);
+  const int64_t slot = item - s;
+  if (range.first < slot * plan.span) range.first = slot * plan.span;
+  if (range.last > (slot + 1) * plan.span) range.last = (slot + 1) * plan.span;
+  if (range.last < range.first) range.last = range.first;
+  return {s, slot, range};
+}
+
+// The items [first, last) of a segment.
+FPG_HOST_DEVICE inline Range items_of(const Plan& plan, const int64_t* offsets, int64_t s, int64_t width) {
+  const Range range = segment_range(offsets, s, width);
+  const int64_t first = range.first / plan.span + s;
+  return {first, range.last > range.first ? (range.last - 1) / plan.span + s + 1 : first};
+}
+
+// Steps [first, last) of an item, as numbers on the grid.
+FPG_HOST_DEVICE inline Range steps_of(const Plan& plan, Range columns) {
+  return {columns.first / plan.step, divide_up(columns.last, plan.step)};
+}
+
+}  // namespace fpg

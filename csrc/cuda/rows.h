@@ -1,0 +1,181 @@
+// The packed rows: how they are addressed, and their elements in vectors of 16 bytes.
+#pragma once
+
+#include "plan.h"
+#include "platform.h"
+
+namespace fpg {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// Row t begins at data + t * stride elements. This is the one place that knows how rows lie in memory.
+struct Rows {
+  void* data;
+  int tasks;
+  int64_t width;
+  int64_t stride;
+  const int64_t* offsets;
+  int64_t segments;
+  bool aligned;  // every row begins at a multiple of 16 bytes
+
+  template <class Row>
+  __device__ Row* row(int64_t t) const {
+    return static_cast<Row*>(data) + t * stride;
+  }
+};
+
+template <class Row>
+struct RowType {
+  using Acc = float;
+};
+template <>
+struct RowType<double> {
+  using Acc = double;
+};
+template <class Row>
+using Accumulator = typename RowType<Row>::Acc;
+
+template <class Row>
+constexpr int kVector = 16 / static_cast<int>(sizeof(Row));
+
+template <class Row>
+constexpr bool kIsDouble = sizeof(Row) == 8;
+
+__device__ inline float widened(float value) { return value; }
+__device__ inline double widened(double value) { return value; }
+__device__ inline float widened(Half value) { return half_to_float(value.bits); }
+__device__ inline float widened(BFloat value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
+
+__device__ inline void round_to(float* to, float value) { *to = value; }
+__device__ inline void round_to(float* to, double value) { *to = static_cast<float>(value); }
+__device__ inline void round_to(double* to, double value) { *to = value; }
+template <class Acc>
+__device__ inline void round_to(Half* to, Acc value) {
+  to->bits = float_to_half(static_cast<float>(value));
+}
+template <class Acc>
+__device__ inline void round_to(BFloat* to, Acc value) {
+  to->bits = float_to_bfloat(static_cast<float>(value));
+}
+
+// Element v of a vector. v is a constant wherever this is called: the words stay in registers.
+template <class Row>
+__device__ inline Accumulator<Row> element(const Packed& packed, int v) {
+  if constexpr (sizeof(Row) == 8) {
+    return bits_to_double(static_cast<uint64_t>(packed.word[2 * v + 1]) << 32 | packed.word[2 * v]);
+  } else if constexpr (sizeof(Row) == 4) {
+    return bits_to_float(packed.word[v]);
+  } else {
+    return widened(Row{static_cast<uint16_t>(packed.word[v / 2] >> (v % 2 * 16))});
+  }
+}
+
+template <class Row>
+__device__ inline void set_element(Packed& packed, int v, Row value) {
+  if constexpr (sizeof(Row) == 8) {
+    packed.word[2 * v] = static_cast<uint32_t>(double_to_bits(value));
+    packed.word[2 * v + 1] = static_cast<uint32_t>(double_to_bits(value) >> 32);
+  } else if constexpr (sizeof(Row) == 4) {
+    packed.word[v] = float_to_bits(value);
+  } else {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << (v % 2 * 16);
+    packed.word[v / 2] = v % 2 == 0 ? bits : packed.word[v / 2] | bits;
+  }
+}
+
+__device__ inline Packed zeros() { return {{0, 0, 0, 0}}; }
+
+// The elements of row[first .. first + V) that lie in `columns`, the others zero; element by element.
+template <class Row>
+__device__ inline Packed load_some(const Row* row, int64_t first, Range columns) {
+  Packed packed = zeros();
+#pragma unroll
+  for (int v = 0; v < kVector<Row>; ++v) {
+    const int64_t n = first + v;
+    set_element(packed, v, n >= columns.first && n < columns.last ? row[n] : Row{});
+  }
+  return packed;
+}
+
+template <class Row, class Acc>
+__device__ inline void store_rounded(Row* row, int64_t first, Range columns, bool whole, const Acc (&values)[kVector<Row>]) {
+  Row rounded[kVector<Row>];
+  Packed packed = zeros();
+#pragma unroll
+  for (int v = 0; v < kVector<Row>; ++v) {
+    round_to(&rounded[v], values[v]);
+    set_element(packed, v, rounded[v]);
+  }
+  if (whole) {
+    store_packed(row + first, packed);
+    return;
+  }
+#pragma unroll
+  for (int v = 0; v < kVector<Row>; ++v) {
+    const int64_t n = first + v;
+    if (n >= columns.first && n < columns.last) row[n] = rounded[v];
+  }
+}
+
+__device__ inline bool contains(Range columns, int64_t first, int64_t count) {
+  return first >= columns.first && first + count <= columns.last;
+}
+
+// Vectors of U x R rows that a thread owns in one step; rows beyond T are zero. `whole`: aligned, and no column masked.
+template <class Row, int U, int R>
+__device__ inline void load_owned(const Rows& rows, int64_t first_row, int64_t step_column, Range columns, bool whole,
+                                  Packed (&x)[U][R]) {
+  const int64_t own = step_column + thread_index() * kVector<Row>;
+  constexpr int64_t kStride = kThreads * kVector<Row>;
+  if (whole) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const int64_t t = first_row + r;
+        x[u][r] = t < rows.tasks ? load_packed(rows.row<Row>(t) + own + u * kStride) : zeros();
+      }
+    }
+  } else {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const int64_t t = first_row + r;
+        x[u][r] = t < rows.tasks ? load_some(rows.row<Row>(t), own + u * kStride, columns) : zeros();
+      }
+    }
+  }
+}
+
+// Vectors that a block keeps in shared memory from the first pass to the second: each thread reads back what it stored.
+struct Kept {
+  Packed* vectors;
+  int64_t steps;  // how many steps fit
+
+  template <int U, int R>
+  __device__ void store(int64_t step, const Packed (&x)[U][R]) const {
+    Packed* own = vectors + step * (U * R * kThreads) + thread_index();
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) own[(u * R + r) * kThreads] = x[u][r];
+    }
+  }
+  template <int U, int R>
+  __device__ void load(int64_t step, Packed (&x)[U][R]) const {
+    const Packed* own = vectors + step * (U * R * kThreads) + thread_index();
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) x[u][r] = own[(u * R + r) * kThreads];
+    }
+  }
+};
+
+}  // namespace fpg

@@ -1,0 +1,222 @@
+"""The compiled CUDA library: pointers, sizes and the current stream in, a status out.
+
+Work is queued on the current stream of the tensors' device; workspaces come from torch's allocator; nothing waits and
+no value is read back, so a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native, _ops
+from . import eager
+
+_POINTER, _I64, _INT, _F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+
+_ROWS = (_POINTER, _I64, _I64, _I64, _INT, _POINTER, _I64)
+_SOLVE = (_POINTER, _INT, _INT, _F64, _F64)
+_ARGUMENTS = {
+    "fpg_cuda_gram": (*_ROWS, _POINTER, _POINTER, _POINTER),
+    "fpg_cuda_pcgrad_coefficients": (_POINTER, _I64, _I64, *_SOLVE, _POINTER, _POINTER),
+    "fpg_cuda_combine": (*_ROWS, _POINTER, _POINTER, _POINTER),
+    "fpg_cuda_mix": (*_ROWS, _POINTER, _POINTER),
+    "fpg_cuda_pcgrad": (*_ROWS, *_SOLVE, _F64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
+    "fpg_cuda_workspace": (_I64, _I64, _I64, _INT),
+    "fpg_cuda_error": (_INT,),
+    "fpg_cuda_probe": (),
+}
+_RESULTS: dict[str, Any] = {"fpg_cuda_workspace": _I64, "fpg_cuda_error": ctypes.c_char_p}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+LARGEST_TASKS = 256
+"""More rows than the kernels' shared memory holds: such a J goes to the eager backend."""
+
+AUTOMATIC, ONE_LAUNCH, SEVERAL_LAUNCHES = 0, 1, 2
+launches = AUTOMATIC
+"""How ``pcgrad`` and ``pcgrad_`` run: chosen by the size of J, or forced by tests and benchmarks. Same bits."""
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """``library`` with the types of its entry points declared; AttributeError where one is missing."""
+    for name, arguments in _ARGUMENTS.items():
+        entry = getattr(library, name)
+        entry.argtypes, entry.restype = arguments, _RESULTS.get(name, ctypes.c_int)
+    return library
+
+
+def _load() -> ctypes.CDLL | None:
+    library = _native.library("cuda")
+    return None if library is None else declare(library)
+
+
+_library = _load()
+
+
+def why_unavailable(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return "the CUDA library takes CUDA tensors only"
+    if _library is None:
+        return _native.load_error("cuda")
+    if not torch.cuda.is_available():
+        return "this torch sees no CUDA device"
+    status = int(_library.fpg_cuda_probe())
+    return None if status == 0 else f"the CUDA library cannot run on this device: {_text(status)}"
+
+
+def _entry(name: str) -> Any:
+    return getattr(_library, name)
+
+
+def _text(status: int) -> str:
+    text: bytes = _entry("fpg_cuda_error")(status)
+    return text.decode()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    # The library launches on the current device, which need not be the tensors'.
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _call(name: str, device: torch.device, *arguments: object) -> None:
+    with _on(device):
+        status = _entry(name)(*arguments, _stream(device))
+    if status:
+        raise (ValueError if status == 1 else RuntimeError)(f"{name}: {_text(status)} (status {status})")
+
+
+def _rows(grads: Tensor, segments: Tensor | None) -> tuple[int, int, int, int, int, int | None, int]:
+    tasks, width = grads.shape
+    pointer, count = (None, 1) if segments is None else (segments.data_ptr(), segments.shape[0] - 1)
+    return grads.data_ptr(), tasks, width, grads.stride(0), _DTYPES[grads.dtype], pointer, count
+
+
+def _workspace(grads: Tensor, segments: Tensor | None) -> Tensor:
+    """For one call: the allocator hands its memory on in the order of the stream."""
+    tasks, width = grads.shape
+    count = 1 if segments is None else segments.shape[0] - 1
+    size = _entry("fpg_cuda_workspace")(tasks, width, count, _DTYPES[grads.dtype])
+    return torch.empty(size, dtype=torch.uint8, device=grads.device)
+
+
+def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
+    if grads.shape[0] > LARGEST_TASKS:
+        return eager.gram(grads, segments)
+    segments = _dense(segments)
+    result, workspace = _ops.new_gram(grads, segments), _workspace(grads, segments)
+    _call("fpg_cuda_gram", grads.device, *_rows(grads, segments), result.data_ptr(), workspace.data_ptr())
+    return result
+
+
+def pcgrad_coefficients(
+    gram: Tensor, order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
+) -> Tensor:
+    tasks = gram.shape[-1]
+    if tasks > LARGEST_TASKS:
+        return eager.pcgrad_coefficients(gram, order, self_projection, eps, min_squared_norm)
+    gram, order = gram.contiguous(), order.contiguous()
+    result = torch.empty_like(gram)
+    if not gram.numel():
+        return result
+    _call(
+        "fpg_cuda_pcgrad_coefficients",
+        gram.device,
+        gram.data_ptr(),
+        tasks,
+        gram.numel() // (tasks * tasks),
+        *_solve(order, self_projection, eps, min_squared_norm),
+        result.data_ptr(),
+    )
+    return result
+
+
+def combine(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:
+    if grads.shape[0] > LARGEST_TASKS:
+        return eager.combine(grads, weights, segments, out)
+    weights, segments = weights.contiguous(), _dense(segments)
+    _call("fpg_cuda_combine", grads.device, *_rows(grads, segments), weights.data_ptr(), out.data_ptr())
+    return None
+
+
+def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
+    if grads.shape[0] > LARGEST_TASKS:
+        return eager.mix_(grads, coefficients, segments)
+    coefficients, segments = coefficients.contiguous(), _dense(segments)
+    _call("fpg_cuda_mix", grads.device, *_rows(grads, segments), coefficients.data_ptr())
+    return None
+
+
+def pcgrad(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    segments: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if grads.shape[0] > LARGEST_TASKS:
+        return eager.pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out)
+    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out)
+
+
+def pcgrad_(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    segments: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if grads.shape[0] > LARGEST_TASKS:
+        return eager.pcgrad_(grads, order, self_projection, eps, min_squared_norm, segments)
+    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, 1.0, segments, None)[:2]
+
+
+def _pcgrad(
+    grads: Tensor,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    segments: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G, C and w; without ``out`` the rows are mixed in place and w is not written."""
+    order, segments = order.contiguous(), _dense(segments)
+    matrix, coefficients = _ops.new_gram(grads, segments), _ops.new_gram(grads, segments)
+    weights, workspace = matrix.new_empty(matrix.shape[:-1]), _workspace(grads, segments)
+    _call(
+        "fpg_cuda_pcgrad",
+        grads.device,
+        *_rows(grads, segments),
+        *_solve(order, self_projection, eps, min_squared_norm),
+        scale,
+        matrix.data_ptr(),
+        coefficients.data_ptr(),
+        None if out is None else weights.data_ptr(),
+        None if out is None else out.data_ptr(),
+        workspace.data_ptr(),
+        launches,
+    )
+    return matrix, coefficients, weights
+
+
+def _solve(
+    order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
+) -> tuple[int, bool, bool, float, float]:
+    return order.data_ptr(), order.dim() == 3, self_projection, eps, min_squared_norm
+
+
+def _dense(segments: Tensor | None) -> Tensor | None:
+    return None if segments is None else segments.contiguous()
