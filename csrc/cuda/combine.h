@@ -31,17 +31,18 @@ __device__ inline bool take_weights(const double* from, int64_t count, double* t
   return any_in_block(unsafe);
 }
 
-// One step of columns. R rows at a time, all of them where T <= R.
-template <class Row, class Acc, int U, int R>
-__device__ inline void combine_step(const Rows& rows, const double* weights, Row* out, int64_t column, Range columns,
-                                    bool whole, Kept kept, int64_t number) {
+// A whole step of aligned rows. R rows at a time, all of them where T <= R.
+template <class Row, int U, int R>
+__device__ inline void combine_whole(const Rows& rows, const double* weights, Row* out, int64_t column, Kept kept,
+                                     int64_t number) {
+  using Acc = Accumulator<Row>;
   Acc sums[U][kVector<Row>] = {};
   for (int64_t first = 0; first < rows.tasks; first += R) {
     Packed x[U][R];
     if (number < kept.steps) {
       kept.load(number, x);
     } else {
-      load_owned<Row>(rows, first, column, columns, whole, x);
+      load_owned<Row>(rows, first, column, x);
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -51,15 +52,29 @@ __device__ inline void combine_step(const Rows& rows, const double* weights, Row
       for (int u = 0; u < U; ++u) {
 #pragma unroll
         for (int v = 0; v < kVector<Row>; ++v) {
-          sums[u][v] = fused(weight, static_cast<Acc>(element<Row>(x[u][r], v)), sums[u][v]);
+          sums[u][v] = fused(weight, element<Row>(x[u][r], v), sums[u][v]);
         }
       }
     }
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    store_rounded(out, column + (u * kThreads + thread_index()) * kVector<Row>, columns, whole, sums[u]);
+    store_rounded(out + column + (u * kThreads + thread_index()) * kVector<Row>, sums[u]);
   }
+}
+
+// Any step, with the roundings of a whole one if Acc is the rows' accumulator.
+template <class Row, class Acc>
+__device__ inline void combine_some(const Rows& rows, const double* weights, Row* out, int64_t column, int64_t count,
+                                    Range columns) {
+  for_columns(column, count, columns, [&](int64_t n) {
+    Acc sum = 0;
+#pragma unroll 8
+    for (int t = 0; t < rows.tasks; ++t) {
+      sum = fused(static_cast<Acc>(weights[t]), static_cast<Acc>(widened(rows.row<Row>(t)[n])), sum);
+    }
+    round_to(out + n, sum);
+  });
 }
 
 // An item's steps, backwards. `wide`: in float64.
@@ -72,15 +87,12 @@ __device__ inline void combine_item(const CombineJob& job, const Item& item, con
     const bool whole = job.rows.aligned && contains(item.columns, column, job.plan.step);
     const int64_t number = first_kept + step - item.slot * (job.plan.span / job.plan.step);
     Row* out = static_cast<Row*>(job.out);
-    if (kIsDouble<Row> || !wide) {
-      combine_step<Row, Accumulator<Row>, U, R>(job.rows, weights, out, column, item.columns, whole, kept, number);
-      continue;
-    }
-    // Rare: a vector at a time and from memory, so that it does not set the registers of the whole kernel.
-#pragma unroll 1
-    for (int u = 0; u < U; ++u) {
-      const int64_t part = column + u * (kThreads * kVector<Row>);
-      combine_step<Row, double, 1, R>(job.rows, weights, out, part, item.columns, whole, {nullptr, 0}, 0);
+    if (wide) {
+      combine_some<Row, double>(job.rows, weights, out, column, job.plan.step, item.columns);
+    } else if (whole) {
+      combine_whole<Row, U, R>(job.rows, weights, out, column, kept, number);
+    } else {
+      combine_some<Row, Accumulator<Row>>(job.rows, weights, out, column, job.plan.step, item.columns);
     }
   }
 }

@@ -87,11 +87,30 @@ FPG_HOST_DEVICE constexpr int column_tile_bytes(int a, int b) {
   return kWarps * (b == 0 ? a * (a + 1) / 2 : a * b) * static_cast<int>(sizeof(double));
 }
 
+// lanes += the products of one column: a with itself, the lower triangle, or a with b.
+template <class Acc, int A, int B, int kPairs>
+__device__ inline void multiply_column(const Acc (&a)[A], const Acc (&b)[B == 0 ? 1 : B], Acc (&lanes)[kPairs]) {
+  if constexpr (B == 0) {
+#pragma unroll
+    for (int i = 0; i < A; ++i) {
+#pragma unroll
+      for (int j = 0; j <= i; ++j) lanes[i * (i + 1) / 2 + j] = fused(a[i], a[j], lanes[i * (i + 1) / 2 + j]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < A; ++i) {
+#pragma unroll
+      for (int j = 0; j < B; ++j) lanes[i * B + j] = fused(a[i], b[j], lanes[i * B + j]);
+    }
+  }
+}
+
 template <class Row, int A, int B, int U>
 __device__ inline void gram_columns(const GramJob& job, int64_t item, int64_t tile_i, int64_t tile_j, Kept kept,
                                     int64_t first_kept) {
   using Acc = Accumulator<Row>;
   constexpr int kPairs = B == 0 ? A * (A + 1) / 2 : A * B;
+  constexpr int kOthers = B == 0 ? 1 : B;
   constexpr int kProducts = U * kVector<Row>;
   static_assert(kIsDouble<Row> || kProducts <= kProductsOfLane, "a lane takes too many products in a step");
   constexpr int kStepsOfLane = kIsDouble<Row> ? 1 << 20 : kProductsOfLane / kProducts;
@@ -105,36 +124,34 @@ __device__ inline void gram_columns(const GramJob& job, int64_t item, int64_t ti
   for (int64_t step = steps.first; step < steps.last; ++step) {
     const int64_t column = step * job.plan.step;
     const bool whole = rows.aligned && contains(found.columns, column, job.plan.step);
-    Packed x[U][A];
-    Packed y[U][B == 0 ? 1 : B];
-    load_owned<Row>(rows, tile_i * A, column, found.columns, whole, x);
-    if constexpr (B != 0) load_owned<Row>(rows, tile_j * B, column, found.columns, whole, y);
-    if constexpr (B == 0) {
+    if (whole) {
+      Packed x[U][A];
+      Packed y[U][kOthers];
+      load_owned<Row>(rows, tile_i * A, column, x);
+      if constexpr (B != 0) load_owned<Row>(rows, tile_j * B, column, y);
       const int64_t number = first_kept + step - found.slot * (job.plan.span / job.plan.step);
       if (number < kept.steps) kept.store(number, x);
-    }
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
+      for (int u = 0; u < U; ++u) {
 #pragma unroll
-      for (int v = 0; v < kVector<Row>; ++v) {
-        Acc a[A];
+        for (int v = 0; v < kVector<Row>; ++v) {
+          Acc a[A], b[kOthers] = {};
 #pragma unroll
-        for (int i = 0; i < A; ++i) a[i] = element<Row>(x[u][i], v);
-        if constexpr (B == 0) {
+          for (int i = 0; i < A; ++i) a[i] = element<Row>(x[u][i], v);
+          if constexpr (B != 0) {
 #pragma unroll
-          for (int i = 0; i < A; ++i) {
-#pragma unroll
-            for (int j = 0; j <= i; ++j) lanes[i * (i + 1) / 2 + j] = fused(a[i], a[j], lanes[i * (i + 1) / 2 + j]);
+            for (int j = 0; j < B; ++j) b[j] = element<Row>(y[u][j], v);
           }
-        } else {
-#pragma unroll
-          for (int j = 0; j < B; ++j) {
-            const Acc b = element<Row>(y[u][j], v);
-#pragma unroll
-            for (int i = 0; i < A; ++i) lanes[i * B + j] = fused(a[i], b, lanes[i * B + j]);
-          }
+          multiply_column<Acc, A, B>(a, b, lanes);
         }
       }
+    } else {
+      for_columns(column, job.plan.step, found.columns, [&](int64_t n) {
+        Acc a[A], b[kOthers] = {};
+        load_column<Row>(rows, tile_i * A, n, a);
+        if constexpr (B != 0) load_column<Row>(rows, tile_j * B, n, b);
+        multiply_column<Acc, A, B>(a, b, lanes);
+      });
     }
     if (++taken == kStepsOfLane || step + 1 == steps.last) {
       totals.template add_batch<0>(lanes);

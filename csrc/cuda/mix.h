@@ -14,14 +14,16 @@ struct MixJob {
   const double* coefficients;  // [segments, T, T]
 };
 
-template <class Row, class Acc, int U, int R>
-__device__ inline void mix_step(const Rows& rows, const double* coefficients, int64_t column, Range columns, bool whole,
-                                Kept kept, int64_t number) {
+// A whole step of aligned rows, T <= R.
+template <class Row, int U, int R>
+__device__ inline void mix_whole(const Rows& rows, const double* coefficients, int64_t column, Kept kept,
+                                 int64_t number) {
+  using Acc = Accumulator<Row>;
   Packed x[U][R];
   if (number < kept.steps) {
     kept.load(number, x);
   } else {
-    load_owned<Row>(rows, 0, column, columns, whole, x);
+    load_owned<Row>(rows, 0, column, x);
   }
 #pragma unroll 1
   for (int i = 0; i < rows.tasks; ++i) {
@@ -34,15 +36,34 @@ __device__ inline void mix_step(const Rows& rows, const double* coefficients, in
       for (int u = 0; u < U; ++u) {
 #pragma unroll
         for (int v = 0; v < kVector<Row>; ++v) {
-          sums[u][v] = fused(coefficient, static_cast<Acc>(element<Row>(x[u][r], v)), sums[u][v]);
+          sums[u][v] = fused(coefficient, element<Row>(x[u][r], v), sums[u][v]);
         }
       }
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      store_rounded(rows.row<Row>(i), column + (u * kThreads + thread_index()) * kVector<Row>, columns, whole, sums[u]);
+      store_rounded(rows.row<Row>(i) + column + (u * kThreads + thread_index()) * kVector<Row>, sums[u]);
     }
   }
+}
+
+// Any step, with the roundings of a whole one if Acc is the rows' accumulator.
+template <class Row, class Acc, int R>
+__device__ inline void mix_some(const Rows& rows, const double* coefficients, int64_t column, int64_t count,
+                                Range columns) {
+  for_columns(column, count, columns, [&](int64_t n) {
+    Acc x[R];
+    load_column<Row>(rows, 0, n, x);
+#pragma unroll 1
+    for (int i = 0; i < rows.tasks; ++i) {
+      Acc sum = 0;
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (r < rows.tasks) sum = fused(static_cast<Acc>(coefficients[i * rows.tasks + r]), x[r], sum);
+      }
+      round_to(rows.row<Row>(i) + n, sum);
+    }
+  });
 }
 
 // An item's steps, backwards. `coefficients` lie in shared memory.
@@ -54,14 +75,12 @@ __device__ inline void mix_item(const MixJob& job, const Item& item, const doubl
     const int64_t column = step * job.plan.step;
     const bool whole = job.rows.aligned && contains(item.columns, column, job.plan.step);
     const int64_t number = first_kept + step - item.slot * (job.plan.span / job.plan.step);
-    if (kIsDouble<Row> || !wide) {
-      mix_step<Row, Accumulator<Row>, U, R>(job.rows, coefficients, column, item.columns, whole, kept, number);
-      continue;
-    }
-#pragma unroll 1
-    for (int u = 0; u < U; ++u) {  // rare, as in combine
-      const int64_t part = column + u * (kThreads * kVector<Row>);
-      mix_step<Row, double, 1, R>(job.rows, coefficients, part, item.columns, whole, {nullptr, 0}, 0);
+    if (wide) {
+      mix_some<Row, double, R>(job.rows, coefficients, column, job.plan.step, item.columns);
+    } else if (whole) {
+      mix_whole<Row, U, R>(job.rows, coefficients, column, kept, number);
+    } else {
+      mix_some<Row, Accumulator<Row>, R>(job.rows, coefficients, column, job.plan.step, item.columns);
     }
   }
 }

@@ -103,57 +103,58 @@ __device__ inline Packed load_some(const Row* row, int64_t first, Range columns)
 }
 
 template <class Row, class Acc>
-__device__ inline void store_rounded(Row* row, int64_t first, Range columns, bool whole, const Acc (&values)[kVector<Row>]) {
-  Row rounded[kVector<Row>];
+__device__ inline void store_rounded(Row* to, const Acc (&values)[kVector<Row>]) {
   Packed packed = zeros();
 #pragma unroll
   for (int v = 0; v < kVector<Row>; ++v) {
-    round_to(&rounded[v], values[v]);
-    set_element(packed, v, rounded[v]);
+    Row rounded;
+    round_to(&rounded, values[v]);
+    set_element(packed, v, rounded);
   }
-  if (whole) {
-    store_packed(row + first, packed);
-    return;
-  }
-#pragma unroll
-  for (int v = 0; v < kVector<Row>; ++v) {
-    const int64_t n = first + v;
-    if (n >= columns.first && n < columns.last) row[n] = rounded[v];
-  }
+  store_packed(to, packed);
 }
 
 __device__ inline bool contains(Range columns, int64_t first, int64_t count) {
   return first >= columns.first && first + count <= columns.last;
 }
 
-// Vectors of U x R rows that a thread owns in one step; rows beyond T are zero. `whole`: aligned, and no column masked.
+// The vectors of U x R rows that a thread owns in a step whose columns all belong to the item, of aligned rows. Rows
+// beyond T are zero.
 template <class Row, int U, int R>
-__device__ inline void load_owned(const Rows& rows, int64_t first_row, int64_t step_column, Range columns, bool whole,
-                                  Packed (&x)[U][R]) {
+__device__ inline void load_owned(const Rows& rows, int64_t first_row, int64_t step_column, Packed (&x)[U][R]) {
   const int64_t own = step_column + thread_index() * kVector<Row>;
-  constexpr int64_t kStride = kThreads * kVector<Row>;
-  if (whole) {
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
+  for (int u = 0; u < U; ++u) {
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const int64_t t = first_row + r;
-        x[u][r] = t < rows.tasks ? load_packed(rows.row<Row>(t) + own + u * kStride) : zeros();
-      }
-    }
-  } else {
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const int64_t t = first_row + r;
-        x[u][r] = t < rows.tasks ? load_some(rows.row<Row>(t), own + u * kStride, columns) : zeros();
-      }
+    for (int r = 0; r < R; ++r) {
+      const int64_t t = first_row + r;
+      x[u][r] = t < rows.tasks ? load_packed(rows.row<Row>(t) + own + u * (kThreads * kVector<Row>)) : zeros();
     }
   }
 }
 
-// Vectors that a block keeps in shared memory from the first pass to the second: each thread reads back what it stored.
+// Element by element, for steps that are not whole, rows that are not aligned, and weights that ask for float64:
+// body(column) for each column of [first, first + count) that lies in `columns`, neighbours by neighbouring threads.
+template <class Body>
+__device__ inline void for_columns(int64_t first, int64_t count, Range columns, Body body) {
+  const int64_t end = first + count < columns.last ? first + count : columns.last;
+#pragma unroll 1
+  for (int64_t n = first + thread_index(); n < end; n += kThreads) {
+    if (n >= columns.first) body(n);
+  }
+}
+
+// One column of R rows; rows beyond T are zero.
+template <class Row, class Acc, int R>
+__device__ inline void load_column(const Rows& rows, int64_t first_row, int64_t column, Acc (&x)[R]) {
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    x[r] = first_row + r < rows.tasks ? static_cast<Acc>(widened(rows.row<Row>(first_row + r)[column])) : 0;
+  }
+}
+
+// Vectors of whole steps that a block keeps in shared memory from the first pass to the second: each thread reads back
+// what it stored.
 struct Kept {
   Packed* vectors;
   int64_t steps;  // how many steps fit

@@ -1,0 +1,28 @@
+"""Compiles csrc/cuda with the emulation of a GPU's threads: the kernels and launches as they are, on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+CSRC = Path(__file__).parents[2] / "csrc"
+CXX = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ["g++", "clang++", "c++"]))[:1]
+
+_FLAGS = "-std=c++17 -O1 -fPIC -shared -U_FORTIFY_SOURCE -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+_OWN = """
+extern "C" FPG_EXPORT void emulated_multiprocessors(int count) { fpg::multiprocessors = count; }
+"""
+
+
+def compile_library(path: Path) -> ctypes.CDLL:
+    """One translation unit of all sources; ``emulated_multiprocessors`` sets how many blocks run at a time."""
+    source = "".join(f'#include "cuda/{file.name}"\n' for file in sorted((CSRC / "cuda").glob("*.cu"))) + _OWN
+    emulation = ["-DFPG_EMULATION=\"cuda_emulation.h\"", f"-I{Path(__file__).parent}", f"-I{CSRC}"]
+    command = [*CXX, *_FLAGS, *emulation, "-xc++", "-", "-o", str(path)]
+    compiled = subprocess.run(command, input=source, text=True, capture_output=True)
+    assert compiled.returncode == 0, compiled.stderr
+    return ctypes.CDLL(str(path))
