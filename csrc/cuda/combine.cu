@@ -4,7 +4,7 @@
 namespace fpg {
 
 template <class Row, int R>
-__global__ void __launch_bounds__(kThreads, 2) combine_kernel(CombineJob job) {
+__global__ void __launch_bounds__(kThreads, 2) combine_kernel(const __grid_constant__ CombineJob job) {
   combine_all<Row, vectors_of(R), R>(job, reinterpret_cast<double*>(shared_memory()));
 }
 

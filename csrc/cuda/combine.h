@@ -31,42 +31,48 @@ __device__ inline bool take_weights(const double* from, int64_t count, double* t
   return any_in_block(unsafe);
 }
 
-// A whole step of aligned rows. R rows at a time, all of them where T <= R.
+// sums += rows [first, first + R) of one vector, each times its weight.
+template <class Row, int R>
+__device__ inline void add_weighted(const Packed (&x)[R], const double* weights, int64_t first, int tasks,
+                                    Accumulator<Row> (&sums)[kVector<Row>]) {
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (first + r >= tasks) break;
+    const Accumulator<Row> weight = static_cast<Accumulator<Row>>(weights[first + r]);
+#pragma unroll
+    for (int v = 0; v < kVector<Row>; ++v) sums[v] = fused(weight, element<Row>(x[r], v), sums[v]);
+  }
+}
+
+// A whole step of aligned rows. T <= R, or U = 1: then R rows at a time.
 template <class Row, int U, int R>
 __device__ inline void combine_whole(const Rows& rows, const double* weights, Row* out, int64_t column, Kept kept,
                                      int64_t number) {
-  using Acc = Accumulator<Row>;
-  Acc sums[U][kVector<Row>] = {};
-  for (int64_t first = 0; first < rows.tasks; first += R) {
-    Packed x[U][R];
-    if (number < kept.steps) {
-      kept.load(number, x);
-    } else {
-      load_owned<Row>(rows, first, column, x);
-    }
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (first + r >= rows.tasks) break;
-      const Acc weight = static_cast<Acc>(weights[first + r]);
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-#pragma unroll
-        for (int v = 0; v < kVector<Row>; ++v) {
-          sums[u][v] = fused(weight, element<Row>(x[u][r], v), sums[u][v]);
-        }
-      }
-    }
+  Row* own = out + column + thread_index() * kVector<Row>;
+  Packed x[U][R];
+  if (number < kept.steps) {
+    kept.load(number, x);
+  } else {
+    load_owned<Row>(rows, 0, column, x);
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    store_rounded(out + column + (u * kThreads + thread_index()) * kVector<Row>, sums[u]);
+    Accumulator<Row> sums[kVector<Row>] = {};
+    add_weighted<Row>(x[u], weights, 0, rows.tasks, sums);
+    if constexpr (U == 1) {
+      for (int64_t first = R; first < rows.tasks; first += R) {
+        load_owned<Row>(rows, first, column, x);
+        add_weighted<Row>(x[0], weights, first, rows.tasks, sums);
+      }
+    }
+    store_rounded(own + u * (kThreads * kVector<Row>), sums);
   }
 }
 
 // Any step, with the roundings of a whole one if Acc is the rows' accumulator.
 template <class Row, class Acc>
-__device__ inline void combine_some(const Rows& rows, const double* weights, Row* out, int64_t column, int64_t count,
-                                    Range columns) {
+__device__ FPG_RARE void combine_some(const Rows& rows, const double* weights, Row* out, int64_t column, int64_t count,
+                                      Range columns) {
   for_columns(column, count, columns, [&](int64_t n) {
     Acc sum = 0;
 #pragma unroll 8
@@ -79,8 +85,8 @@ __device__ inline void combine_some(const Rows& rows, const double* weights, Row
 
 // An item's steps, backwards. `wide`: in float64.
 template <class Row, int U, int R>
-__device__ inline void combine_item(const CombineJob& job, const Item& item, const double* weights, bool wide, Kept kept,
-                                    int64_t first_kept) {
+__device__ inline void combine_item(const CombineJob& job, const Item& item, const double* weights, bool wide,
+                                    Kept kept, int64_t first_kept) {
   const Range steps = steps_of(job.plan, item.columns);
   for (int64_t step = steps.last - 1; step >= steps.first; --step) {
     const int64_t column = step * job.plan.step;

@@ -68,14 +68,15 @@ __device__ inline void reduce(const GramJob& job, bool again) {
 template <class Row>
 __device__ inline bool has_nonzero(const Row* row, Range columns) {
   bool found = false;
-  for (int64_t n = columns.first + thread_index(); n < columns.last; n += kThreads) found = found || widened(row[n]) != 0;
+  for (int64_t n = columns.first + thread_index(); n < columns.last; n += kThreads)
+    found = found || widened(row[n]) != 0;
   return any_in_block(found);
 }
 
-// Redoes an item's products of flagged rows in float64. A row that is all zeros in the item is right as it is: an absent
-// task costs one row's bytes.
+// Redoes an item's products of flagged rows in float64. A row that is all zeros in the item is right as it is: an
+// absent task costs one row's bytes.
 template <class Row>
-__device__ inline void rescue(const GramJob& job, int64_t item) {
+__device__ FPG_RARE void rescue(const GramJob& job, int64_t item) {
   const Rows& rows = job.rows;
   const int64_t tasks = rows.tasks;
   const Item found = item_at(job.plan, rows.offsets, rows.segments, rows.width, item);
@@ -103,8 +104,8 @@ __device__ inline void solve_row(const SolveJob& job, int64_t s, int64_t i, doub
   const int64_t tasks = job.tasks;
   const int64_t* order = job.order + (job.order_per_segment ? s * tasks * tasks : 0) + i * tasks;
   sync_warp();  // the row before is done with `dots`
-  project_row(job.gram + s * tasks * tasks, order, tasks, i, job.projection, coefficients, dots, thread_index() % 32, 32,
-              [] { sync_warp(); });
+  project_row(job.gram + s * tasks * tasks, order, tasks, i, job.projection, coefficients, dots, thread_index() % 32,
+              32, [] { sync_warp(); });
 }
 
 __device__ inline void solve(const SolveJob& job) {
@@ -126,11 +127,13 @@ template <class Row>
 __device__ inline void finish_gram(const GramJob& job) {
   reduce(job, false);
   sync_grid();
-  if (!job.guarded || !any_flag(job.flags, job.rows.segments * job.rows.tasks)) return;
-  for (int64_t item = block_index(); item < job.plan.items; item += blocks()) rescue<Row>(job, item);
-  sync_grid();
-  reduce(job, true);
-  sync_grid();
+  if constexpr (!kIsDouble<Row>) {
+    if (!job.guarded || !any_flag(job.flags, job.rows.segments * job.rows.tasks)) return;
+    for (int64_t item = block_index(); item < job.plan.items; item += blocks()) rescue<Row>(job, item);
+    sync_grid();
+    reduce(job, true);
+    sync_grid();
+  }
 }
 
 // From G to C and, if asked, to the weights, by all blocks.

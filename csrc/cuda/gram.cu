@@ -4,7 +4,7 @@
 namespace fpg {
 
 template <class Row, int R>
-__global__ void __launch_bounds__(kThreads, 2) gram_columns_kernel(GramJob job) {
+__global__ void __launch_bounds__(kThreads, 2) gram_columns_kernel(const __grid_constant__ GramJob job) {
   gram_columns<Row, R, 0, vectors_of(R)>(job, block_index(), 0, 0, {nullptr, 0}, 0);
 }
 
@@ -14,7 +14,7 @@ struct GramTilesJob {
   int64_t tiles;
 };
 template <class Row, int G>
-__global__ void __launch_bounds__(kThreads, 1) gram_tiles_kernel(GramTilesJob job) {
+__global__ void __launch_bounds__(kThreads, 1) gram_tiles_kernel(const __grid_constant__ GramTilesJob job) {
   gram_tile<Row, G>(job.gram, block_index() / job.tiles, block_index() % job.tiles);
 }
 
@@ -23,7 +23,7 @@ struct FinishJob {
   SolveJob solve;  // without an order: none
 };
 template <class Row>
-__global__ void __launch_bounds__(kThreads, 2) finish_kernel(FinishJob job) {
+__global__ void __launch_bounds__(kThreads, 2) finish_kernel(const __grid_constant__ FinishJob job) {
   finish_gram<Row>(job.gram);
   if (job.solve.order != nullptr) finish_solve(job.solve);
 }
@@ -35,14 +35,15 @@ int start_gram(const Device& device, const GramJob& job, int dtype, void* stream
     if (tasks <= kMostRowsHeld) {
       return with_rows_held(tasks, [&](auto held) {
         constexpr int kRows = decltype(held)::value;
-        return run<gram_columns_kernel<Row, kRows>>(device, job.plan.items, column_tile_bytes(kRows, 0), false, stream, job);
+        return run<gram_columns_kernel<Row, kRows>>(device, job.plan.items, column_tile_bytes(kRows, 0), false, stream,
+                                                    job);
       });
     }
     return with_groups<Row>(tasks, [&](auto groups) {
       constexpr int kGroups = decltype(groups)::value;
       const GramTilesJob tiles = {job, tile_pairs(tasks, sizeof(Row))};
-      return run<gram_tiles_kernel<Row, kGroups>>(device, job.plan.items * tiles.tiles, gram_tile_bytes<kGroups>(), false,
-                                                  stream, tiles);
+      return run<gram_tiles_kernel<Row, kGroups>>(device, job.plan.items * tiles.tiles, gram_tile_bytes<kGroups>(),
+                                                  false, stream, tiles);
     });
   });
 }
@@ -76,8 +77,8 @@ int64_t fpg_cuda_workspace(int64_t tasks, int64_t width, int64_t segments, int d
          segments * tasks * static_cast<int64_t>(sizeof(int));
 }
 
-int fpg_cuda_gram(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype, const int64_t* offsets,
-                  int64_t segments, double* gram, void* workspace, void* stream) {
+int fpg_cuda_gram(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
+                  const int64_t* offsets, int64_t segments, double* gram, void* workspace, void* stream) {
   if (!fpg::is_valid(tasks, width, dtype, segments)) return FPG_BAD_ARGUMENT;
   fpg::Rows rows = {const_cast<void*>(grads), static_cast<int>(tasks), width, row_stride, offsets, segments, false};
   rows.aligned = fpg::is_aligned(rows, fpg::itemsize_of(dtype), nullptr);

@@ -1,9 +1,9 @@
 // gram: the partial Gram matrices of items, and their sum.
 //
 // Up to 8 rows (and for float64 rows, by tiles of 8) a thread owns columns and multiplies all pairs of rows. Above, the
-// tensor cores do: a lane's 16 bytes of a row are operand words as they lie in memory, since both operands are rows of J
-// and place the columns alike. bf16 and fp16 products are exact there; fp32 numbers are split into two tf32 each, and of
-// the four products the smallest is left out (2^-22 of the product).
+// tensor cores do: a lane's 16 bytes of a row are operand words as they lie in memory, since both operands are rows of
+// J and place the columns alike. bf16 and fp16 products are exact there; fp32 numbers are split into two tf32 each, and
+// of the four products the smallest is left out (2^-22 of the product).
 #pragma once
 
 #include "rows.h"
@@ -40,7 +40,9 @@ __device__ inline double fold(const double (&values)[kCount]) {
   }
 }
 
-FPG_HOST_DEVICE constexpr int power_of_two_from(int count) { return count <= 1 ? 1 : 2 * power_of_two_from((count + 1) / 2); }
+FPG_HOST_DEVICE constexpr int power_of_two_from(int count) {
+  return count <= 1 ? 1 : 2 * power_of_two_from((count + 1) / 2);
+}
 
 // Sums over a warp of up to 32 values a batch, in float64: each lane holds one total of each batch.
 template <int kCount>
@@ -54,7 +56,8 @@ struct WarpTotals {
     constexpr int kPadded = power_of_two_from(kRest);
     double wide[kPadded];
 #pragma unroll
-    for (int k = 0; k < kPadded; ++k) wide[k] = k < kRest ? static_cast<double>(values[kFirst + (k < kRest ? k : 0)]) : 0;
+    for (int k = 0; k < kPadded; ++k)
+      wide[k] = k < kRest ? static_cast<double>(values[kFirst + (k < kRest ? k : 0)]) : 0;
     totals[kBatch] += fold(wide);
     if constexpr (kBatch + 1 < kBatches) add_batch<kBatch + 1>(values);
   }
@@ -82,7 +85,8 @@ __device__ inline void store_tile(const double* sums, int count, double* partial
   }
 }
 
-// Rows [tile_i * A, + A) by rows [tile_j * B, + B); B = 0 is the triangle of the first. Shared memory: column_tile_bytes.
+// Rows [tile_i * A, + A) by rows [tile_j * B, + B); B = 0 is the triangle of the first. Shared memory:
+// column_tile_bytes.
 FPG_HOST_DEVICE constexpr int column_tile_bytes(int a, int b) {
   return kWarps * (b == 0 ? a * (a + 1) / 2 : a * b) * static_cast<int>(sizeof(double));
 }
@@ -214,7 +218,8 @@ __device__ inline void split(const Packed& x, Packed& high, Packed& low) {
 
 // sums[r][n] += groups (2 r, 2 r + 1) of a by group n of b, over the words 2 h and 2 h + 1.
 template <Product kProduct, int GA, int GB, bool kDiagonal>
-__device__ inline void multiply_groups(const Packed (&a)[GA], const Packed (&b)[GB], int h, float (&sums)[GA / 2][GB][4]) {
+__device__ inline void multiply_groups(const Packed (&a)[GA], const Packed (&b)[GB], int h,
+                                       float (&sums)[GA / 2][GB][4]) {
 #pragma unroll
   for (int r = 0; r < GA / 2; ++r) {
     const uint32_t left[4] = {a[2 * r].word[2 * h], a[2 * r + 1].word[2 * h], a[2 * r].word[2 * h + 1],

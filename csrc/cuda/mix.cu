@@ -4,12 +4,12 @@
 namespace fpg {
 
 template <class Row, int R>
-__global__ void __launch_bounds__(kThreads, 2) mix_kernel(MixJob job) {
+__global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant__ MixJob job) {
   mix_all<Row, vectors_of(R), R>(job, reinterpret_cast<double*>(shared_memory()));
 }
 
 template <class Row, int kColumns>
-__global__ void __launch_bounds__(kThreads, 2) mix_tiles_kernel(MixJob job) {
+__global__ void __launch_bounds__(kThreads, 2) mix_tiles_kernel(const __grid_constant__ MixJob job) {
   mix_tiles<Row, kColumns>(job);
 }
 

@@ -1,7 +1,8 @@
 // mix: J <- C J in place, last columns first, as combine.
 //
 // Up to 8 rows a thread holds its columns of all rows and writes each new row at once. Above, a block takes a tile of
-// all rows into shared memory; a warp computes a few new rows of it at a time, from coefficients that lie there as well.
+// all rows into shared memory; a warp computes a few new rows of it at a time, from coefficients that lie there as
+// well.
 #pragma once
 
 #include "combine.h"
@@ -18,7 +19,6 @@ struct MixJob {
 template <class Row, int U, int R>
 __device__ inline void mix_whole(const Rows& rows, const double* coefficients, int64_t column, Kept kept,
                                  int64_t number) {
-  using Acc = Accumulator<Row>;
   Packed x[U][R];
   if (number < kept.steps) {
     kept.load(number, x);
@@ -27,30 +27,20 @@ __device__ inline void mix_whole(const Rows& rows, const double* coefficients, i
   }
 #pragma unroll 1
   for (int i = 0; i < rows.tasks; ++i) {
-    Acc sums[U][kVector<Row>] = {};
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (r >= rows.tasks) break;
-      const Acc coefficient = static_cast<Acc>(coefficients[i * rows.tasks + r]);
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-#pragma unroll
-        for (int v = 0; v < kVector<Row>; ++v) {
-          sums[u][v] = fused(coefficient, element<Row>(x[u][r], v), sums[u][v]);
-        }
-      }
-    }
+    Row* own = rows.row<Row>(i) + column + thread_index() * kVector<Row>;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      store_rounded(rows.row<Row>(i) + column + (u * kThreads + thread_index()) * kVector<Row>, sums[u]);
+      Accumulator<Row> sums[kVector<Row>] = {};
+      add_weighted<Row>(x[u], coefficients + i * rows.tasks, 0, rows.tasks, sums);
+      store_rounded(own + u * (kThreads * kVector<Row>), sums);
     }
   }
 }
 
 // Any step, with the roundings of a whole one if Acc is the rows' accumulator.
 template <class Row, class Acc, int R>
-__device__ inline void mix_some(const Rows& rows, const double* coefficients, int64_t column, int64_t count,
-                                Range columns) {
+__device__ FPG_RARE void mix_some(const Rows& rows, const double* coefficients, int64_t column, int64_t count,
+                                  Range columns) {
   for_columns(column, count, columns, [&](int64_t n) {
     Acc x[R];
     load_column<Row>(rows, 0, n, x);
@@ -123,7 +113,8 @@ __device__ inline void take_coefficients(const double* from, int64_t tasks, int6
   constexpr int kRows = kNewRows<Acc>;
   for (int64_t k = thread_index(); k < kWarps * kRows * tasks; k += kThreads) {
     const int64_t i = first + k / tasks, t = k % tasks;
-    to[(k / tasks / kRows * tasks + t) * kRows + k / tasks % kRows] = i < tasks ? static_cast<Acc>(from[i * tasks + t]) : 0;
+    to[(k / tasks / kRows * tasks + t) * kRows + k / tasks % kRows] =
+        i < tasks ? static_cast<Acc>(from[i * tasks + t]) : 0;
   }
 }
 

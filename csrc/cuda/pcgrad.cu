@@ -7,7 +7,7 @@ namespace fpg {
 struct PcgradJob {
   GramJob gram;
   SolveJob solve;
-  Plan plan;      // of the second pass
+  Plan plan;  // of the second pass
   void* out;
   bool in_place;  // J <- C J; no weights and no out
   int64_t kept;   // steps that a block keeps
@@ -41,58 +41,80 @@ __device__ inline bool any_unsafe(const double* weights, int64_t count) {
   return any_in_block(unsafe);
 }
 
-template <class Row, int R>
-__global__ void __launch_bounds__(kThreads, 2) pcgrad_kernel(PcgradJob job) {
-  constexpr int kUnroll = vectors_of(R);
-  const Rows& rows = job.gram.rows;
-  const Plan& plan = job.gram.plan;
-  const int64_t tasks = rows.tasks, square = tasks * tasks, steps = plan.span / plan.step;
-  double* coefficients = reinterpret_cast<double*>(shared_memory() + kBeforeCoefficients);
-  double* weights = coefficients + kHeldSquare;
-  const Kept kept = {reinterpret_cast<Packed*>(shared_memory() + kBeforeKept), job.kept};
+// The sum of the partial Gram matrices; one function for all kernels of a row type.
+template <class Row>
+__device__ FPG_RARE void finish_gram_together(const GramJob& job) {
+  finish_gram<Row>(job);
+}
 
+__device__ inline double* own_coefficients() {
+  return reinterpret_cast<double*>(shared_memory() + kBeforeCoefficients);
+}
+__device__ inline double* own_weights() { return own_coefficients() + kHeldSquare; }
+__device__ inline Kept kept_by(const PcgradJob& job) {
+  return {reinterpret_cast<Packed*>(shared_memory() + kBeforeKept), job.kept};
+}
+__device__ inline int64_t steps_of_slot(const Plan& plan) { return plan.span / plan.step; }
+
+// The two second passes over the items of this block, last ones first. `alone`: with the weights or coefficients that
+// solve_alone left.
+template <class Row, int R>
+__device__ inline void combine_mine(const PcgradJob& job, int64_t mine, bool alone) {
+  const CombineJob combine = {job.gram.rows, job.gram.plan, job.solve.weights, job.out};
+  const int64_t tasks = combine.rows.tasks;
+  double* weights = own_weights();
+  bool wide = alone && any_unsafe(weights, tasks);
+  while (mine-- > 0) {
+    const Item item = item_at(combine.plan, combine.rows.offsets, combine.rows.segments, combine.rows.width,
+                              block_index() + mine * blocks());
+    if (!alone) wide = take_weights(combine.weights + item.segment * tasks, tasks, weights);
+    combine_item<Row, vectors_of(R), R>(combine, item, weights, wide, kept_by(job), mine * steps_of_slot(combine.plan));
+  }
+}
+
+template <class Row, int R>
+__device__ inline void mix_mine(const PcgradJob& job, int64_t mine, bool alone) {
+  const MixJob mix = {job.gram.rows, job.gram.plan, job.solve.coefficients};
+  const int64_t square = static_cast<int64_t>(mix.rows.tasks) * mix.rows.tasks;
+  double* coefficients = own_coefficients();
+  bool wide = alone && any_unsafe(coefficients, square);
+  while (mine-- > 0) {
+    const Item item =
+        item_at(mix.plan, mix.rows.offsets, mix.rows.segments, mix.rows.width, block_index() + mine * blocks());
+    if (!alone) wide = take_weights(mix.coefficients + item.segment * square, square, coefficients);
+    mix_item<Row, vectors_of(R), R>(mix, item, coefficients, wide, kept_by(job), mine * steps_of_slot(mix.plan));
+  }
+}
+
+template <class Row, int R>
+__global__ void __launch_bounds__(kThreads, kIsDouble<Row>&& R == 8 ? 1 : 2)
+    pcgrad_kernel(const __grid_constant__ PcgradJob job) {
   int64_t mine = 0;  // items of this block
-  for (int64_t item = block_index(); item < plan.items; item += blocks()) {
-    gram_columns<Row, R, 0, kUnroll>(job.gram, item, 0, 0, kept, mine++ * steps);
+  for (int64_t item = block_index(); item < job.gram.plan.items; item += blocks()) {
+    const int64_t first_kept = mine++ * steps_of_slot(job.gram.plan);
+    gram_columns<Row, R, 0, vectors_of(R)>(job.gram, item, 0, 0, kept_by(job), first_kept);
   }
   sync_grid();
-  finish_gram<Row>(job.gram);
+  finish_gram_together<Row>(job.gram);
 
-  const bool alone = rows.segments == 1;
-  bool wide = false;
+  const bool alone = job.gram.rows.segments == 1;
   if (alone) {
-    solve_alone(job.solve, coefficients, weights);
-    wide = job.in_place ? any_unsafe(coefficients, square) : any_unsafe(weights, tasks);
+    solve_alone(job.solve, own_coefficients(), own_weights());
   } else {
     finish_solve(job.solve);
     sync_grid();
   }
-  while (mine-- > 0) {
-    const Item item = item_at(plan, rows.offsets, rows.segments, rows.width, block_index() + mine * blocks());
-    if (!job.in_place) {
-      const CombineJob combine = {rows, plan, job.solve.weights, job.out};
-      if (!alone) wide = take_weights(combine.weights + item.segment * tasks, tasks, weights);
-      combine_item<Row, kUnroll, R>(combine, item, weights, wide, kept, mine * steps);
-    } else {
-      const MixJob mix = {rows, plan, job.solve.coefficients};
-      if (!alone) wide = take_weights(mix.coefficients + item.segment * square, square, coefficients);
-      mix_item<Row, kUnroll, R>(mix, item, coefficients, wide, kept, mine * steps);
-    }
+  if (job.in_place) {
+    mix_mine<Row, R>(job, mine, alone);
+  } else {
+    combine_mine<Row, R>(job, mine, alone);
   }
 }
 
-// Above 8 rows nothing is kept but what the cache holds.
-template <class Row, int G>
-__global__ void __launch_bounds__(kThreads, 1) pcgrad_tiles_kernel(PcgradJob job) {
+// What follows on the first pass above 8 rows, the same for all sizes of tiles.
+template <class Row>
+__device__ FPG_RARE void second_pass_of_tiles(const PcgradJob& job) {
   const Rows& rows = job.gram.rows;
-  const int64_t tiles = pair_index(divide_up(rows.tasks, G == 0 ? 8 : 8 * G), 0);
-  for (int64_t k = block_index(); k < job.gram.plan.items * tiles; k += blocks()) {
-    gram_tile<Row, G>(job.gram, k / tiles, k % tiles);
-  }
-  sync_grid();
-  finish_gram<Row>(job.gram);
-  finish_solve(job.solve);
-  sync_grid();
   if (!job.in_place) {
     combine_all<Row, 1, kMostRowsHeld>({rows, job.plan, job.solve.weights, job.out},
                                        reinterpret_cast<double*>(shared_memory()));
@@ -102,6 +124,21 @@ __global__ void __launch_bounds__(kThreads, 1) pcgrad_tiles_kernel(PcgradJob job
     if (mix_columns(rows.tasks, sizeof(Row)) == 4) return mix_tiles<Row, 4>({rows, job.plan, job.solve.coefficients});
   }
   mix_tiles<Row, 1>({rows, job.plan, job.solve.coefficients});
+}
+
+// Above 8 rows nothing is kept but what the cache holds.
+template <class Row, int G>
+__global__ void __launch_bounds__(kThreads, 1) pcgrad_tiles_kernel(const __grid_constant__ PcgradJob job) {
+  const Rows& rows = job.gram.rows;
+  const int64_t tiles = pair_index(divide_up(rows.tasks, G == 0 ? 8 : 8 * G), 0);
+  for (int64_t k = block_index(); k < job.gram.plan.items * tiles; k += blocks()) {
+    gram_tile<Row, G>(job.gram, k / tiles, k % tiles);
+  }
+  sync_grid();
+  finish_gram_together<Row>(job.gram);
+  finish_solve(job.solve);
+  sync_grid();
+  second_pass_of_tiles<Row>(job);
 }
 
 inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -134,13 +171,11 @@ int start_together(const Device& device, const PcgradJob& job, int dtype, void* 
   return with_row_type(dtype, [&](auto type) {
     using Row = typename decltype(type)::type;
     if (tasks <= kMostRowsHeld) {
-      return with_rows_held(tasks, [&](auto held) {
-        return start_held<Row, decltype(held)::value>(device, job, stream);
-      });
+      return with_rows_held(tasks,
+                            [&](auto held) { return start_held<Row, decltype(held)::value>(device, job, stream); });
     }
-    return with_groups<Row>(tasks, [&](auto groups) {
-      return start_tiles<Row, decltype(groups)::value>(device, job, stream);
-    });
+    return with_groups<Row>(
+        tasks, [&](auto groups) { return start_tiles<Row, decltype(groups)::value>(device, job, stream); });
   });
 }
 
@@ -169,11 +204,15 @@ int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_strid
   const int64_t itemsize = fpg::itemsize_of(dtype);
   fpg::Rows rows = {grads, static_cast<int>(tasks), width, row_stride, offsets, segments, false};
   rows.aligned = fpg::is_aligned(rows, itemsize, out);
-  const fpg::SolveJob solve = {
-      gram,         order,   order_per_segment != 0, {self_projection != 0, eps, min_squared_norm}, tasks, segments,
-      coefficients, weights, scale};
-  const fpg::PcgradJob job = {fpg::gram_job(rows, dtype, gram, workspace), solve,
-                              fpg::columns_plan(tasks, width, segments, itemsize), out, weights == nullptr, 0};
+  const fpg::SolveJob solve = {gram,  order,    order_per_segment != 0, {self_projection != 0, eps, min_squared_norm},
+                               tasks, segments, coefficients,           weights,
+                               scale};
+  const fpg::PcgradJob job = {fpg::gram_job(rows, dtype, gram, workspace),
+                              solve,
+                              fpg::columns_plan(tasks, width, segments, itemsize),
+                              out,
+                              weights == nullptr,
+                              0};
   fpg::Device device = {};
   if (const int error = fpg::find_device(&device)) return fpg::status_of(error);
   const bool small = tasks * width * itemsize <= fpg::one_launch_bytes(device);

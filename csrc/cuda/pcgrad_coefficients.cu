@@ -3,7 +3,7 @@
 
 namespace fpg {
 
-__global__ void __launch_bounds__(kThreads) solve_kernel(SolveJob job) { solve(job); }
+__global__ void __launch_bounds__(kThreads) solve_kernel(const __grid_constant__ SolveJob job) { solve(job); }
 
 }  // namespace fpg
 
@@ -11,9 +11,9 @@ int fpg_cuda_pcgrad_coefficients(const double* gram, int64_t tasks, int64_t segm
                                  int order_per_segment, int self_projection, double eps, double min_squared_norm,
                                  double* coefficients, void* stream) {
   if (!fpg::is_valid(tasks, 0, FPG_F64, segments)) return FPG_BAD_ARGUMENT;
-  const fpg::SolveJob job = {
-      gram,         order,   order_per_segment != 0, {self_projection != 0, eps, min_squared_norm}, tasks, segments,
-      coefficients, nullptr, 1.0};
+  const fpg::SolveJob job = {gram,  order,    order_per_segment != 0, {self_projection != 0, eps, min_squared_norm},
+                             tasks, segments, coefficients,           nullptr,
+                             1.0};
   fpg::Device device = {};
   int error = fpg::find_device(&device);
   if (error == 0) {

@@ -1,9 +1,9 @@
 // Which columns are whose: index maths that the host, the kernels and the tests share.
 //
 // Columns lie on one grid of steps from column 0, whatever the segments. A slot is a range of whole steps; where a
-// segment meets a slot there is an item, with a partial Gram matrix of its own. Going through the columns, each new pair
-// raises the slot or the segment by one, so slot + segment numbers the items without gaps worth a table, and a binary
-// search in the offsets finds the pair again.
+// segment meets a slot there is an item, with a partial Gram matrix of its own. Going through the columns, each new
+// pair raises the slot or the segment by one, so slot + segment numbers the items without gaps worth a table, and a
+// binary search in the offsets finds the pair again.
 //
 // Everything follows from T, N, the row type and the segments alone, never from the GPU: so do the bits of every sum.
 #pragma once
@@ -53,8 +53,8 @@ FPG_HOST_DEVICE inline Pair pair_of(int64_t index) {
 }
 
 struct Plan {
-  int64_t step;   // columns that a block takes at a time
-  int64_t span;   // columns of a slot: whole steps
+  int64_t step;  // columns that a block takes at a time
+  int64_t span;  // columns of a slot: whole steps
   int64_t slots;
   int64_t items;  // slots + segments - 1
 };

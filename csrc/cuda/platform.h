@@ -19,6 +19,9 @@ enum class Product { kTf32, kHalf, kBFloat };
 
 namespace fpg {
 
+// A function of its own, so that rare work does not set the registers of a whole kernel.
+#define FPG_RARE __noinline__
+
 extern __shared__ __align__(16) unsigned char fpg_shared_memory[];
 __device__ inline unsigned char* shared_memory() { return fpg_shared_memory; }
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -70,8 +73,8 @@ __device__ inline float fused(float a, float b, float c) { return fmaf(a, b, c);
 __device__ inline double fused(double a, double b, double c) { return fma(a, b, c); }
 
 // sums [16, 8] += a [16, k] b [8, k]^T. Lane 4 g + q holds of a: row g in words 0 and 2, row g + 8 in words 1 and 3;
-// of b: row g; of sums: columns 2 q and 2 q + 1 of row g, then of row g + 8. Each word is one tf32 or two 16-bit numbers
-// of k, which both operands place alike.
+// of b: row g; of sums: columns 2 q and 2 q + 1 of row g, then of row g + 8. Each word is one tf32 or two 16-bit
+// numbers of k, which both operands place alike.
 template <Product kProduct>
 __device__ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (kProduct == Product::kTf32) {
@@ -93,13 +96,14 @@ __device__ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], co
 inline int find_device(int* index) { return cudaGetDevice(index); }
 inline int device_attribute(int* value, DeviceAttribute attribute, int device) {
   constexpr cudaDeviceAttr kAttributes[] = {cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-                                            cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                            cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor};
+                                            cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrComputeCapabilityMajor,
+                                            cudaDevAttrComputeCapabilityMinor};
   return cudaDeviceGetAttribute(value, kAttributes[static_cast<int>(attribute)], device);
 }
 template <class Job>
 inline int resident_blocks(int* count, void (*kernel)(Job), int threads, int64_t shared_bytes) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   if (error != cudaSuccess) return error;
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(count, kernel, threads, static_cast<size_t>(shared_bytes));
 }

@@ -12,7 +12,8 @@ from pathlib import Path
 CSRC = Path(__file__).parents[2] / "csrc"
 CXX = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ["g++", "clang++", "c++"]))[:1]
 
-_FLAGS = "-std=c++17 -O1 -fPIC -shared -U_FORTIFY_SOURCE -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"]
+_WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 _OWN = """
 extern "C" FPG_EXPORT void emulated_multiprocessors(int count) { fpg::multiprocessors = count; }
 """
@@ -21,8 +22,8 @@ extern "C" FPG_EXPORT void emulated_multiprocessors(int count) { fpg::multiproce
 def compile_library(path: Path) -> ctypes.CDLL:
     """One translation unit of all sources; ``emulated_multiprocessors`` sets how many blocks run at a time."""
     source = "".join(f'#include "cuda/{file.name}"\n' for file in sorted((CSRC / "cuda").glob("*.cu"))) + _OWN
-    emulation = ["-DFPG_EMULATION=\"cuda_emulation.h\"", f"-I{Path(__file__).parent}", f"-I{CSRC}"]
-    command = [*CXX, *_FLAGS, *emulation, "-xc++", "-", "-o", str(path)]
+    emulation = ['-DFPG_EMULATION="cuda_emulation.h"', f"-I{Path(__file__).parent}", f"-I{CSRC}"]
+    command = [*CXX, *_FLAGS, *_WARNINGS, *emulation, "-xc++", "-", "-o", str(path)]
     compiled = subprocess.run(command, input=source, text=True, capture_output=True)
     assert compiled.returncode == 0, compiled.stderr
     return ctypes.CDLL(str(path))

@@ -5,8 +5,8 @@
 // Tensor cores are modelled pessimistically: each sum is rounded toward zero.
 #pragma once
 
-#include <csetjmp>
 #include <cmath>
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -20,6 +20,8 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define FPG_RARE
 
 namespace fpg {
 
@@ -238,8 +240,9 @@ inline double fused(double a, double b, double c) { return std::fma(a, b, c); }
 
 inline float rounded_toward_zero(double value) {
   const float nearest = static_cast<float>(value);
-  return std::fabs(static_cast<double>(nearest)) > std::fabs(value) && std::isfinite(value) ? std::nextafterf(nearest, 0)
-                                                                                             : nearest;
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(value) && std::isfinite(value)
+             ? std::nextafterf(nearest, 0)
+             : nearest;
 }
 
 // The number of k at `place` of a lane's words: 1 (tf32) or 2 (16 bits) a word.

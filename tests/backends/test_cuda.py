@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 import pytest
+import torch
 
 from fastpcgrad import reference
 from fastpcgrad.backends import cuda

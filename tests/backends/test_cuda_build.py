@@ -1,0 +1,113 @@
+"""The CUDA library as nvcc builds it, on a machine with or without a GPU: registers, entry points, loading, errors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpcgrad import backends
+from fastpcgrad.backends import cuda
+
+ROOT = Path(__file__).parents[2]
+NVCC = shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc") or shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(
+    not (NVCC and shutil.which("g++")), reason="there is no nvcc with a C++ compiler on this machine"
+)
+
+# Of a kernel, or of a function that it calls.
+_FUNCTION = re.compile(r"Function properties for (\w+)\n\s+\d+ bytes stack frame, (\d+) bytes spill stores")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(the library, what ptxas said of each kernel) of one build of the real sources, as setup.py does it."""
+    folder = tmp_path_factory.mktemp("cuda")
+    for name in ("csrc", "fastpcgrad"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    environment = os.environ | {"FASTPCGRAD_BUILD": "cuda", "CXXFLAGS": "-O0", "NVCC_APPEND_FLAGS": "-Xptxas=-v"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    result = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "fastpcgrad" / "libfastpcgrad_cuda.so", result.stdout + result.stderr
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_no_kernel_spills_but_those_of_float64_rows(built):
+    """Names are mangled: ``Id`` opens the template arguments of float64 rows."""
+    said = built[1]
+    assert set(re.findall(r"Compiling entry function '\w+' for '(sm_\d+)'", said)) == {"sm_80", "sm_90", "sm_100"}
+    functions = _FUNCTION.findall(said)
+    stems = {"gram_columns", "gram_tiles", "finish", "combine", "mix", "mix_tiles", "pcgrad", "pcgrad_tiles", "solve"}
+    assert stems <= {re.sub(r".*?\d([a-z_]+)_kernel.*", r"\1", name) for name, _ in functions}
+    assert said.count("bytes spill stores") == len(functions)
+    assert not [name for name, spilled in functions if int(spilled) and "Id" not in name]
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_library_loads_and_answers_without_a_gpu(built):
+    assert built[0].stat().st_size < 20 << 20
+    library = cuda.declare(ctypes.CDLL(str(built[0])))
+    assert library.fpg_abi_version() == 1
+    assert library.fpg_cuda_error(0) == b"no error" and library.fpg_cuda_error(1) == b"bad argument"
+    assert library.fpg_cuda_error(1000 + 2) == b"out of memory"
+    # Of 8 rows by a million columns: 489 items of 36 float64 sums, and 8 flags.
+    assert library.fpg_cuda_workspace(8, 10**6, 1, 0) == 489 * 36 * 8 + 8 * 4
+    assert library.fpg_cuda_workspace(257, 100, 1, 0) == 0
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_each_call_returns_the_runtimes_error(built):
+    library = cuda.declare(ctypes.CDLL(str(built[0])))
+    status = library.fpg_cuda_probe()
+    assert status > 1000 and b"CUDA" in library.fpg_cuda_error(status)
+    rows = (None, 2, 10, 10, 0, None, 1)
+    assert library.fpg_cuda_gram(*rows, None, None, None) > 1000
+    assert library.fpg_cuda_combine(*rows, None, None, None) > 1000
+    assert library.fpg_cuda_mix(*rows, None, None) > 1000
+    assert library.fpg_cuda_pcgrad_coefficients(None, 2, 1, None, 0, 0, 0.0, 0.0, None, None) > 1000
+    assert library.fpg_cuda_pcgrad(*rows, None, 0, 0, 0.0, 0.0, 1.0, *[None] * 5, 0, None) > 1000
+
+
+def test_each_entry_point_of_the_header_is_declared_in_python():
+    header = (ROOT / "csrc" / "fastpcgrad.h").read_text()
+    assert set(re.findall(r"FPG_EXPORT [\w *]*?(fpg_cuda_\w+)\(", header)) == set(cuda._ARGUMENTS)
+
+
+def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setenv("FASTPCGRAD_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="CUDA library takes CUDA tensors only"):
+        backends.select("cpu")
+
+
+@pytest.mark.parametrize(
+    ("library", "has_device", "reason"),
+    [
+        (None, True, "was not built"),
+        (object(), False, "sees no CUDA device"),
+    ],
+)
+def test_cuda_tensors_fall_back_or_are_told_why_the_library_cannot_run(monkeypatch, library, has_device, reason):
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(cuda, "_library", library)
+    monkeypatch.setattr(cuda._native, "load_error", lambda name: "libfastpcgrad_cuda.so was not built: no nvcc")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_device)
+    monkeypatch.delenv("FASTPCGRAD_BACKEND", raising=False)
+    assert backends.select("cuda").__name__ != cuda.__name__
+    monkeypatch.setenv("FASTPCGRAD_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match=f"device type 'cuda': .*{reason}"):
+        backends.select("cuda")

@@ -1,0 +1,158 @@
+"""What only a GPU can show: sizes beyond 2³¹, CUDA graphs, streams, determinism, the memory checker."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpcgrad
+from fastpcgrad import backends, reference
+from fastpcgrad.backends import cuda
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICE = "cuda"
+
+
+@pytest.fixture(params=["cuda", "triton"], autouse=True)
+def backend(request, monkeypatch):
+    """Both backends, forced: on a machine with a GPU a missing one is an error."""
+    reason = backends.why_unavailable(request.param, "cuda")
+    assert reason is None, reason
+    monkeypatch.setenv("FASTPCGRAD_BACKEND", request.param)
+    return request.param
+
+
+def random_order(tasks):
+    return torch.stack([torch.randperm(tasks) for _ in range(tasks)]).to(DEVICE)
+
+
+def error(found, rows, weights):
+    """‖m − m₆₄‖ / Σ_j |w_j| ‖g_j‖, in float64 on the GPU, block by block of columns."""
+    squared, norms = torch.zeros((), dtype=torch.float64, device=DEVICE), torch.zeros(len(rows), dtype=torch.float64)
+    norms = norms.to(DEVICE)
+    for a in range(0, rows.shape[1], 1 << 22):
+        block = rows[:, a : a + (1 << 22)].double()
+        squared += (found[a : a + (1 << 22)].double() - weights @ block).square().sum()
+        norms += block.square().sum(dim=1)
+    return float(squared.sqrt() / (weights.abs() @ norms.sqrt()))
+
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float64: 1e-14}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("tasks", [2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("width", [10_000, 3_000_017])
+def test_the_whole_surgery_is_the_oracles(tasks, width, dtype):
+    rows, order = torch.randn(tasks, width, device=DEVICE).to(dtype), random_order(tasks)
+    exact = torch.zeros(tasks, tasks, dtype=torch.float64, device=DEVICE)
+    for a in range(0, width, 1 << 20):
+        block = rows[:, a : a + (1 << 20)].double()
+        exact += block @ block.mT
+    coefficients = reference.coefficients(exact.cpu(), order.cpu()).to(DEVICE)
+    merged = fastpcgrad.pcgrad(rows, order=order, reduction="sum")
+    assert error(merged, rows, coefficients.sum(dim=0)) <= TOLERANCE[dtype]
+    mixed = fastpcgrad.pcgrad_(rows.clone(), order=order)
+    for i in (0, tasks - 1):
+        assert error(mixed[i], rows, coefficients[i]) <= TOLERANCE[dtype]
+    norms = exact.diagonal().sqrt()
+    found = fastpcgrad.gram(rows)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    assert bool(((found - exact).abs() <= tolerance * norms[:, None] * norms).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_than_two_to_the_31_elements(dtype):
+    tasks, width = 3, 2**30 + 12_345
+    rows = torch.empty(tasks, width, dtype=dtype, device=DEVICE)
+    for a in range(0, width, 1 << 26):
+        rows[:, a : a + (1 << 26)].normal_()
+    rows[1, 0] = rows[1, -1] = 3.0
+    weights = torch.randn(tasks, dtype=torch.float64).to(DEVICE)
+    assert error(fastpcgrad.combine(rows, weights), rows, weights) <= TOLERANCE[dtype]
+    gram, diagonal = fastpcgrad.gram(rows), torch.zeros(tasks, dtype=torch.float64, device=DEVICE)
+    for a in range(0, width, 1 << 24):
+        diagonal += rows[:, a : a + (1 << 24)].double().square().sum(dim=1)
+    torch.testing.assert_close(gram.diagonal(), diagonal, rtol=1e-6, atol=0)
+    last = rows[:, -5:].clone()
+    matrix = torch.randn(tasks, tasks, dtype=torch.float64).to(DEVICE)
+    fastpcgrad.mix_(rows, matrix)
+    torch.testing.assert_close(rows[:, -5:].double(), matrix @ last.double(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "dtype"), [(2, torch.float32), (8, torch.float32), (16, torch.bfloat16), (40, torch.float32)]
+)
+def test_same_bits_every_time(tasks, dtype):
+    rows, order = torch.randn(tasks, 5_000_003, device=DEVICE).to(dtype), random_order(tasks)
+    runs = [(fastpcgrad.gram(rows), fastpcgrad.pcgrad(rows, order=order)) for _ in range(5)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("launches", [cuda.ONE_LAUNCH, cuda.SEVERAL_LAUNCHES])
+@pytest.mark.parametrize("tasks", [4, 20])
+def test_a_captured_surgery_replays_with_another_order(tasks, launches, monkeypatch):
+    monkeypatch.setattr(cuda, "launches", launches)
+    rows, order = torch.randn(tasks, 100_003, device=DEVICE), random_order(tasks)
+    fastpcgrad.pcgrad(rows, order=order)  # compiles, and loads what is loaded at first use
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        merged = fastpcgrad.pcgrad(rows, order=order)
+    for _ in range(3):
+        rows.copy_(torch.randn(tasks, 100_003))
+        order.copy_(random_order(tasks))
+        graph.replay()
+        assert torch.equal(merged, fastpcgrad.pcgrad(rows, order=order))
+
+
+def test_two_streams_do_not_disturb_each_other():
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    rows = [torch.randn(8, 2_000_000, device=DEVICE) for _ in streams]
+    order = random_order(8)
+    expected = [fastpcgrad.pcgrad(each, order=order) for each in rows]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for stream, each in zip(streams, rows, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(fastpcgrad.pcgrad(each, order=order))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_nothing_waits_for_the_gpu():
+    rows, order = torch.randn(8, 1_000_000, device=DEVICE), random_order(8)
+    fastpcgrad.pcgrad(rows, order=order)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fastpcgrad.pcgrad(rows, order=order)
+        fastpcgrad.pcgrad_(rows, order=order)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_value_reaches_its_column_and_no_other(bad):
+    rows = torch.randn(4, 3_000_001, device=DEVICE)
+    columns = [0, 1_234_567, 3_000_000]
+    rows[2, columns] = bad
+    merged = fastpcgrad.pcgrad(rows, order=random_order(4))
+    assert (~merged.isfinite()).nonzero().flatten().tolist() == columns
+
+
+def test_the_memory_checker_finds_nothing(backend):
+    checker = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if checker is None or backend != "cuda":
+        pytest.skip("there is no compute-sanitizer here" if checker is None else "it checks the compiled library")
+    script = Path(__file__).with_name("small_surgeries.py")
+    root = str(Path(__file__).parents[2])
+    for tool in ("memcheck", "racecheck"):
+        command = [checker, "--tool", tool, "--error-exitcode", "3", sys.executable, str(script)]
+        result = subprocess.run(command, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
