@@ -14,6 +14,8 @@ CXX = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ["g++"
 
 _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"]
 _WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+# Few slots, so that a slot has many steps at the sizes that fibers can do.
+_SLOTS = ["-DFPG_FEW_SLOTS=6", "-DFPG_MANY_SLOTS=6"]
 _OWN = """
 extern "C" FPG_EXPORT void emulated_multiprocessors(int count) { fpg::multiprocessors = count; }
 """
@@ -23,7 +25,7 @@ def compile_library(path: Path) -> ctypes.CDLL:
     """One translation unit of all sources; ``emulated_multiprocessors`` sets how many blocks run at a time."""
     source = "".join(f'#include "cuda/{file.name}"\n' for file in sorted((CSRC / "cuda").glob("*.cu"))) + _OWN
     emulation = ['-DFPG_EMULATION="cuda_emulation.h"', f"-I{Path(__file__).parent}", f"-I{CSRC}"]
-    command = [*CXX, *_FLAGS, *_WARNINGS, *emulation, "-xc++", "-", "-o", str(path)]
+    command = [*CXX, *_FLAGS, *_WARNINGS, *_SLOTS, *emulation, "-xc++", "-", "-o", str(path)]
     compiled = subprocess.run(command, input=source, text=True, capture_output=True)
     assert compiled.returncode == 0, compiled.stderr
     return ctypes.CDLL(str(path))
