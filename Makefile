@@ -10,6 +10,8 @@ EVERYTHING := $(VENV)/extra-test,check,bench,examples,plot
 NATIVE_SOURCES := setup.py $(shell find csrc)
 # g++ 12 sees uninitialized values in its own AVX-512 header
 WARNINGS := -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized
+# nvcc takes minutes: without a GPU the tests compile the CUDA library by themselves, once, and nothing else needs it
+export FASTPCGRAD_BUILD ?= $(if $(shell command -v nvidia-smi),auto,cpu)
 CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format
 
 .DEFAULT_GOAL := help

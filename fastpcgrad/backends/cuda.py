@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _native, _ops
 from . import eager
+from .stacked import Stacked
 
 _POINTER, _I64, _INT, _F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 
@@ -220,3 +221,7 @@ def _solve(
 
 def _dense(segments: Tensor | None) -> Tensor | None:
     return None if segments is None else segments.contiguous()
+
+
+_stacked = Stacked(gram, pcgrad_coefficients, combine)
+gram_blocks, combine_blocks, pcgrad_blocks = _stacked.gram_blocks, _stacked.combine_blocks, _stacked.pcgrad_blocks
