@@ -50,8 +50,7 @@ def merge(
         gram, solution = _merge_columns(blocks, method, out, shared)
         return ConflictReport(tasks, gram, solution.weights, solution.coefficients, None), out
 
-    touches = [len(tasks) - column.count(None) for column in zip(*blocks.tensors, strict=True)]
-    everywhere = [count == len(tasks) for count in touches]
+    everywhere = [all(grad is not None for grad in column) for column in zip(*blocks.tensors, strict=True)]
     problems = _problems(method, everywhere, shared, groups)
     by_problem = groups is not None or method.scope == "parameter"
     count = 1 + max((p for p in problems if p is not None), default=-1)
