@@ -66,6 +66,11 @@ pcgrad_out = torch.ops.fastpcgrad.pcgrad_out.default
 pcgrad_ = torch.ops.fastpcgrad.pcgrad_.default
 
 
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of their memory, as a view."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
 def new_gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     """An uninitialised G for ``grads``: float64 ``[T, T]``, or ``[S, T, T]``."""
     tasks = grads.shape[0]

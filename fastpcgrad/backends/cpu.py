@@ -12,25 +12,22 @@ import torch
 from torch import Tensor
 
 from .. import _native, _ops
+from . import abi
+from .abi import DTYPES, F64, I64, INT, POINTER, ROWS, SOLVE
 
-_POINTER, _I64, _INT, _F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-
-_ROWS = (_POINTER, _I64, _I64, _I64, _INT, _POINTER, _I64)
-_BLOCKS = (_POINTER, _POINTER, _I64, _I64, _INT)
-_SOLVE = (_POINTER, _INT, _INT, _F64, _F64)
+_BLOCKS = (POINTER, POINTER, I64, I64, INT)
 _ARGUMENTS = {
-    "fpg_cpu_gram": (*_ROWS, _POINTER, _INT),
-    "fpg_cpu_pcgrad_coefficients": (_POINTER, _I64, _I64, *_SOLVE, _POINTER, _INT),
-    "fpg_cpu_combine": (*_ROWS, _POINTER, _POINTER, _INT),
-    "fpg_cpu_mix": (*_ROWS, _POINTER, _INT),
-    "fpg_cpu_pcgrad": (*_ROWS, *_SOLVE, _F64, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
-    "fpg_cpu_gram_blocks": (*_BLOCKS, _POINTER, _I64, _POINTER, _INT),
-    "fpg_cpu_combine_blocks": (*_BLOCKS, _POINTER, _I64, _POINTER, _POINTER, _INT),
-    "fpg_cpu_pcgrad_blocks": (*_BLOCKS, _POINTER, _INT, _F64, _F64, _F64, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
+    "fpg_cpu_gram": (*ROWS, POINTER, INT),
+    "fpg_cpu_pcgrad_coefficients": (POINTER, I64, I64, *SOLVE, POINTER, INT),
+    "fpg_cpu_combine": (*ROWS, POINTER, POINTER, INT),
+    "fpg_cpu_mix": (*ROWS, POINTER, INT),
+    "fpg_cpu_pcgrad": (*ROWS, *SOLVE, F64, POINTER, POINTER, POINTER, POINTER, INT),
+    "fpg_cpu_gram_blocks": (*_BLOCKS, POINTER, I64, POINTER, INT),
+    "fpg_cpu_combine_blocks": (*_BLOCKS, POINTER, I64, POINTER, POINTER, INT),
+    "fpg_cpu_pcgrad_blocks": (*_BLOCKS, POINTER, INT, F64, F64, F64, POINTER, POINTER, POINTER, POINTER, INT),
     "fpg_cpu_use_isa": (ctypes.c_char_p,),
     "fpg_cpu_isa": (),
 }
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError}
 
 
@@ -74,16 +71,10 @@ def _call(name: str, *arguments: object) -> None:
         raise _ERRORS.get(status, RuntimeError)(f"{name} returned status {status}")
 
 
-def _rows(grads: Tensor, segments: Tensor | None) -> tuple[int, int, int, int, int, int | None, int]:
-    tasks, width = grads.shape
-    pointer, count = (None, 1) if segments is None else (segments.data_ptr(), segments.shape[0] - 1)
-    return grads.data_ptr(), tasks, width, grads.stride(0), _DTYPES[grads.dtype], pointer, count
-
-
 def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
-    segments = _dense(segments)
+    segments = abi.dense(segments)
     result = _ops.new_gram(grads, segments)
-    _call("fpg_cpu_gram", *_rows(grads, segments), result.data_ptr())
+    _call("fpg_cpu_gram", *abi.rows(grads, segments), result.data_ptr())
     return result
 
 
@@ -98,20 +89,20 @@ def pcgrad_coefficients(
         gram.data_ptr(),
         tasks,
         gram.numel() // (tasks * tasks),
-        *_solve(order, self_projection, eps, min_squared_norm),
+        *abi.solve(order, self_projection, eps, min_squared_norm),
         result.data_ptr(),
     )
     return result
 
 
 def combine(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:
-    weights, segments = weights.contiguous(), _dense(segments)
-    _call("fpg_cpu_combine", *_rows(grads, segments), weights.data_ptr(), out.data_ptr())
+    weights, segments = weights.contiguous(), abi.dense(segments)
+    _call("fpg_cpu_combine", *abi.rows(grads, segments), weights.data_ptr(), out.data_ptr())
 
 
 def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
-    coefficients, segments = coefficients.contiguous(), _dense(segments)
-    _call("fpg_cpu_mix", *_rows(grads, segments), coefficients.data_ptr())
+    coefficients, segments = coefficients.contiguous(), abi.dense(segments)
+    _call("fpg_cpu_mix", *abi.rows(grads, segments), coefficients.data_ptr())
 
 
 def pcgrad(
@@ -149,13 +140,13 @@ def _pcgrad(
     out: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G, C and w; without ``out`` the rows are mixed in place and w is not written."""
-    order, segments = order.contiguous(), _dense(segments)
+    order, segments = order.contiguous(), abi.dense(segments)
     matrix, coefficients = _ops.new_gram(grads, segments), _ops.new_gram(grads, segments)
     weights = matrix.new_empty(matrix.shape[:-1])
     _call(
         "fpg_cpu_pcgrad",
-        *_rows(grads, segments),
-        *_solve(order, self_projection, eps, min_squared_norm),
+        *abi.rows(grads, segments),
+        *abi.solve(order, self_projection, eps, min_squared_norm),
         scale,
         matrix.data_ptr(),
         coefficients.data_ptr(),
@@ -163,16 +154,6 @@ def _pcgrad(
         out,
     )
     return matrix, coefficients, weights
-
-
-def _solve(
-    order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
-) -> tuple[int, bool, bool, float, float]:
-    return order.data_ptr(), order.dim() == 3, self_projection, eps, min_squared_norm
-
-
-def _dense(segments: Tensor | None) -> Tensor | None:
-    return None if segments is None else segments.contiguous()
 
 
 def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
@@ -250,4 +231,4 @@ def _address(table: array[int] | None) -> int | None:
 
 def _blocks(blocks: _ops.Blocks, pointers: array[int]) -> tuple[int | None, int | None, int, int, int]:
     widths = blocks.widths
-    return _address(pointers), _address(widths), len(widths), len(blocks.tensors), _DTYPES[blocks.dtype]
+    return _address(pointers), _address(widths), len(widths), len(blocks.tensors), DTYPES[blocks.dtype]

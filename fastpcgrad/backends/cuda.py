@@ -14,25 +14,21 @@ import torch
 from torch import Tensor
 
 from .. import _native, _ops
-from . import eager
+from . import abi, eager
+from .abi import DTYPES, F64, I64, INT, POINTER, ROWS, SOLVE
 from .stacked import Stacked
 
-_POINTER, _I64, _INT, _F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-
-_ROWS = (_POINTER, _I64, _I64, _I64, _INT, _POINTER, _I64)
-_SOLVE = (_POINTER, _INT, _INT, _F64, _F64)
 _ARGUMENTS = {
-    "fpg_cuda_gram": (*_ROWS, _POINTER, _POINTER, _POINTER),
-    "fpg_cuda_pcgrad_coefficients": (_POINTER, _I64, _I64, *_SOLVE, _POINTER, _POINTER),
-    "fpg_cuda_combine": (*_ROWS, _POINTER, _POINTER, _POINTER),
-    "fpg_cuda_mix": (*_ROWS, _POINTER, _POINTER),
-    "fpg_cuda_pcgrad": (*_ROWS, *_SOLVE, _F64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
-    "fpg_cuda_workspace": (_I64, _I64, _I64, _INT),
-    "fpg_cuda_error": (_INT,),
+    "fpg_cuda_gram": (*ROWS, POINTER, POINTER, POINTER),
+    "fpg_cuda_pcgrad_coefficients": (POINTER, I64, I64, *SOLVE, POINTER, POINTER),
+    "fpg_cuda_combine": (*ROWS, POINTER, POINTER, POINTER),
+    "fpg_cuda_mix": (*ROWS, POINTER, POINTER),
+    "fpg_cuda_pcgrad": (*ROWS, *SOLVE, F64, POINTER, POINTER, POINTER, POINTER, POINTER, INT, POINTER),
+    "fpg_cuda_workspace": (I64, I64, I64, INT),
+    "fpg_cuda_error": (INT,),
     "fpg_cuda_probe": (),
 }
-_RESULTS: dict[str, Any] = {"fpg_cuda_workspace": _I64, "fpg_cuda_error": ctypes.c_char_p}
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_RESULTS: dict[str, Any] = {"fpg_cuda_workspace": I64, "fpg_cuda_error": ctypes.c_char_p}
 
 LARGEST_TASKS = 256
 """More rows than the kernels' shared memory holds: such a J goes to the eager backend."""
@@ -94,26 +90,20 @@ def _call(name: str, device: torch.device, *arguments: object) -> None:
         raise (ValueError if status == 1 else RuntimeError)(f"{name}: {_text(status)} (status {status})")
 
 
-def _rows(grads: Tensor, segments: Tensor | None) -> tuple[int, int, int, int, int, int | None, int]:
-    tasks, width = grads.shape
-    pointer, count = (None, 1) if segments is None else (segments.data_ptr(), segments.shape[0] - 1)
-    return grads.data_ptr(), tasks, width, grads.stride(0), _DTYPES[grads.dtype], pointer, count
-
-
 def _workspace(grads: Tensor, segments: Tensor | None) -> Tensor:
     """For one call: the allocator hands its memory on in the order of the stream."""
     tasks, width = grads.shape
     count = 1 if segments is None else segments.shape[0] - 1
-    size = _entry("fpg_cuda_workspace")(tasks, width, count, _DTYPES[grads.dtype])
+    size = _entry("fpg_cuda_workspace")(tasks, width, count, DTYPES[grads.dtype])
     return torch.empty(size, dtype=torch.uint8, device=grads.device)
 
 
 def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     if grads.shape[0] > LARGEST_TASKS:
         return eager.gram(grads, segments)
-    segments = _dense(segments)
+    segments = abi.dense(segments)
     result, workspace = _ops.new_gram(grads, segments), _workspace(grads, segments)
-    _call("fpg_cuda_gram", grads.device, *_rows(grads, segments), result.data_ptr(), workspace.data_ptr())
+    _call("fpg_cuda_gram", grads.device, *abi.rows(grads, segments), result.data_ptr(), workspace.data_ptr())
     return result
 
 
@@ -133,7 +123,7 @@ def pcgrad_coefficients(
         gram.data_ptr(),
         tasks,
         gram.numel() // (tasks * tasks),
-        *_solve(order, self_projection, eps, min_squared_norm),
+        *abi.solve(order, self_projection, eps, min_squared_norm),
         result.data_ptr(),
     )
     return result
@@ -142,16 +132,16 @@ def pcgrad_coefficients(
 def combine(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:
     if grads.shape[0] > LARGEST_TASKS:
         return eager.combine(grads, weights, segments, out)
-    weights, segments = weights.contiguous(), _dense(segments)
-    _call("fpg_cuda_combine", grads.device, *_rows(grads, segments), weights.data_ptr(), out.data_ptr())
+    weights, segments = weights.contiguous(), abi.dense(segments)
+    _call("fpg_cuda_combine", grads.device, *abi.rows(grads, segments), weights.data_ptr(), out.data_ptr())
     return None
 
 
 def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
     if grads.shape[0] > LARGEST_TASKS:
         return eager.mix_(grads, coefficients, segments)
-    coefficients, segments = coefficients.contiguous(), _dense(segments)
-    _call("fpg_cuda_mix", grads.device, *_rows(grads, segments), coefficients.data_ptr())
+    coefficients, segments = coefficients.contiguous(), abi.dense(segments)
+    _call("fpg_cuda_mix", grads.device, *abi.rows(grads, segments), coefficients.data_ptr())
     return None
 
 
@@ -194,14 +184,14 @@ def _pcgrad(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G, C and w; without ``out`` the rows are mixed in place and w is not written."""
-    order, segments = order.contiguous(), _dense(segments)
+    order, segments = order.contiguous(), abi.dense(segments)
     matrix, coefficients = _ops.new_gram(grads, segments), _ops.new_gram(grads, segments)
     weights, workspace = matrix.new_empty(matrix.shape[:-1]), _workspace(grads, segments)
     _call(
         "fpg_cuda_pcgrad",
         grads.device,
-        *_rows(grads, segments),
-        *_solve(order, self_projection, eps, min_squared_norm),
+        *abi.rows(grads, segments),
+        *abi.solve(order, self_projection, eps, min_squared_norm),
         scale,
         matrix.data_ptr(),
         coefficients.data_ptr(),
@@ -211,16 +201,6 @@ def _pcgrad(
         launches,
     )
     return matrix, coefficients, weights
-
-
-def _solve(
-    order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
-) -> tuple[int, bool, bool, float, float]:
-    return order.data_ptr(), order.dim() == 3, self_projection, eps, min_squared_norm
-
-
-def _dense(segments: Tensor | None) -> Tensor | None:
-    return None if segments is None else segments.contiguous()
 
 
 _stacked = Stacked(gram, pcgrad_coefficients, combine)

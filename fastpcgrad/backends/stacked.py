@@ -41,7 +41,7 @@ class Stacked:
             chosen = weights[problem, list(present)]
             self._combine(packed, chosen, None, packed[0])
             pieces = packed[0].split([blocks.widths[b] for b in members])
-            torch._foreach_copy_([_flat(out[b]) for b in members], pieces)
+            torch._foreach_copy_([_ops.flat(_there(out[b])) for b in members], pieces)
 
     def pcgrad_blocks(
         self,
@@ -83,11 +83,10 @@ def _pack(blocks: _ops.Blocks, present: Sequence[int], members: Sequence[int]) -
     widths = [blocks.widths[b] for b in members]
     packed = torch.empty((len(present), sum(widths)), dtype=blocks.dtype, device=blocks.device)
     for row, t in zip(packed, present, strict=True):
-        torch._foreach_copy_(row.split(widths), [_flat(blocks.tensors[t][b]) for b in members])
+        torch._foreach_copy_(row.split(widths), [_ops.flat(_there(blocks.tensors[t][b])) for b in members])
     return packed
 
 
-def _flat(tensor: Tensor | None) -> Tensor:
-    """The elements in the order of their memory, as a view."""
+def _there(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
-    return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor

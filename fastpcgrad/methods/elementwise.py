@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._ops import KERNELS, Blocks
+from .._ops import KERNELS, Blocks, flat
 from .base import Method, Solution
 
 # Entries of J that are worked on at a time: few enough for a CPU's cache, many enough to fill a GPU.
@@ -47,7 +47,7 @@ class Elementwise(Method):
         gram: Tensor = KERNELS["gram_blocks"](blocks, None, 1)[0]
         for place, column in zip(out, zip(*blocks.tensors, strict=True), strict=True):
             if place is not None:
-                self._aggregate([None if grad is None else _flat(grad) for grad in column], _flat(place))
+                self._aggregate([None if grad is None else flat(grad) for grad in column], flat(place))
         return gram, Solution(gram.new_full((tasks,), torch.nan), None)
 
     def _aggregate(self, rows: Sequence[Tensor | None], out: Tensor) -> None:
@@ -71,8 +71,3 @@ class Elementwise(Method):
 
     def solve(self, gram: Tensor) -> Solution:
         raise TypeError(f"{type(self).__name__} needs the task gradients themselves, which G does not hold")
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The elements in the order of their memory, as a view."""
-    return tensor.as_strided((tensor.numel(),), (1,))

@@ -1,0 +1,29 @@
+"""What the compiled libraries take alike: types of the C ABI, packed rows, the solve's arguments."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+POINTER, I64, INT, F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+ROWS = (POINTER, I64, I64, I64, INT, POINTER, I64)
+SOLVE = (POINTER, INT, INT, F64, F64)
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+
+def rows(grads: Tensor, segments: Tensor | None) -> tuple[int, int, int, int, int, int | None, int]:
+    tasks, width = grads.shape
+    pointer, count = (None, 1) if segments is None else (segments.data_ptr(), segments.shape[0] - 1)
+    return grads.data_ptr(), tasks, width, grads.stride(0), DTYPES[grads.dtype], pointer, count
+
+
+def solve(
+    order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
+) -> tuple[int, bool, bool, float, float]:
+    return order.data_ptr(), order.dim() == 3, self_projection, eps, min_squared_norm
+
+
+def dense(segments: Tensor | None) -> Tensor | None:
+    return None if segments is None else segments.contiguous()
