@@ -39,6 +39,26 @@ KERNELS: dict[str, Callable[..., Any]] = {}
 hold what they take: ``gram_blocks``, ``combine_blocks`` and ``pcgrad_blocks``."""
 
 
+class Figures(NamedTuple):
+    """What a surgery leaves besides the merged gradient, float64. T counts the tasks that were there.
+
+    Attributes:
+        gram: G, ``[T, T]``.
+        weights: w, ``[T]``, or ``[S, T]`` where S problems were solved.
+        coefficients: C, ``[T, T]`` or ``[S, T, T]``, where the method has them.
+        segment_grams: ``[S, T, T]`` where S problems were solved.
+    """
+
+    gram: Tensor
+    weights: Tensor
+    coefficients: Tensor | None = None
+    segment_grams: Tensor | None = None
+
+
+Later = Callable[[], Figures]
+"""Gives the figures when they are read: for a small model the tensors themselves are a cost."""
+
+
 class Blocks(NamedTuple):
     """J, T rows in blocks of columns, one a parameter, each row of a block in memory of its own.
 

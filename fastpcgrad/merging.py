@@ -8,11 +8,10 @@ from itertools import compress, repeat
 from operator import contains
 
 import torch
-from torch import Tensor
 
 from ._native import prefer_huge_pages
-from ._ops import KERNELS, Blocks
-from .methods import Elementwise, Method, Solution
+from ._ops import KERNELS, Blocks, Figures, Later
+from .methods import Elementwise, Method
 from .report import ConflictReport
 from .task_gradients import Row, TaskGradients
 
@@ -44,11 +43,9 @@ def merge(
     complete = not any(map(contains, blocks.pointers, repeat(0)))
     one_problem = shared is groups is None and method.scope != "parameter"
     if one_problem and (complete or isinstance(method, Elementwise)):
-        gram, solution = method.merge(blocks, out)
-        return ConflictReport(tasks, gram, solution.weights, solution.coefficients, None), out
+        return ConflictReport(tasks, method.merge(blocks, out)), out
     if isinstance(method, Elementwise):
-        gram, solution = _merge_columns(blocks, method, out, shared)
-        return ConflictReport(tasks, gram, solution.weights, solution.coefficients, None), out
+        return ConflictReport(tasks, _merge_columns(blocks, method, out, shared)), out
 
     everywhere = [all(grad is not None for grad in column) for column in zip(*blocks.tensors, strict=True)]
     problems = _problems(method, everywhere, shared, groups)
@@ -68,10 +65,11 @@ def merge(
     ]
     KERNELS["combine_blocks"](blocks, table, weights_of, out)
 
-    total, per_problem = (grams.sum(dim=0), grams) if by_problem else (gram, None)
-    report = ConflictReport(tasks, total, solution.weights, solution.coefficients, per_problem)
+    def figures() -> Figures:
+        return Figures(grams.sum(dim=0), *solution, grams) if by_problem else Figures(gram, *solution)
+
     drop_partial = method.scope == "parameter"
-    return report, [
+    return ConflictReport(tasks, figures), [
         place if whole or problem is None or not drop_partial else None
         for place, whole, problem in zip(out, everywhere, problems, strict=True)
     ]
@@ -86,14 +84,14 @@ def _first_of_each(blocks: Blocks) -> Row:
     return first
 
 
-def _merge_columns(blocks: Blocks, method: Method, out: Row, shared: Sequence[bool] | None) -> tuple[Tensor, Solution]:
+def _merge_columns(blocks: Blocks, method: Method, out: Row, shared: Sequence[bool] | None) -> Later:
     """An elementwise method on the shared parameters, the sum on the others; groups make no difference to either."""
     inside = [True] * len(out) if shared is None else shared
     outside = [not chosen for chosen in inside]
-    found = method.merge(_some(blocks, inside), list(compress(out, inside)))
-    ones = found[0].new_ones(1, len(blocks.tensors))
+    figures = method.merge(_some(blocks, inside), list(compress(out, inside)))
+    ones = torch.ones(1, len(blocks.tensors), dtype=torch.float64, device=blocks.device)
     KERNELS["combine_blocks"](_some(blocks, outside), ones, None, list(compress(out, outside)))
-    return found
+    return figures
 
 
 def _some(blocks: Blocks, chosen: Sequence[bool]) -> Blocks:

@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._ops import Figures, Later
 
-@dataclass(eq=False)
+
 class ConflictReport:
     """How the task gradients of one surgery conflicted and what was made of them.
 
     Every figure is a tensor on the device of the gradients, computed from T×T matrices when it is first read; only
     ``as_dict`` and ``repr`` wait for the device. T counts the tasks that were there.
 
-    Attributes:
+    Args:
         tasks: the index of each task that was there, ascending.
-        gram: ``[T, T]`` float64, over all parameters that underwent surgery.
-        weights: ``[T]`` float64, or ``[S, T]`` where S problems were solved (one a group or parameter).
-        coefficients: C, ``[T, T]`` or ``[S, T, T]`` float64, where the method has them.
-        segment_grams: ``[S, T, T]`` float64 where S problems were solved, else None.
+        figures: gives G, w and C; called when one of them is first read.
     """
 
-    tasks: Sequence[int]
-    gram: Tensor
-    weights: Tensor
-    coefficients: Tensor | None
-    segment_grams: Tensor | None
+    def __init__(self, tasks: Sequence[int], figures: Later) -> None:
+        self.tasks = tasks
+        self._later = figures
+
+    @cached_property
+    def _figures(self) -> Figures:
+        return self._later()
+
+    @property
+    def gram(self) -> Tensor:
+        """G, ``[T, T]`` float64, over all parameters that underwent surgery."""
+        return self._figures.gram
+
+    @property
+    def weights(self) -> Tensor:
+        """w, ``[T]`` float64, or ``[S, T]`` where S problems were solved (one a group or parameter)."""
+        return self._figures.weights
+
+    @property
+    def coefficients(self) -> Tensor | None:
+        """C, ``[T, T]`` or ``[S, T, T]`` float64, where the method has them."""
+        return self._figures.coefficients
+
+    @property
+    def segment_grams(self) -> Tensor | None:
+        """G of each problem, ``[S, T, T]`` float64, where S problems were solved, else None."""
+        return self._figures.segment_grams
 
     @cached_property
     def norms(self) -> Tensor:
@@ -89,6 +109,9 @@ class ConflictReport:
         keys = ["conflict_rate", "cos_min", "cos_mean"]
         keys += [f"{kind}/{label}" for kind in ("grad_norm", "weight", "removed_frac") for label in labels]
         return {prefix + key: value for key, value in zip(keys, values, strict=True)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tasks": self.tasks, "_figures": self._figures}
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{key}={value:.4g}" for key, value in self.as_dict(prefix="").items())

@@ -14,6 +14,9 @@ from .functional import ROW_DTYPES
 
 _KIND = attrgetter("dtype", "layout", "requires_grad")
 
+_Own = tuple[tuple[torch.dtype, torch.layout, bool], tuple[int, ...], int]
+"""What a gradient that needs no copy looks like: its ``_KIND``, strides, and the bytes of its storage."""
+
 Row = list[Tensor | None]
 """One task's gradient of each parameter; None where it has none."""
 
@@ -42,8 +45,8 @@ class TaskGradients:
             if found not in ROW_DTYPES:
                 raise TypeError(f"gradients must be float16, bfloat16, float32 or float64; found {found}")
         self.widths = array("q", (p.numel() for p in parameters))
-        self._kind = (self.dtype, torch.strided, False)
-        self._strides = [_gradient_stride(p) for p in parameters]
+        kind = (self.dtype, torch.strided, False)
+        self._own = [(kind, _gradient_stride(p), p.numel() * self.dtype.itemsize) for p in parameters]
         self._rows: dict[int, Row] = {}
         self._spent: list[Row] = []
 
@@ -66,15 +69,16 @@ class TaskGradients:
 
     def put(self, task: int, row: Row) -> None:
         """Take a task's row over. What has a graph of its own (of ``create_graph=True``) loses it."""
-        if any(grad is not None and grad.requires_grad for grad in row):
-            row = [None if grad is None else grad.detach() for grad in row]
+        for index, grad in enumerate(row):
+            if grad is not None and grad.requires_grad:
+                row[index] = grad.detach()
         self._rows[task] = row
 
     def add(self, row: Row, index: int, grad: Tensor) -> None:
         """Add one parameter's gradient, of any dtype, to an open row."""
         there = row[index]
         if there is None:
-            row[index] = self._plain(grad, self._strides[index])
+            row[index] = self._plain(grad, self._own[index])
         else:
             there.add_(_dense(grad))
 
@@ -87,8 +91,7 @@ class TaskGradients:
         tensors, pointers = [], []
         taken: set[int] = set()
         for task in self.tasks:
-            given = zip(self._rows[task], self._strides, strict=True)
-            row = [None if grad is None else self._plain(grad, stride) for grad, stride in given]
+            row = list(map(self._plain, self._rows[task], self._own))
             where = [0 if grad is None else grad.data_ptr() for grad in row]
             distinct = set(where)
             if len(distinct) < len(where):
@@ -113,10 +116,12 @@ class TaskGradients:
         self._spent = [self._rows[t] for t in self.tasks] if self.device.type == "cpu" else []
         self._rows = {}
 
-    def _plain(self, grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+    def _plain(self, grad: Tensor | None, own: _Own) -> Tensor | None:
         """The gradient itself if it is a dense tensor of its own with the rows' dtype, else a copy that is."""
-        own = _KIND(grad) == self._kind and grad.stride() == stride
-        if own and grad.untyped_storage().nbytes() == grad.nbytes:
+        kind, stride, nbytes = own
+        if grad is None or (
+            _KIND(grad) == kind and grad.stride() == stride and grad.untyped_storage().nbytes() == nbytes
+        ):
             return grad
         return torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(_dense(grad))
 

@@ -1,7 +1,9 @@
 """Every figure of a ConflictReport against a direct computation on the task gradients."""
 
+import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -196,3 +198,19 @@ def test_a_report_outlives_the_rows_that_it_was_made_of(parameters):
     gram = first.gram.clone()
     surgery_on(parameters, gradients())
     assert torch.equal(first.gram, gram)
+
+
+def test_survives_pickling_and_copying(parameters):
+    report = surgery_on(parameters, gradients())
+    for twin in (pickle.loads(pickle.dumps(report)), copy.deepcopy(report)):
+        assert twin.tasks == report.tasks
+        torch.testing.assert_close(twin.gram, report.gram)
+        torch.testing.assert_close(twin.removed_fraction, report.removed_fraction)
+
+
+def test_shows_the_surgery_that_it_was_made_for(parameters):
+    """Read for the first time when another surgery has been done since."""
+    rows = gradients()
+    first = surgery_on(parameters, rows)
+    surgery_on(parameters, 2 * rows)
+    torch.testing.assert_close(first.gram, rows @ rows.mT)

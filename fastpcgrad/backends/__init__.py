@@ -15,8 +15,8 @@ import os
 from collections.abc import Sequence
 from types import ModuleType
 
-import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import _native, _ops
 
@@ -152,7 +152,7 @@ def _combine_blocks(
     blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
 ) -> None:
     """Each block combined with its row of ``weights`` ``[count, T]`` into ``out[b]``, which may be a row of it."""
-    torch.autograd.graph.increment_version([tensor for tensor in out if tensor is not None])
+    increment_version([tensor for tensor in out if tensor is not None])
     select(blocks.device.type).combine_blocks(blocks, weights, weights_of, out)
 
 
@@ -164,10 +164,10 @@ def _pcgrad_blocks(
     min_squared_norm: float,
     scale: float,
     out: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _ops.Later:
     """G, C and w of one problem over all blocks, and w J in ``out``."""
-    torch.autograd.graph.increment_version([tensor for tensor in out if tensor is not None])
-    result: tuple[Tensor, Tensor, Tensor] = select(blocks.device.type).pcgrad_blocks(
+    increment_version([tensor for tensor in out if tensor is not None])
+    result: _ops.Later = select(blocks.device.type).pcgrad_blocks(
         blocks, order, self_projection, eps, min_squared_norm, scale, out
     )
     return result
@@ -176,7 +176,7 @@ def _pcgrad_blocks(
 def _mark_written(tensor: Tensor) -> None:
     # Autograd must notice that a tensor which it saved has been overwritten.
     if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
+        increment_version(tensor)
 
 
 _ops.KERNELS.update(

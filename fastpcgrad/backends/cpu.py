@@ -187,11 +187,10 @@ def pcgrad_blocks(
     min_squared_norm: float,
     scale: float,
     out: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _ops.Later:
     order, tasks = order.contiguous(), len(blocks.tensors)
-    # One tensor for the three: a small model feels each.
-    result = torch.empty((2 * tasks + 1, tasks), dtype=torch.float64, device=blocks.device)
-    address, square = result.data_ptr(), tasks * tasks * result.itemsize
+    result = array("d", bytes(8 * (2 * tasks + 1) * tasks))
+    address, square = result.buffer_info()[0], 8 * tasks * tasks
     pointers, places = _table(*blocks.pointers), _places(out)
     _call(
         "fpg_cpu_pcgrad_blocks",
@@ -206,8 +205,13 @@ def pcgrad_blocks(
         address + 2 * square,
         _address(places),
     )
-    gram, coefficients, weights = result.split_with_sizes((tasks, tasks, 1))
-    return gram, coefficients, weights[0]
+
+    def figures() -> _ops.Figures:
+        rows = torch.frombuffer(result, dtype=torch.float64).view(-1, tasks)
+        gram, coefficients, weights = rows.split((tasks, tasks, 1))
+        return _ops.Figures(gram, weights[0], coefficients)
+
+    return figures
 
 
 # Tables of 64-bit numbers. The caller keeps them until the library has returned.

@@ -52,12 +52,12 @@ class Stacked:
         min_squared_norm: float,
         scale: float,
         out: Sequence[Tensor | None],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> _ops.Later:
         gram = self.gram_blocks(blocks, None, 1)[0]
         coefficients = self._pcgrad_coefficients(gram, order, self_projection, eps, min_squared_norm)
         weights = scale * coefficients.sum(dim=0)
         self.combine_blocks(blocks, weights[None], None, out)
-        return gram, coefficients, weights
+        return lambda: _ops.Figures(gram, weights, coefficients)
 
 
 def _batches(blocks: _ops.Blocks, problem_of: Sequence[int] | None) -> Iterator[tuple[int, tuple[int, ...], list[int]]]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from .._ops import KERNELS, Blocks
+from .._ops import KERNELS, Blocks, Figures, Later
 
 
 class Solution(NamedTuple):
@@ -53,19 +53,19 @@ class Method(ABC):
             weights ``[T]`` or ``[S, T]``, float64, on the device of ``gram``.
         """
 
-    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> tuple[Tensor, Solution]:
+    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> Later:
         """The whole surgery, one problem over all of J; a fused kernel may serve it.
 
         Args:
             blocks: the task gradients, one of each task for each parameter.
             out: for each parameter the merged gradient's memory; may be that of a task's gradient.
         Returns:
-            G and what ``solve`` made of it.
+            what gives G and what ``solve`` made of it.
         """
         gram: Tensor = KERNELS["gram_blocks"](blocks, None, 1)[0]
         solution = self.checked_solve(gram)
         KERNELS["combine_blocks"](blocks, solution.weights[None], None, out)
-        return gram, solution
+        return lambda: Figures(gram, *solution)
 
     def checked_solve(self, gram: Tensor) -> Solution:
         """``solve``; ValueError where the weights have another shape or dtype than they must."""

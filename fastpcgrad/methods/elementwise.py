@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._ops import KERNELS, Blocks, flat
+from .._ops import KERNELS, Blocks, Figures, Later, flat
 from .base import Method, Solution
 
 # Entries of J that are worked on at a time: few enough for a CPU's cache, many enough to fill a GPU.
@@ -40,7 +40,7 @@ class Elementwise(Method):
         self._aggregate(list(rows), out)
         return out
 
-    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> tuple[Tensor, Solution]:
+    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> Later:
         """See ``Method.merge``. A task without a gradient of a parameter counts as zero there; the weights are NaN."""
         tasks = len(blocks.tensors)
         self.check_tasks(tasks)
@@ -48,7 +48,7 @@ class Elementwise(Method):
         for place, column in zip(out, zip(*blocks.tensors, strict=True), strict=True):
             if place is not None:
                 self._aggregate([None if grad is None else flat(grad) for grad in column], flat(place))
-        return gram, Solution(gram.new_full((tasks,), torch.nan), None)
+        return lambda: Figures(gram, gram.new_full((tasks,), torch.nan))
 
     def _aggregate(self, rows: Sequence[Tensor | None], out: Tensor) -> None:
         """The merged gradient of rows ``[n]``, None for one of zeros, into ``out``, which may be one of them."""

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from .. import variants
-from .._ops import KERNELS, Blocks
+from .._ops import KERNELS, Blocks, Later
 from ..functional import pcgrad_coefficients
 from ..variants import Generator
 from .base import Method, Solution
@@ -71,15 +71,15 @@ class PCGrad(Method):
             weights /= gram.shape[-1]
         return Solution(weights, coefficients)
 
-    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> tuple[Tensor, Solution]:
+    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> Later:
         variant, tasks = self.variant, len(blocks.tensors)
         scale = 1.0 / tasks if self.reduction == "mean" else 1.0
         order = variant.draw_order(tasks, self.generator)
         if blocks.device.type != "cpu":
             order = order.to(blocks.device)
         guards = (variant.self_projection, variant.eps, variant.min_squared_norm)
-        gram, coefficients, weights = KERNELS["pcgrad_blocks"](blocks, order, *guards, scale, out)
-        return gram, Solution(weights, coefficients)
+        later: Later = KERNELS["pcgrad_blocks"](blocks, order, *guards, scale, out)
+        return later
 
     def partial_weights(self, weights: Tensor) -> Tensor:
         averaged = self.reduction == "mean" and self.variant.partial_sum

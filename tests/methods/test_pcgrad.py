@@ -86,11 +86,11 @@ def test_merge_on_rows_is_solve_and_combine(variant, reduction):
     grads = in_blocks(rows)
     blocks = grads.blocks()
     out = [torch.full_like(place, torch.nan) for place in blocks.tensors[0]]
-    gram, solution = methods.PCGrad(variant, reduction, random.Random(3)).merge(blocks, out)
+    found = methods.PCGrad(variant, reduction, random.Random(3)).merge(blocks, out)()
     expected = methods.PCGrad(variant, reduction, random.Random(3)).solve(rows @ rows.mT)
-    torch.testing.assert_close(gram, rows @ rows.mT)
-    torch.testing.assert_close(solution.weights, expected.weights)
-    torch.testing.assert_close(solution.coefficients, expected.coefficients)
+    torch.testing.assert_close(found.gram, rows @ rows.mT)
+    torch.testing.assert_close(found.weights, expected.weights)
+    torch.testing.assert_close(found.coefficients, expected.coefficients)
     torch.testing.assert_close(torch.cat(out), merged(variant, rows, random.Random(3), reduction))
 
 
