@@ -197,12 +197,13 @@ def _merge(rows: Tensor, ends: Sequence[int], complete: int, method: Method) -> 
     """The merged gradient ``[N]``. ``ends``: of each name's columns; all tasks have the first ``complete`` names."""
     if isinstance(method, Elementwise):
         return method.aggregate(rows)
+    tasks = range(len(rows))
     if method.scope == "parameter":
         segments = [0, *ends]
-        weights = method.solve(functional.gram(rows, segments)).weights
+        weights = method.checked_solve(functional.gram(rows, segments), tasks).weights
         return functional.combine(rows, weights, segments=segments)
     width, summed = ends[complete - 1] if complete else 0, method.scope == "shared"
-    weights = method.solve(functional.gram(rows[:, :width] if summed else rows)).weights
+    weights = method.checked_solve(functional.gram(rows[:, :width] if summed else rows), tasks).weights
     partial_weights = torch.ones_like(weights) if summed else method.partial_weights(weights)
     return functional.combine(rows, torch.stack([weights, partial_weights]), segments=[0, width, ends[-1]])
 

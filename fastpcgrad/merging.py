@@ -43,9 +43,9 @@ def merge(
     complete = not any(map(contains, blocks.pointers, repeat(0)))
     one_problem = shared is groups is None and method.scope != "parameter"
     if one_problem and (complete or isinstance(method, Elementwise)):
-        return ConflictReport(tasks, method.merge(blocks, out)), out
+        return ConflictReport(tasks, method.merge(blocks, out, tasks)), out
     if isinstance(method, Elementwise):
-        return ConflictReport(tasks, _merge_columns(blocks, method, out, shared)), out
+        return ConflictReport(tasks, _merge_columns(blocks, method, out, tasks, shared)), out
 
     everywhere = [all(grad is not None for grad in column) for column in zip(*blocks.tensors, strict=True)]
     problems = _problems(method, everywhere, shared, groups)
@@ -55,7 +55,7 @@ def merge(
     inside = [-1 if p is None else p for p in problems]
     grams = KERNELS["gram_blocks"](blocks, inside, count if by_problem else 1)
     gram = grams if by_problem else grams[0]
-    solution = method.checked_solve(gram)
+    solution = method.checked_solve(gram, tasks)
     each = solution.weights.reshape(-1, len(tasks))
     # Rows of weights: of each problem, the same for parameters that some task does not have, and ones for a sum.
     table = torch.cat([each, method.partial_weights(each), each.new_ones(1, len(tasks))])
@@ -84,11 +84,13 @@ def _first_of_each(blocks: Blocks) -> Row:
     return first
 
 
-def _merge_columns(blocks: Blocks, method: Method, out: Row, shared: Sequence[bool] | None) -> Later:
+def _merge_columns(
+    blocks: Blocks, method: Method, out: Row, tasks: Sequence[int], shared: Sequence[bool] | None
+) -> Later:
     """An elementwise method on the shared parameters, the sum on the others; groups make no difference to either."""
     inside = [True] * len(out) if shared is None else shared
     outside = [not chosen for chosen in inside]
-    figures = method.merge(_some(blocks, inside), list(compress(out, inside)))
+    figures = method.merge(_some(blocks, inside), list(compress(out, inside)), tasks)
     ones = torch.ones(1, len(blocks.tensors), dtype=torch.float64, device=blocks.device)
     KERNELS["combine_blocks"](_some(blocks, outside), ones, None, list(compress(out, outside)))
     return figures

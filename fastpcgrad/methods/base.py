@@ -35,7 +35,8 @@ def check_method(method: Method | None, default: Callable[[], Method]) -> Method
 class Method(ABC):
     """A rule that looks at the task gradients only through their Gram matrix.
 
-    A subclass gives ``solve``. It may keep state, which goes through ``state_dict``.
+    A subclass gives ``solve``. It may keep state, which goes through ``state_dict``; one that keeps something for each
+    task gives ``solve_for`` too.
     """
 
     scope: Literal["all", "shared", "parameter"] = "all"
@@ -53,23 +54,35 @@ class Method(ABC):
             weights ``[T]`` or ``[S, T]``, float64, on the device of ``gram``.
         """
 
-    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> Later:
+    def solve_for(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
+        """``solve`` where tasks may be absent: row t of G belongs to task ``tasks[t]``.
+
+        Surgeries call this one. A method that keeps something for each task must tell them apart by their index.
+
+        Args:
+            gram: see ``solve``.
+            tasks: the index of each task that is there, ascending.
+        """
+        return self.solve(gram)
+
+    def merge(self, blocks: Blocks, out: Sequence[Tensor | None], tasks: Sequence[int]) -> Later:
         """The whole surgery, one problem over all of J; a fused kernel may serve it.
 
         Args:
             blocks: the task gradients, one of each task for each parameter.
             out: for each parameter the merged gradient's memory; may be that of a task's gradient.
+            tasks: the index of each task, see ``solve_for``.
         Returns:
-            what gives G and what ``solve`` made of it.
+            what gives G and what ``solve_for`` made of it.
         """
         gram: Tensor = KERNELS["gram_blocks"](blocks, None, 1)[0]
-        solution = self.checked_solve(gram)
+        solution = self.checked_solve(gram, tasks)
         KERNELS["combine_blocks"](blocks, solution.weights[None], None, out)
         return lambda: Figures(gram, *solution)
 
-    def checked_solve(self, gram: Tensor) -> Solution:
-        """``solve``; ValueError where the weights have another shape or dtype than they must."""
-        solution = self.solve(gram)
+    def checked_solve(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
+        """``solve_for``; ValueError where the weights have another shape or dtype than they must."""
+        solution = self.solve_for(gram, tasks)
         expected, found = gram.shape[:-1], solution.weights
         if found.shape != expected or found.dtype != gram.dtype:
             raise ValueError(

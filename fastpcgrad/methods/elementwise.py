@@ -40,15 +40,14 @@ class Elementwise(Method):
         self._aggregate(list(rows), out)
         return out
 
-    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> Later:
+    def merge(self, blocks: Blocks, out: Sequence[Tensor | None], tasks: Sequence[int]) -> Later:
         """See ``Method.merge``. A task without a gradient of a parameter counts as zero there; the weights are NaN."""
-        tasks = len(blocks.tensors)
-        self.check_tasks(tasks)
+        self.check_tasks(len(tasks))
         gram: Tensor = KERNELS["gram_blocks"](blocks, None, 1)[0]
         for place, column in zip(out, zip(*blocks.tensors, strict=True), strict=True):
             if place is not None:
                 self._aggregate([None if grad is None else flat(grad) for grad in column], flat(place))
-        return lambda: Figures(gram, gram.new_full((tasks,), torch.nan))
+        return lambda: Figures(gram, gram.new_full((len(tasks),), torch.nan))
 
     def _aggregate(self, rows: Sequence[Tensor | None], out: Tensor) -> None:
         """The merged gradient of rows ``[n]``, None for one of zeros, into ``out``, which may be one of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ class GradVac(Method):
     For each task i and each other j in random order: φ = cos(g_i', g_j); where φ is below its target φ̂_ij, g_j is added
     to g_i' with the factor that makes the cosine φ̂_ij. Then φ̂_ij ← (1 − β) φ̂_ij + β φ.
 
-    State: φ̂, ``[T, T]`` or ``[S, T, T]``, zero at first. It belongs to the tasks in their order: another number of
-    tasks or problems raises; ``reset`` starts over. The generator is not part of the state.
+    State: φ̂, ``[T, T]`` or ``[S, T, T]``, zero at first: a target for each pair of tasks, by their indices. In a
+    surgery the targets of absent tasks stay as they are, and a task that is new begins with zeros; in a list of losses
+    the index is the place. ``solve`` is not told the indices, so another number of tasks raises there, and another
+    number of problems everywhere; ``reset`` starts over. The generator is not part of the state.
 
     Args:
         beta: β in [0, 1], how fast the targets follow.
@@ -61,19 +64,42 @@ class GradVac(Method):
         self._phi: Tensor | None = None
 
     def solve(self, gram: Tensor) -> Solution:
+        if self._phi is not None and self._phi.shape != gram.shape:
+            raise self._no_state_for(gram)
+        return self.solve_for(gram, range(gram.shape[-1]))
+
+    def solve_for(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
         xp, array, finite = in_place(gram)
-        phi = torch.zeros_like(gram) if self._phi is None else self._phi.to(gram.device)
-        if phi.shape != gram.shape:
-            raise ValueError(
-                f"gram is {list(gram.shape)}, the state is for {list(phi.shape)}; call reset() when the tasks change"
-            )
-        phi = xp.asarray(phi)
+        known = self._known(gram, tasks)
+        some = torch.tensor(tasks, device=gram.device) if len(tasks) < known.shape[-1] else None
+        phi = xp.asarray(known if some is None else known[..., some[:, None], some])
         places = xp.asarray(_draw_places(gram.shape, self.generator), device=array.device)
         coefficients, targets = _vaccinate(xp, array, phi, places, self.beta, self.eps)
         finite = finite[..., None, None]
-        self._phi = torch.as_tensor(xp.where(finite, targets, phi))
+        targets = torch.as_tensor(xp.where(finite, targets, phi))
+        if some is None:
+            self._phi = targets
+        else:
+            self._phi = known.clone()
+            self._phi[..., some[:, None], some] = targets
         coefficients = xp.where(finite, coefficients, xp.nan)
         return Solution(torch.as_tensor(coefficients.sum(-2)), torch.as_tensor(coefficients))
+
+    def _known(self, gram: Tensor, tasks: Sequence[int]) -> Tensor:
+        """φ̂ of all tasks up to the last of ``tasks`` or more, on the device of ``gram``."""
+        count = 1 + max(tasks, default=-1)
+        if self._phi is None:
+            return gram.new_zeros(*gram.shape[:-2], count, count)
+        if self._phi.shape[:-2] != gram.shape[:-2]:
+            raise self._no_state_for(gram)
+        new = count - self._phi.shape[-1]
+        phi = self._phi.to(gram.device)
+        return torch.nn.functional.pad(phi, (0, new, 0, new)) if new > 0 else phi
+
+    def _no_state_for(self, gram: Tensor) -> ValueError:
+        assert self._phi is not None
+        found, known = list(gram.shape), list(self._phi.shape)
+        return ValueError(f"gram is {found}, the state is for {known}; call reset() when the tasks change")
 
     def state_dict(self) -> dict[str, Any]:
         """``phi``: φ̂, float64, or None before the first call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ class NashMTL(Method):
     change with the lengths of single task gradients.
 
     State: the weights (before the shortening) and the number of calls, so that a run with ``update_weights_every`` > 1
-    resumes where it was. Where that is 1, nothing depends on the state. The weights belong to the tasks in their
-    order: reusing them for another number of tasks or problems raises; ``reset`` starts over.
+    resumes where it was. Where that is 1, nothing depends on the state. The weights belong to tasks by their indices:
+    in a surgery they are reused for those that are there, and found anew where one of these was absent when they were
+    found. ``solve`` is not told the indices: reusing them there for another number of tasks raises, and for another
+    number of problems everywhere; ``reset`` starts over.
 
     Args:
         max_norm: the most that ‖w J‖ may be; 0: not shortened.
@@ -59,8 +62,13 @@ class NashMTL(Method):
         self._weights: Array | None = None
 
     def solve(self, gram: Tensor) -> Solution:
+        if not self._due and self._weights is not None and self._weights.shape[1] != gram.shape[-1]:
+            raise self._no_weights_for(gram.shape)
+        return self.solve_for(gram, range(gram.shape[-1]))
+
+    def solve_for(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
         problems, finite = on_host(gram)
-        bargained = self._bargained(problems, finite)
+        bargained = self._bargained(problems, finite, list(tasks))
         squared = (np.matmul(problems, bargained[:, :, None])[:, :, 0] * bargained).sum(axis=1)
         norm = np.sqrt(squared.clip(min=0))
         too_long = (norm > self.max_norm) & (self.max_norm > 0)
@@ -68,26 +76,41 @@ class NashMTL(Method):
         weights[~finite] = np.nan
         return Solution(from_host(weights, gram), None)
 
-    def _bargained(self, gram: Array, finite: Flags) -> Array:
+    @property
+    def _due(self) -> bool:
+        return self._step % self.update_weights_every == 0
+
+    def _bargained(self, gram: Array, finite: Flags, tasks: list[int]) -> Array:
         """The weights before the shortening, solved for or from the state."""
-        due = self._step % self.update_weights_every == 0
-        known = self._weights
-        if not due and known is not None and known.shape != gram.shape[:2]:
-            raise ValueError(
-                f"gram has {gram.shape[0]} problems of {gram.shape[1]} tasks, the weights to reuse have "
-                f"{known.shape[0]} of {known.shape[1]}; call reset() when the tasks change"
-            )
+        known = None if self._due else self._weights
+        if known is None:
+            known = np.empty((len(gram), 0))
+        elif len(known) != len(gram):
+            raise self._no_weights_for(gram.shape)
         self._step += 1
-        if not due and known is not None and not np.isnan(known[finite]).any():
-            return known
-        solved = _fairness.solve(gram, 1.0, self.optim_niter)
-        if known is None or known.shape != solved.shape:
-            known = np.full_like(solved, np.nan)
-        self._weights = np.where(finite[:, None], solved, known)
-        return self._weights
+        weights = np.full((len(gram), max(known.shape[1], 1 + max(tasks, default=-1))), np.nan)
+        weights[:, : known.shape[1]] = known
+        unknown = finite & np.isnan(weights[:, tasks]).any(axis=1)
+        if unknown.any():
+            weights[unknown] = np.nan
+            weights[np.ix_(unknown, tasks)] = _fairness.solve(gram[unknown], 1.0, self.optim_niter)
+        self._weights = weights
+        return weights[:, tasks]
+
+    def _no_weights_for(self, shape: Sequence[int]) -> ValueError:
+        assert self._weights is not None
+        problems, tasks = 1 if len(shape) == 2 else shape[0], shape[-1]
+        known = "{} of {}".format(*self._weights.shape)
+        return ValueError(
+            f"gram has {problems} problems of {tasks} tasks, the weights to reuse have {known}; call reset() when the "
+            "tasks change"
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """``step`` (calls so far) and ``weights`` (``[S, T]`` float64 on the CPU; S = 1 for a single problem)."""
+        """``step``, the calls so far, and ``weights``: None or ``[S, T]`` float64 on the CPU, S = 1 for one problem.
+
+        They are NaN for a task that was absent when they were found.
+        """
         weights = None if self._weights is None else torch.from_numpy(self._weights.copy())
         return {"step": self._step, "weights": weights}
 

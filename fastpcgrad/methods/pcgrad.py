@@ -71,10 +71,10 @@ class PCGrad(Method):
             weights /= gram.shape[-1]
         return Solution(weights, coefficients)
 
-    def merge(self, blocks: Blocks, out: Sequence[Tensor | None]) -> Later:
-        variant, tasks = self.variant, len(blocks.tensors)
-        scale = 1.0 / tasks if self.reduction == "mean" else 1.0
-        order = variant.draw_order(tasks, self.generator)
+    def merge(self, blocks: Blocks, out: Sequence[Tensor | None], tasks: Sequence[int]) -> Later:
+        variant = self.variant
+        scale = 1.0 / len(tasks) if self.reduction == "mean" else 1.0
+        order = variant.draw_order(len(tasks), self.generator)
         if blocks.device.type != "cpu":
             order = order.to(blocks.device)
         guards = (variant.self_projection, variant.eps, variant.min_squared_norm)

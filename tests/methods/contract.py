@@ -62,15 +62,26 @@ def check_bad_grams_are_refused(make):
             make().solve(bad)
 
 
+class Surgery:
+    """Rounds of GradientSurgery on one parameter, in which tasks may be absent."""
+
+    def __init__(self, method, num_tasks):
+        self.parameter = torch.nn.Parameter(torch.zeros(12, dtype=torch.float64))
+        self._surgery = fastpcgrad.GradientSurgery([self.parameter], num_tasks, method=method)
+
+    def merge(self, rows):
+        """rows: task index → its gradient."""
+        for t, row in rows.items():
+            with self._surgery.task(t):
+                (self.parameter @ row).backward()
+        return self._surgery.merge()
+
+
 def check_surgery(make):
     """The method in GradientSurgery: .grad is w J."""
     rows = jacobian("conflicting", 3, seed=1)
-    parameter = torch.nn.Parameter(torch.zeros(rows.shape[1], dtype=torch.float64))
-    surgery = fastpcgrad.GradientSurgery([parameter], 3, method=make())
-    for t, row in enumerate(rows):
-        with surgery.task(t):
-            (parameter @ row).backward()
-    report = surgery.merge()
+    surgery = Surgery(make(), 3)
+    report = surgery.merge(dict(enumerate(rows)))
     weights = make().weights(gram(rows))
     torch.testing.assert_close(report.weights, weights)
-    torch.testing.assert_close(parameter.grad, weights @ rows)
+    torch.testing.assert_close(surgery.parameter.grad, weights @ rows)

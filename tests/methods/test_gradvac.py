@@ -167,12 +167,51 @@ def test_the_state_is_a_copy_and_reset_forgets_it():
     method.load_state_dict({"phi": None})
 
 
+def test_in_a_surgery_each_pair_of_tasks_has_a_target_of_its_own():
+    """Two of four tasks at a time, so that no order is drawn; the first steps do not know the last task."""
+    method = GradVac(beta=0.3, eps=0.0)
+    surgery, targets = contract.Surgery(method, 4), {}
+    for call, (a, b) in enumerate([(0, 1), (1, 2), (0, 2), (0, 1), (1, 3), (1, 2), (0, 3), (2, 3), (0, 1)]):
+        rows = jacobian("conflicting" if call % 3 else "independent", 2, seed=call)
+        report = surgery.merge({b: rows[1], a: rows[0]})
+        target = targets.get((a, b), 0.0)
+        cosine = float(torch.cosine_similarity(*rows, dim=0))
+        alone = with_targets(torch.full((2, 2), target, dtype=torch.float64), eps=0.0)
+        torch.testing.assert_close(report.weights, alone.weights(gram(rows)))
+        targets[a, b] = 0.7 * target + 0.3 * cosine
+        phi = method.state_dict()["phi"]
+        found = {(i, j): float(phi[i, j]) for i, j in targets}
+        assert found == pytest.approx(targets, abs=1e-12)
+        assert torch.equal(phi, phi.mT) and int((phi != 0).sum()) == 2 * len(targets)
+    assert len(targets) == 6
+
+
+def test_absent_tasks_keep_their_targets_in_every_problem():
+    first, pair = (torch.stack([gram(jacobian("conflicting", n, seed)) for seed in range(3)]) for n in (3, 2))
+    method = fixed()
+    method.weights(first)
+    before = method.state_dict()["phi"]
+    pair[1, 0, 0] = torch.nan
+    method.solve_for(pair, (0, 2))
+    after = method.state_dict()["phi"]
+    moved = torch.zeros(3, 3, 3, dtype=torch.bool)
+    moved[:, [0, 2], [2, 0]] = torch.tensor([True, False, True])[:, None]
+    assert torch.equal(before != after, moved)
+
+
 @pytest.mark.parametrize("shape", [(4, 4), (2, 3, 3)])
 def test_the_state_is_not_used_for_other_tasks(shape):
     method = GradVac()
     method.weights(torch.eye(3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"state is for \[3, 3\].*reset"):
         method.weights(torch.eye(shape[-1], dtype=torch.float64).expand(shape))
+
+
+def test_the_state_is_not_used_for_other_problems_in_a_surgery():
+    method = GradVac()
+    method.weights(torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"gram is \[2, 3, 3\], the state is for \[3, 3\].*reset"):
+        method.solve_for(torch.eye(3, dtype=torch.float64).repeat(2, 1, 1), range(3))
 
 
 @pytest.mark.parametrize(

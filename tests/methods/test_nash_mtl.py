@@ -137,6 +137,36 @@ def test_weights_are_not_reused_for_other_tasks():
     assert [len(every.weights(torch.eye(n, dtype=torch.float64))) for n in (3, 4)] == [3, 4]
 
 
+def test_in_a_surgery_weights_are_reused_for_the_tasks_that_they_belong_to():
+    rows = dict(enumerate(jacobian("independent", 4, seed=0)))
+    surgery = contract.Surgery(unshortened(update_weights_every=4), 4)
+
+    def merged(*tasks):
+        return surgery.merge({t: rows[t] for t in tasks}).weights
+
+    def alone(*tasks):
+        return unshortened().weights(gram(torch.stack([rows[t] for t in tasks])))
+
+    first = merged(0, 1, 3)
+    torch.testing.assert_close(first, alone(0, 1, 3))
+    assert torch.equal(merged(1, 3), first[1:])
+    torch.testing.assert_close(merged(1, 2), alone(1, 2))  # task 2 is new
+    torch.testing.assert_close(merged(0, 2), alone(0, 2))  # what is known is now of 1 and 2
+    torch.testing.assert_close(merged(0, 1), alone(0, 1))  # due
+
+
+def test_a_batch_whose_problems_break_at_different_times_is_a_loop():
+    together, single = NashMTL(update_weights_every=3), [NashMTL(update_weights_every=3) for _ in range(3)]
+    for call in range(9):
+        grams = torch.stack([gram(jacobian("conflicting", 3, seed=10 * call + s)) for s in range(3)])
+        if call in (0, 3, 4):
+            grams[call % 3, 0, 0] = torch.inf
+        expected = torch.stack([method.weights(matrix) for method, matrix in zip(single, grams, strict=True)])
+        torch.testing.assert_close(together.weights(grams), expected, rtol=1e-14, atol=0, equal_nan=True)
+        states = torch.cat([method.state_dict()["weights"] for method in single])
+        torch.testing.assert_close(together.state_dict()["weights"], states, rtol=1e-14, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("before", [0, 1])
 def test_a_gradient_that_is_not_finite_does_not_enter_the_state(before):
     """As with a GradScaler whose first steps overflow: the weights are found as soon as there are gradients."""

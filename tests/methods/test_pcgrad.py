@@ -86,7 +86,7 @@ def test_merge_on_rows_is_solve_and_combine(variant, reduction):
     grads = in_blocks(rows)
     blocks = grads.blocks()
     out = [torch.full_like(place, torch.nan) for place in blocks.tensors[0]]
-    found = methods.PCGrad(variant, reduction, random.Random(3)).merge(blocks, out)()
+    found = methods.PCGrad(variant, reduction, random.Random(3)).merge(blocks, out, range(len(rows)))()
     expected = methods.PCGrad(variant, reduction, random.Random(3)).solve(rows @ rows.mT)
     torch.testing.assert_close(found.gram, rows @ rows.mT)
     torch.testing.assert_close(found.weights, expected.weights)
@@ -99,7 +99,7 @@ def test_merge_may_write_over_a_row():
     grads = in_blocks(rows)
     blocks = grads.blocks()
     out = blocks.tensors[1]
-    methods.PCGrad("tensorflow").merge(blocks, out)
+    methods.PCGrad("tensorflow").merge(blocks, out, range(5))
     torch.testing.assert_close(torch.cat(out), merged("tensorflow", rows, None, None))
 
 
