@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ._problems import in_place
@@ -41,7 +42,8 @@ def spectrum(gram: Tensor) -> Spectrum:
         ValueError: ``gram`` is of another shape or dtype.
     """
     xp, array, finite = in_place(gram)
-    values, vectors = xp.linalg.eigh(array)
+    # NumPy's LAPACK has threads of its own, which from T = 32 or so wait for torch's spinning ones: milliseconds.
+    values, vectors = map(xp.asarray, torch.linalg.eigh(torch.as_tensor(array)))
     kept = values > values[..., -1:] * (array.shape[-1] * EPS)
     poison = xp.where(finite, 0.0, xp.nan)[..., None]
     return Spectrum(xp, array, xp.where(kept, values, 1.0), vectors, kept, poison)

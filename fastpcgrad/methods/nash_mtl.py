@@ -93,7 +93,8 @@ class NashMTL(Method):
         unknown = finite & np.isnan(weights[:, tasks]).any(axis=1)
         if unknown.any():
             weights[unknown] = np.nan
-            weights[np.ix_(unknown, tasks)] = _fairness.solve(gram[unknown], 1.0, self.optim_niter)
+            solved = _fairness.solve(gram[unknown], 1.0, self.optim_niter)
+            weights[np.ix_(unknown.nonzero()[0], np.array(tasks))] = solved
         self._weights = weights
         return weights[:, tasks]
 
