@@ -1,0 +1,171 @@
+"""shared_features: surgery on the gradients at a shared representation, so that the trunk is walked backward once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .functional import check_tensors
+from .merging import merge
+from .methods import Method, PCGrad, check_method
+from .report import ConflictReport
+from .task_gradients import Row, TaskGradients
+
+Report = Callable[[ConflictReport], object]
+"""What is called with the report of a surgery."""
+
+
+@overload
+def shared_features(
+    z: Tensor,
+    num_tasks: int,
+    method: Method | None = None,
+    *,
+    allow_absent: bool = False,
+    on_report: Report | None = None,
+) -> tuple[Tensor, ...]: ...
+
+
+@overload
+def shared_features(
+    z: Sequence[Tensor],
+    num_tasks: int,
+    method: Method | None = None,
+    *,
+    allow_absent: bool = False,
+    on_report: Report | None = None,
+) -> tuple[tuple[Tensor, ...], ...]: ...
+
+
+def shared_features(
+    z: Tensor | Sequence[Tensor],
+    num_tasks: int,
+    method: Method | None = None,
+    *,
+    allow_absent: bool = False,
+    on_report: Report | None = None,
+) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], ...]:
+    """Hand the trunk's output to each task's head, so that the task gradients undergo surgery there.
+
+    Run all losses backward at once, with ``sum(losses).backward()`` or ``torch.autograd.backward(losses)``. Where the
+    T gradients with respect to ``z`` meet, they are the rows of J, and the merged one goes on into the trunk: one
+    backward pass through the trunk instead of T. Each head gets its plain gradient.
+
+    This approximates surgery on the trunk's parameters: gradients may conflict at ``z`` and not there, or there and
+    not at ``z``, for the trunk's Jacobian lies between the two. The methods and their guarantees hold for the gradients
+    at ``z``. In data-parallel training each process looks at the gradients of its own part of the batch.
+
+    Args:
+        z: what the trunk gives, of any shape, fp16/bf16/fp32/fp64; or several such tensors of one dtype and device,
+            which form one problem. What one of them owes to another does not count for that one's task gradients.
+        num_tasks: T.
+        method: any ``methods.Method``; None: ``methods.PCGrad()``. One that keeps state must live between the steps.
+        allow_absent: whether tasks may be without a gradient; they then take no part in the surgery. If they must
+            not, which is the default, a task whose gradient does not come with the others' is an error: it is most
+            often one whose loss is run backward in a call of its own, where there is nothing to merge it with.
+        on_report: called in each backward pass with the ``ConflictReport`` of its surgery.
+    Returns:
+        for each task ``z`` again (a tuple, where several tensors were given), in the same memory: operations in place
+        are refused, use ``clone()`` before them. With gradients switched off, as in evaluation, ``z`` itself.
+    Raises:
+        TypeError: ``z`` that is no tensor or of a dtype that gradients cannot have, or a method that is none.
+        ValueError: ``num_tasks`` < 1, no tensors, several dtypes or devices, or ``z`` does not require grad.
+        RuntimeError: in the backward pass, where a task's gradient is missing; or in a second derivative. Nothing of
+            the trunk has a gradient then.
+    Memory: during the surgery T + 1 gradients of the size of ``z``, of which autograd had made T already.
+    Numerics: the rows have the dtype of ``z``; NaN and inf go on into the trunk.
+    Compilation: ``torch.compile`` breaks the graph here: trunk and heads are compiled by themselves, and
+        ``fullgraph=True`` is refused. Heads in one compiled graph give zeros, not nothing, for losses that are not
+        run backward: such tasks cannot be told from present ones.
+    Source: Sener & Koltun 2018, arXiv:1810.04650, §3.3 (MGDA-UB is this with ``methods.MGDA()``). Oracle:
+        ``reference.merge`` on the gradients at ``z``.
+    Example:
+        >>> trunk, heads = torch.nn.Linear(4, 8), [torch.nn.Linear(8, 1) for _ in range(2)]
+        >>> features = fastpcgrad.shared_features(trunk(torch.randn(16, 4)).relu(), num_tasks=2)
+        >>> losses = [head(own).square().mean() for head, own in zip(heads, features)]
+        >>> sum(losses).backward()
+        >>> trunk.weight.grad.shape
+        torch.Size([8, 4])
+    """
+    if torch.compiler.is_compiling():
+        eager = torch.compiler.disable(shared_features, reason="surgery needs the gradients themselves")
+        return eager(z, num_tasks, method, allow_absent=allow_absent, on_report=on_report)
+    if not isinstance(num_tasks, int) or num_tasks < 1:
+        raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
+    method = check_method(method, PCGrad)
+    features = [z] if isinstance(z, Tensor) else check_tensors("z", z)
+    if not features:
+        raise ValueError("z must hold at least one tensor; found none")
+    TaskGradients(features)  # for its errors
+    if torch.is_grad_enabled():
+        for index, feature in enumerate(features):
+            if not feature.requires_grad:
+                name = "z" if isinstance(z, Tensor) else f"z[{index}]"
+                raise ValueError(f"{name} {list(feature.shape)} does not require grad: no trunk lies behind it")
+        flat: tuple[Tensor, ...] = _Surgery.apply(num_tasks, method, allow_absent, on_report, *features)
+    else:
+        flat = (*features,) * num_tasks
+    if isinstance(z, Tensor):
+        return flat
+    return tuple(flat[start : start + len(features)] for start in range(0, len(flat), len(features)))
+
+
+class _Surgery(torch.autograd.Function):
+    """Forward: T times the features, task after task. Backward: what comes back for them, merged."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        num_tasks: int,
+        method: Method,
+        allow_absent: bool,
+        on_report: Report | None,
+        *features: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.num_tasks, ctx.method, ctx.allow_absent, ctx.on_report = num_tasks, method, allow_absent, on_report
+        return tuple(feature.view_as(feature) for _ in range(num_tasks) for feature in features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        width = len(grads) // ctx.num_tasks
+        rows = _apart([list(grads[start : start + width]) for start in range(0, len(grads), width)])
+        present = [t for t, row in enumerate(rows) if any(grad is not None for grad in row)]
+        absent = sorted(set(range(ctx.num_tasks)).difference(present))
+        if absent and present and not ctx.allow_absent:
+            raise RuntimeError(
+                f"shared_features: no gradient came from tasks {absent} together with those of tasks {present}; run "
+                "all losses backward at once, with sum(losses).backward() or torch.autograd.backward(losses), or pass "
+                "allow_absent=True if a task may be without a loss"
+            )
+        merged: Row = [None] * width
+        first = [next((grad for grad in column if grad is not None), None) for column in zip(*rows, strict=True)]
+        touched = [index for index, grad in enumerate(first) if grad is not None]
+        if touched:
+            task_gradients = TaskGradients([grad for grad in first if grad is not None])
+            for t in present:
+                task_gradients.put(t, [rows[t][index] for index in touched])
+            report, found = merge(task_gradients, ctx.method, in_place=False)
+            for index, grad in zip(touched, found, strict=True):
+                merged[index] = grad
+            if ctx.on_report is not None:
+                ctx.on_report(report)
+        return None, None, None, None, *merged
+
+
+def _apart(rows: list[Row]) -> list[Row]:
+    """The rows dense, and each gradient by itself: autograd hands one tensor to all that an addition joins."""
+    seen: set[int] = set()
+    for row in rows:
+        for index, grad in enumerate(row):
+            if grad is None:
+                continue
+            own = grad if grad.layout == torch.strided else grad.to_dense()
+            row[index] = own.clone() if own.data_ptr() in seen else own
+            seen.add(own.data_ptr())
+    return rows
