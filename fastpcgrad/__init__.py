@@ -6,6 +6,7 @@ from ._version import __version__
 from .arrays import apply
 from .autograd import backward, grad
 from .config import show_config
+from .features import shared_features
 from .functional import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficients
 from .gradnorm import gradNorm
 from .optimizer import PCGrad
@@ -29,5 +30,6 @@ __all__ = [
     "pcgrad",
     "pcgrad_",
     "pcgrad_coefficients",
+    "shared_features",
     "show_config",
 ]

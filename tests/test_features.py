@@ -7,8 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastpcgrad
-from fastpcgrad import methods, reference, variants
-from fastpcgrad.features import shared_features
+from fastpcgrad import methods, reference, shared_features, variants
 from tests.methods.test_in_surgery import aggregated, for_every_method, seed
 
 

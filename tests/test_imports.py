@@ -18,7 +18,7 @@ FLOORS = (
     {"methods"},
     {"task_gradients", "report"},
     {"merging"},
-    {"surgery", "autograd", "arrays", "gradnorm"},
+    {"surgery", "autograd", "features", "arrays", "gradnorm"},
     {"optimizer"},
     {"config"},
     {"__init__"},
