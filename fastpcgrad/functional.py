@@ -376,18 +376,29 @@ def check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
     if not found:
         raise ValueError("losses must hold at least one task loss; found none")
     for t, loss in enumerate(found):
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"losses[{t}] must be a torch.Tensor; found {type(loss).__name__}")
-        if not loss.is_floating_point():
-            raise TypeError(f"losses[{t}] must be real floating point; found {loss.dtype}")
-        if loss.numel() != 1:
-            raise ValueError(f"losses[{t}] must be a scalar; found shape {list(loss.shape)}")
-        if not loss.requires_grad:
-            raise ValueError(f"losses[{t}] has no grad: it depends on nothing that requires grad")
+        check_loss(f"losses[{t}]", loss)
     devices = {loss.device for loss in found}
     if len(devices) > 1:
         raise ValueError(f"losses must be on one device; found {', '.join(sorted(map(str, devices)))}")
     return found
+
+
+def check_loss(name: str, loss: Any) -> Tensor:
+    """``loss`` itself.
+
+    Raises:
+        TypeError: no tensor, or complex or integer.
+        ValueError: not scalar, or without grad; the message shows what was found.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; found {type(loss).__name__}")
+    if not loss.is_floating_point():
+        raise TypeError(f"{name} must be real floating point; found {loss.dtype}")
+    if loss.numel() != 1:
+        raise ValueError(f"{name} must be a scalar; found shape {list(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(f"{name} has no grad: it depends on nothing that requires grad")
+    return loss
 
 
 def check_tensors(name: str, values: Iterable[Any]) -> list[Tensor]:

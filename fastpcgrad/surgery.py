@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from operator import attrgetter, is_
 from types import TracebackType
@@ -12,15 +12,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .functional import check_tensors
+from . import host_rows
+from .functional import check_loss, check_losses, check_tensors
+from .memory import MemoryPlan, plan_memory
 from .merging import merge
 from .methods import Method, PCGrad, check_method
+from .moved_gradients import MovedGradients, check_accumulate_dtype
+from .parameters import Granularity, check_granularity, check_parameters, parameter_source, problem_of_each
 from .report import ConflictReport
 from .task_gradients import Row, TaskGradients
 
 _GRAD, _KIND = attrgetter("grad"), attrgetter("dtype", "device", "shape")
 
-Granularity = Literal["model", "group", "parameter"]
+Forward = Callable[[], Tensor | None]
+"""Runs a task's forward and gives its loss; None: the task is absent."""
 
 
 class GradientSurgery:
@@ -38,15 +43,27 @@ class GradientSurgery:
         shared: the parameters that undergo surgery; the gradients of the others are summed. None: as the method's
             original has it (nearly all: every parameter).
         row_dtype: dtype of the rows; None: that of the parameters. bfloat16 halves the memory.
-        row_device: None; rows lie where the parameters are.
+        row_device: ``"cpu"``: parameters on a CUDA device have their rows in page-locked host memory; each gradient
+            is sent there as soon as autograd has it, and the surgery runs on the host. The report is there too. A
+            gradient must not be overwritten before its task is left. None: where the parameters are.
+        accumulate: ``sum``: all that a task's stays bring adds up. ``mean``: that is divided by how many stays there
+            were, so that tasks of different numbers of micro-batches count alike. Backward passes within one stay
+            add up either way.
+        accumulate_dtype: dtype in which gradients within one stay add up, on the parameters' device, before they are
+            rounded to the rows'; each further stay widens, adds and rounds once more. None: the rows' own.
         granularity: ``model``: one surgery over all parameters. ``group`` or ``parameter``: one for each parameter
-            group, or for each parameter. A method whose original works on each parameter does so anyway.
+            group, or for each parameter. Collections of parameters, such as those of each layer: one for each, in
+            one pass over all. A method whose original works on each parameter does so anyway.
         process_group: None; distributed training is not covered by this version.
     Memory: T rows of N elements, where N counts the trainable parameters: T·N·itemsize bytes, of which one row becomes
-        ``.grad``. On the CPU they stay mapped until the next round's gradients take their place, one by one.
+        ``.grad``. On the CPU they stay mapped until the next round's gradients take their place, one by one. Rows of
+        another dtype than the parameters are freed parameter by parameter as merged gradients take their place.
+        ``memory_plan`` tells the bytes beforehand.
     Raises:
         TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
-        ValueError: no parameters, parameters that are no leaves, on several devices or of several dtypes.
+        ValueError: no parameters, parameters that are no leaves, on several devices or of several dtypes; a parameter
+            in two or in none of the collections of ``granularity``; rows that cannot have that device, or sums that
+            cannot have that dtype.
     Example:
         >>> model = torch.nn.Linear(4, 2)
         >>> surgery = fastpcgrad.GradientSurgery(model.parameters(), num_tasks=2)
@@ -67,30 +84,33 @@ class GradientSurgery:
         shared: Iterable[Tensor] | None = None,
         row_dtype: torch.dtype | None = None,
         row_device: torch.device | str | None = None,
+        accumulate: Literal["sum", "mean"] = "sum",
+        accumulate_dtype: torch.dtype | None = None,
         granularity: Granularity = "model",
         process_group: object | None = None,
     ) -> None:
         if not isinstance(num_tasks, int) or num_tasks < 1:
             raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
-        if granularity not in ("model", "group", "parameter"):
-            raise ValueError(f"granularity must be 'model', 'group' or 'parameter'; found {granularity!r}")
-        if row_device is not None:
-            raise NotImplementedError(f"rows lie on the parameters' device; found row_device={row_device!r}")
+        if accumulate not in ("sum", "mean"):
+            raise ValueError(f"accumulate must be 'sum' or 'mean'; found {accumulate!r}")
         if process_group is not None:
             raise NotImplementedError("this version does not reduce gradients over processes: process_group=None")
         self.num_tasks = num_tasks
         self.method = check_method(method, PCGrad)
-        self.granularity = granularity
-        self.row_dtype = row_dtype
-        self._source = _parameter_source(optimizer_or_params)
+        self.granularity = check_granularity(granularity)
+        self.row_dtype, self.row_device = row_dtype, row_device
+        self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
+        self._source = parameter_source(optimizer_or_params)
         self._shared = None if shared is None else {id(p): p for p in check_tensors("shared", shared)}
         self._found: list[Tensor] = []
         self._kinds: list[tuple[torch.dtype, torch.device, torch.Size]] = []
         self._problems: list[int] | None = None
         self._parameters: list[Tensor] = []
         self._grads: TaskGradients | None = None
+        self._moved: MovedGradients | None = None
         self._hooks = _Hooks(self)
         self._merged: Row = []
+        self._merged_refs: list[weakref.ref[Tensor] | None] = []
         self._inside: _Tasks | None = None
         self._resolve()
 
@@ -113,6 +133,72 @@ class GradientSurgery:
             raise IndexError(f"task index must be an integer in 0..{self.num_tasks - 1}; found {index!r}")
         return _Task(self, index)
 
+    def backward(
+        self, losses: Sequence[Forward | None] | Sequence[Tensor | None] | Tensor, *, retain_graph: bool = False
+    ) -> ConflictReport:
+        """A whole round: run each task's loss backward inside its task, then ``merge``.
+
+        Args:
+            losses: one for each task, None for one that is absent. Functions run their own forward and return the
+                scalar loss, or None; each graph is freed before the next forward. Or scalar tensors, or one tensor
+                ``[T]``, which may share a graph.
+            retain_graph: keep the graphs for another backward pass; else the last pass over tensors frees them.
+        Returns:
+            what conflicted and what became of it.
+        Raises:
+            TypeError: losses that are neither functions nor real floating-point tensors, or both.
+            ValueError: not T of them, all absent, not scalar, without grad, on several devices.
+            RuntimeError: inside a task, rows of this round are filled, or a function ran backward but returned None.
+            Whatever a forward or backward pass raises. Errors within the round discard it; ``.grad`` is then as
+            before, but None where it held the last merged gradient, which ends as the round begins.
+        Example:
+            >>> model = torch.nn.Linear(4, 2)
+            >>> surgery = fastpcgrad.GradientSurgery(model.parameters(), num_tasks=2)
+            >>> batches = torch.randn(2, 8, 4)
+            >>> report = surgery.backward([lambda x=x: model(x).square().mean() for x in batches])
+            >>> report.tasks
+            (0, 1)
+        """
+        if self._inside is not None:
+            raise RuntimeError(f"backward() inside task({self._inside.index}): leave the task first")
+        if filled := self._rows_now().tasks:
+            raise RuntimeError(f"backward() with rows of tasks {filled} filled: call merge() or discard() first")
+        tensors, forwards = _check_round(losses, self.num_tasks)
+        try:
+            if forwards:
+                self._run_forwards(forwards, retain_graph)
+            else:
+                self._run(list(tensors.values()), retain_graph, list(tensors))
+            return self.merge()
+        except BaseException:
+            self._rows_now().clear()
+            raise
+
+    def memory_plan(self) -> MemoryPlan:
+        """Bytes that a round takes beyond model and activations, before anything is allocated.
+
+        Every task counts with all parameters: an upper bound where some are touched by some tasks only.
+
+        Warns:
+            MemoryPlanWarning: more than is free.
+        Example:
+            >>> surgery = fastpcgrad.GradientSurgery(torch.nn.Linear(1000, 1000).parameters(), num_tasks=4)
+            >>> surgery.memory_plan().device.rows
+            16016000
+        """
+        self._resolve()
+        moved = self._moved
+        plan = plan_memory(
+            self.num_tasks,
+            self._parameters,
+            self._rows_now().dtype,
+            moved=moved is not None,
+            accumulate_dtype=None if moved is None else moved.accumulate_dtype,
+            on_host=moved is not None and moved.on_host,
+        )
+        plan.warn()
+        return plan
+
     def merge(self) -> ConflictReport:
         """Merge the rows of this round into ``.grad``.
 
@@ -129,12 +215,18 @@ class GradientSurgery:
         if not grads.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         shared = None if self._shared is None else [id(p) in self._shared for p in self._parameters]
+        if self.accumulate == "mean":
+            grads.average()
         report, merged = merge(grads, self.method, shared, self._problems, in_place=True)
-        if self._hooks.attached:  # the rows have another dtype than the parameters
-            merged = [m if m is None else m.to(p.dtype) for p, m in zip(self._parameters, merged, strict=True)]
-        for p, own in zip(self._parameters, merged, strict=True):
-            p.grad = own
-        self._merged = merged
+        if self._moved is None:
+            for p, own in zip(self._parameters, merged, strict=True):
+                p.grad = own
+            self._merged = merged
+        else:
+            for p, own in zip(self._parameters, self._moved.give(merged), strict=True):
+                p.grad = own
+            # Not held: what these gradients take is no rows' memory, and zero_grad() must free it.
+            self._merged_refs = [None if p.grad is None else weakref.ref(p.grad) for p in self._parameters]
         grads.clear()
         return report
 
@@ -164,36 +256,57 @@ class GradientSurgery:
                 f"while rows of tasks {self._grads.tasks} are filled: call merge() or discard() first"
             )
         parameters = list({id(p): p for p in found}.values())
-        _check_parameters(parameters, self._shared, self.row_dtype)
-        self._grads = TaskGradients(parameters, self.row_dtype)
-        self._found, self._parameters, self._merged = found, parameters, []
+        check_parameters(parameters, self._shared, self.row_dtype)
+        problems = problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared)
+        self._grads, self._moved = self._rows_for(parameters)
+        self._found, self._parameters, self._problems = found, parameters, problems
+        self._merged, self._merged_refs = [], []
         self._kinds = list(map(_KIND, found))
-        self._problems = self._problem_of_each()
-        converted = any(p.dtype != self._grads.dtype for p in parameters)
-        self._hooks.attach(parameters if converted else [])
+        self._hooks.attach([] if self._moved is None else parameters)
 
-    def _problem_of_each(self) -> list[int] | None:
-        if self.granularity == "model":
-            return None
-        if self.granularity == "parameter":
-            return list(range(len(self._parameters)))
-        owner = {id(p): g for g, group in enumerate(self._source.param_groups) for p in group["params"]}
-        return [owner[id(p)] for p in self._parameters]
+    def _rows_for(self, parameters: Sequence[Tensor]) -> tuple[TaskGradients, MovedGradients | None]:
+        """Rows as autograd leaves them, or such that are converted or sent away."""
+        plain = TaskGradients(parameters, self.row_dtype)
+        copies = host_rows.copies_for(plain.device, self.row_device)
+        sums = self.accumulate_dtype
+        if sums is not None:
+            check_accumulate_dtype(sums, plain.dtype)
+            if sums == plain.dtype and copies is None:  # the rows themselves will do
+                sums = None
+        if copies is None and sums is None and all(p.dtype == plain.dtype for p in parameters):
+            return plain, None
+        moved = MovedGradients(parameters, plain.dtype, sums, copies)
+        return moved, moved
 
     def _release_merged(self) -> None:
         """Drop the last merged gradient where it is still ``.grad``: its memory is for the next rows."""
-        for p, merged in zip(self._parameters, self._merged, strict=True):
+        last = self._merged or [None if reference is None else reference() for reference in self._merged_refs]
+        for p, merged in zip(self._parameters, last, strict=True):
             if merged is not None and p.grad is merged:
                 p.grad = None
-        self._merged = []
+        self._merged, self._merged_refs = [], []
 
-    def _run(self, losses: Sequence[Tensor], retain_graph: bool) -> None:
+    def _run(self, losses: Sequence[Tensor], retain_graph: bool, indices: Sequence[int] | None = None) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
-        last = len(losses) - 1
+        left = len(losses)
         with _Tasks(self) as tasks:
-            for t, loss in enumerate(losses):
-                tasks.open(t)
-                loss.backward(retain_graph=retain_graph or t < last)
+            for index, loss in zip(indices or range(left), losses, strict=True):
+                left -= 1
+                tasks.open(index)
+                loss.backward(retain_graph=retain_graph or left > 0)
+                tasks.close()
+
+    def _run_forwards(self, forwards: dict[int, Forward], retain_graph: bool) -> None:
+        """Each forward, and its loss backward, inside its task."""
+        with _Tasks(self) as tasks:
+            for index, forward in forwards.items():
+                tasks.open(index)
+                loss = forward()
+                if loss is None:
+                    tasks.leave_out()
+                    continue
+                check_loss(f"losses[{index}]()", loss).backward(retain_graph=retain_graph)
+                del loss  # and with it the graph, before the next forward
                 tasks.close()
 
 
@@ -203,13 +316,12 @@ class _Tasks:
     def __init__(self, surgery: GradientSurgery) -> None:
         self.index = -1
         self._surgery = surgery
-        self._row: Row = []
         self._aside: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> _Tasks:
         surgery = self._surgery
         surgery._resolve()
-        if surgery._merged:
+        if surgery._merged or surgery._merged_refs:
             surgery._release_merged()
         surgery._inside = self
         self._aside = [(p, p.grad) for p in surgery._parameters if p.grad is not None]
@@ -220,38 +332,60 @@ class _Tasks:
         """From here on gradients are those of task ``index``."""
         surgery = self._surgery
         self.index = index
-        row = surgery._rows_now().take(index)
-        if surgery._hooks.attached:
-            self._row = row or [None] * len(surgery._parameters)
-        elif row is not None:  # autograd adds to what is there
+        if surgery._moved is not None:
+            surgery._moved.open(index)
+        elif (row := surgery._rows_now().take(index)) is not None:  # autograd adds to what is there
             for p, grad in zip(surgery._parameters, row, strict=True):
                 p.grad = grad
 
     def close(self) -> None:
         """What there is of the task's gradients is its row."""
         surgery = self._surgery
-        if surgery._hooks.attached:
-            for index, p in enumerate(surgery._parameters):
-                self.convert(index, p)
+        if surgery._moved is not None:
+            self._move_all()
+            surgery._moved.close()
         else:
-            self._row = list(map(_GRAD, surgery._parameters))
+            row = list(map(_GRAD, surgery._parameters))
             self._clear()
-        surgery._rows_now().put(self.index, self._row)
+            surgery._rows_now().put(self.index, row)
 
-    def convert(self, index: int, parameter: Tensor) -> None:
-        """A hook's call: this parameter's gradient is complete; add it to the row, in the row's dtype."""
-        if parameter.grad is not None:
-            self._surgery._rows_now().add(self._row, index, parameter.grad)
+    def leave_out(self) -> None:
+        """The open task, new in this round, is absent."""
+        surgery = self._surgery
+        if surgery._moved is not None:
+            self._move_all()
+            found = surgery._moved.drop()
+        else:
+            found = any(p.grad is not None for p in surgery._parameters)
+        if found:
+            raise RuntimeError(
+                f"losses[{self.index}]() returned None, which says that the task is absent, but left gradients: "
+                "let it return the loss, without running it backward"
+            )
+
+    def move(self, index: int, parameter: Tensor) -> None:
+        """A hook's call: this parameter's gradient is complete; add it to the row."""
+        moved = self._surgery._moved
+        if parameter.grad is not None and moved is not None:
+            moved.add(index, parameter.grad)
             parameter.grad = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._surgery._inside = None
+        surgery = self._surgery
+        surgery._inside = None
         if kind is not None:  # what there is is no whole gradient: the open task is absent unless it is opened again
             self._clear()
+            if surgery._moved is not None:
+                surgery._moved.drop()
         for p, grad in self._aside:
             p.grad = grad
+
+    def _move_all(self) -> None:
+        """What came without a hook: gradients that were assigned."""
+        for index, p in enumerate(self._surgery._parameters):
+            self.move(index, p)
 
     def _clear(self) -> None:
         for p in self._surgery._parameters:
@@ -283,7 +417,7 @@ class _Task(_Tasks):
 
 
 class _Hooks:
-    """Converts gradients to the dtype of the rows as soon as autograd has them, so that they are not all there at once.
+    """Moves gradients to the rows as soon as autograd has them, so that they are not all there at once.
 
     The hooks hold the surgery weakly: they must not keep its rows alive as long as the model lives.
     """
@@ -293,10 +427,6 @@ class _Hooks:
         self._handles: list[Any] = []
         weakref.finalize(surgery, _remove, self._handles)
 
-    @property
-    def attached(self) -> bool:
-        return bool(self._handles)
-
     def attach(self, parameters: Sequence[Tensor]) -> None:
         _remove(self._handles)
         for index, p in enumerate(parameters):
@@ -305,12 +435,12 @@ class _Hooks:
     def _hook(self, index: int) -> Any:
         reference = self._surgery
 
-        def convert(parameter: Tensor) -> None:
+        def move(parameter: Tensor) -> None:
             surgery = reference()
             if surgery is not None and surgery._inside is not None:
-                surgery._inside.convert(index, parameter)
+                surgery._inside.move(index, parameter)
 
-        return convert
+        return move
 
 
 def _remove(handles: list[Any]) -> None:
@@ -319,48 +449,28 @@ def _remove(handles: list[Any]) -> None:
     handles.clear()
 
 
-class _Groups:
-    """Parameters that were given without an optimizer."""
-
-    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
-        self.param_groups = param_groups
-
-
-def _parameter_source(source: torch.optim.Optimizer | Iterable[Any]) -> torch.optim.Optimizer | _Groups:
-    """What has ``param_groups``: an optimizer, which is asked anew each round, or groups made of parameters."""
-    if isinstance(source, torch.optim.Optimizer):
-        return source
-    values = [] if isinstance(source, Tensor) or not isinstance(source, Iterable) else list(source)
-    if values and all(isinstance(value, dict) for value in values):
-        groups = values
-    else:
-        groups = [{"params": check_tensors("optimizer_or_params", values or source)}]
-    for group in groups:
-        if "params" not in group:
-            raise ValueError(f"a parameter group must have 'params'; found keys {sorted(group)}")
-    groups = [{"params": check_tensors("params", _as_list(group["params"]))} for group in groups]
-    if not any(group["params"] for group in groups):
-        raise ValueError("optimizer_or_params holds no parameters")
-    return _Groups(groups)
-
-
-def _as_list(params: Any) -> Any:
-    """A group may hold a single tensor, as optimizers allow."""
-    return [params] if isinstance(params, Tensor) else params
-
-
-def _check_parameters(
-    parameters: Sequence[Tensor], shared: dict[int, Tensor] | None, row_dtype: torch.dtype | None
-) -> None:
-    for p in parameters:
-        if not p.is_leaf:
-            raise ValueError(f"parameters must be leaves of the graph; found {list(p.shape)} with {p.grad_fn}")
-    dtypes = sorted({str(p.dtype) for p in parameters})
-    if len(dtypes) > 1 and row_dtype is None:
-        raise ValueError(
-            f"parameters have several dtypes ({', '.join(dtypes)}); choose one for the rows with row_dtype"
-        )
-    known = {id(p) for p in parameters}
-    for p in (shared or {}).values():
-        if p.requires_grad and id(p) not in known:
-            raise ValueError(f"shared holds a tensor {list(p.shape)} that is none of the parameters")
+def _check_round(
+    losses: Sequence[Forward | None] | Sequence[Tensor | None] | Tensor, tasks: int
+) -> tuple[dict[int, Tensor], dict[int, Forward]]:
+    """Losses, or functions that give them, by the index of their task; without those that are absent."""
+    given: Any = check_losses(losses) if isinstance(losses, Tensor) else losses
+    if not isinstance(given, Iterable):
+        raise TypeError(f"losses must be a sequence of functions or scalar tensors; found {type(losses).__name__}")
+    given = list(given)
+    if len(given) != tasks:
+        raise ValueError(f"losses must hold one for each of the {tasks} tasks, None for one absent; found {len(given)}")
+    there = {t: loss for t, loss in enumerate(given) if loss is not None}
+    if not there:
+        raise ValueError(f"losses must hold a task that is not absent; found {tasks} times None")
+    functions = {t: loss for t, loss in there.items() if callable(loss)}
+    if len(functions) == len(there):
+        return {}, functions
+    for t, loss in there.items():
+        if functions and isinstance(loss, Tensor):
+            raise TypeError(
+                f"losses must be all functions or all tensors; found tasks {list(functions)} with functions"
+            )
+        if t not in functions:
+            check_loss(f"losses[{t}]", loss)
+    check_losses(list(there.values()))  # together: on one device
+    return there, {}

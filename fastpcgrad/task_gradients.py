@@ -46,9 +46,13 @@ class TaskGradients:
                 raise TypeError(f"gradients must be float16, bfloat16, float32 or float64; found {found}")
         self.widths = array("q", (p.numel() for p in parameters))
         kind = (self.dtype, torch.strided, False)
-        self._own = [(kind, _gradient_stride(p), p.numel() * self.dtype.itemsize) for p in parameters]
+        self._strides = [_gradient_stride(p) for p in parameters]
+        sizes = (width * self.dtype.itemsize for width in self.widths)
+        self._own = [(kind, *place) for place in zip(self._strides, sizes, strict=True)]
         self._rows: dict[int, Row] = {}
         self._spent: list[Row] = []
+        self._stays: dict[int, int] = {}  # how often a task was entered, of those entered again
+        self._averaged = False
 
     @property
     def row_nbytes(self) -> int:
@@ -61,11 +65,23 @@ class TaskGradients:
         return sorted(self._rows)
 
     def take(self, task: int) -> Row | None:
-        """Give a task's row away, for more to be added; None for a task that has none, which is about to get one."""
-        row = self._rows.pop(task, None)
-        if row is None and self._spent:
+        """Give a task's row away, for more to be added; None for a task that has none, which is about to get one.
+
+        Raises:
+            RuntimeError: the rows are averages by now, because a merge of them failed.
+        """
+        row = self._rows.get(task)
+        if row is not None:
+            if self._averaged:
+                raise RuntimeError(f"task {task} was averaged for a merge that failed: call merge() or discard() first")
+            del self._rows[task]
+            self._stays[task] = self._stays.get(task, 1) + 1
+            return row
+        if self._stays:
+            self._stays.pop(task, None)
+        if self._spent:
             del self._spent[0]
-        return row
+        return None
 
     def put(self, task: int, row: Row) -> None:
         """Take a task's row over. What has a graph of its own (of ``create_graph=True``) loses it."""
@@ -74,13 +90,16 @@ class TaskGradients:
                 row[index] = grad.detach()
         self._rows[task] = row
 
-    def add(self, row: Row, index: int, grad: Tensor) -> None:
-        """Add one parameter's gradient, of any dtype, to an open row."""
-        there = row[index]
-        if there is None:
-            row[index] = self._plain(grad, self._own[index])
-        else:
-            there.add_(_dense(grad))
+    def average(self) -> None:
+        """Divide the row of each task that was entered several times by their number."""
+        if not self._stays or self._averaged:
+            return
+        self.blocks()  # from here on each gradient is alone in its memory
+        for task, times in self._stays.items():
+            there = [grad for grad in self._rows.get(task, ()) if grad is not None]
+            if there:
+                torch._foreach_div_(there, times)
+        self._averaged = True
 
     def blocks(self) -> Blocks:
         """J. Looked at here, all at once: right after a backward pass this code would find the caches cold.
@@ -114,7 +133,10 @@ class TaskGradients:
         if not self._rows:
             return
         self._spent = [self._rows[t] for t in self.tasks] if self.device.type == "cpu" else []
-        self._rows = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._rows, self._stays, self._averaged = {}, {}, False
 
     def _plain(self, grad: Tensor | None, own: _Own) -> Tensor | None:
         """The gradient itself if it is a dense tensor of its own with the rows' dtype, else a copy that is."""
@@ -123,10 +145,10 @@ class TaskGradients:
             _KIND(grad) == kind and grad.stride() == stride and grad.untyped_storage().nbytes() == nbytes
         ):
             return grad
-        return torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(_dense(grad))
+        return torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(dense(grad))
 
 
-def _dense(grad: Tensor) -> Tensor:
+def dense(grad: Tensor) -> Tensor:
     """Strided and outside of any graph (``create_graph=True`` gives gradients with a graph of their own)."""
     grad = grad.detach() if grad.requires_grad else grad
     return grad if grad.layout == torch.strided else grad.to_dense()

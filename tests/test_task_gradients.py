@@ -107,17 +107,6 @@ def test_a_row_can_be_taken_out_and_put_back():
     assert grads.tasks == [5]
 
 
-def test_gradients_are_added_to_an_open_row():
-    grads = TaskGradients([torch.zeros(2), torch.zeros(2, 2)], torch.float64)
-    row = [None, None]
-    sparse = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.ones(2, 2), (2, 2), check_invariants=True)
-    for times in (1, 2):
-        grads.add(row, 0, torch.ones(2, requires_grad=True) * 3)
-        grads.add(row, 1, sparse)
-        assert row[0].tolist() == [3 * times] * 2 and not row[0].requires_grad
-        assert row[1].tolist() == [[0, 0], [2 * times] * 2] and row[1].dtype == torch.float64
-
-
 def test_rows_of_the_last_round_are_freed_one_by_one_as_new_ones_begin():
     grads = TaskGradients([torch.zeros(3)])
     alive = []

@@ -1,0 +1,119 @@
+"""Which parameters take part, and which of them form one problem."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .functional import check_tensors
+
+Granularity = Literal["model", "group", "parameter"] | Sequence[Iterable[Tensor]]
+Collections = list[list[Tensor]]
+
+
+class Groups:
+    """Parameters that were given without an optimizer."""
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        self.param_groups = param_groups
+
+
+def parameter_source(source: torch.optim.Optimizer | Iterable[Any]) -> torch.optim.Optimizer | Groups:
+    """What has ``param_groups``: an optimizer, which is asked anew each round, or groups made of parameters."""
+    if isinstance(source, torch.optim.Optimizer):
+        return source
+    values = [] if isinstance(source, Tensor) or not isinstance(source, Iterable) else list(source)
+    if values and all(isinstance(value, dict) for value in values):
+        groups = values
+    else:
+        groups = [{"params": check_tensors("optimizer_or_params", values or source)}]
+    for group in groups:
+        if "params" not in group:
+            raise ValueError(f"a parameter group must have 'params'; found keys {sorted(group)}")
+    groups = [{"params": check_tensors("params", _as_list(group["params"]))} for group in groups]
+    if not any(group["params"] for group in groups):
+        raise ValueError("optimizer_or_params holds no parameters")
+    return Groups(groups)
+
+
+def _as_list(params: Any) -> Any:
+    """A group may hold a single tensor, as optimizers allow."""
+    return [params] if isinstance(params, Tensor) else params
+
+
+def check_parameters(
+    parameters: Sequence[Tensor], shared: dict[int, Tensor] | None, row_dtype: torch.dtype | None
+) -> None:
+    for p in parameters:
+        if not p.is_leaf:
+            raise ValueError(f"parameters must be leaves of the graph; found {list(p.shape)} with {p.grad_fn}")
+    dtypes = sorted({str(p.dtype) for p in parameters})
+    if len(dtypes) > 1 and row_dtype is None:
+        raise ValueError(
+            f"parameters have several dtypes ({', '.join(dtypes)}); choose one for the rows with row_dtype"
+        )
+    known = {id(p) for p in parameters}
+    for p in (shared or {}).values():
+        if p.requires_grad and id(p) not in known:
+            raise ValueError(f"shared holds a tensor {list(p.shape)} that is none of the parameters")
+
+
+def check_granularity(granularity: Granularity) -> Literal["model", "group", "parameter"] | Collections:
+    """Its name, or each collection as a list."""
+    if granularity in ("model", "group", "parameter"):
+        return granularity
+    if isinstance(granularity, str) or not isinstance(granularity, Iterable):
+        raise ValueError(
+            "granularity must be 'model', 'group', 'parameter' or a sequence of collections of parameters; "
+            f"found {granularity!r}"
+        )
+    collections = [check_tensors(f"granularity[{g}]", collection) for g, collection in enumerate(granularity)]
+    owner: dict[int, int] = {}
+    for g, collection in enumerate(collections):
+        for p in collection:
+            if owner.setdefault(id(p), g) != g:
+                raise ValueError(
+                    f"granularity[{owner[id(p)]}] and granularity[{g}] both hold a parameter of shape {list(p.shape)}"
+                )
+    return collections
+
+
+def problem_of_each(
+    parameters: Sequence[Tensor],
+    granularity: Literal["model", "group", "parameter"] | Collections,
+    groups: Sequence[dict[str, Any]],
+    shared: dict[int, Tensor] | None,
+) -> list[int] | None:
+    """For each parameter the number of its problem; None where there is one for all.
+
+    Raises:
+        ValueError: collections without a parameter that undergoes surgery, or with one that is not there.
+    """
+    if granularity == "model":
+        return None
+    if granularity == "parameter":
+        return list(range(len(parameters)))
+    collections = [group["params"] for group in groups] if granularity == "group" else granularity
+    owner = {id(p): g for g, collection in enumerate(collections) for p in collection}
+    if isinstance(granularity, list):
+        _check_collections(parameters, granularity, owner, shared)
+    return [owner.get(id(p), 0) for p in parameters]
+
+
+def _check_collections(
+    parameters: Sequence[Tensor], collections: Collections, owner: dict[int, int], shared: dict[int, Tensor] | None
+) -> None:
+    for p in parameters:
+        if id(p) not in owner and (shared is None or id(p) in shared):
+            raise ValueError(
+                "granularity must hold every parameter that undergoes surgery; "
+                f"one of shape {list(p.shape)} is in none of the {len(collections)} collections"
+            )
+    known = {id(p) for p in parameters}
+    for g, collection in enumerate(collections):
+        for p in collection:
+            if p.requires_grad and id(p) not in known:
+                raise ValueError(f"granularity[{g}] holds a tensor {list(p.shape)} that is none of the parameters")

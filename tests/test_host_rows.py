@@ -1,0 +1,121 @@
+"""Rows in host memory, filled by copies that come late."""
+
+import pytest
+import torch
+
+from fastpcgrad import host_rows
+from fastpcgrad.host_rows import CudaCopies, HostRows, copies_for, row_width
+from tests.late_copies import LateCopies
+from tests.linear_problems import KINDS, Kind
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
+
+
+def rows_of(kinds, dtype=torch.float32):
+    """Rows for parameters of these kinds, and gradients as autograd lays them out."""
+    parameters = [kind.parameter(torch.float32) for kind in kinds]
+    grads = [torch.randn_like(torch.empty_like(p, requires_grad=False)) for p in parameters]
+    copies = LateCopies()
+    return HostRows(parameters, [g.stride() for g in grads], dtype, copies), copies, grads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_several_tasks_are_in_their_places_after_the_wait(dtype):
+    rows, _, grads = rows_of(KINDS, dtype)
+    places = [[rows.copy(task, index, g * (task + 1)) for index, g in enumerate(grads)] for task in range(3)]
+    rows.wait()
+    for task, row in enumerate(places):
+        for place, g in zip(row, grads, strict=True):
+            assert place.stride() == g.stride() and place.dtype == dtype
+            assert torch.equal(place, (g * (task + 1)).to(dtype))
+
+
+def test_gradients_with_other_strides_take_those_of_the_place():
+    rows, _, _ = rows_of([Kind((4, 3)), Kind((6,))])
+    grads = [torch.randn(3, 4).t(), torch.ones(1).expand(6)]
+    places = [rows.copy(0, index, g) for index, g in enumerate(grads)]
+    rows.wait()
+    assert all(torch.equal(place, g) for place, g in zip(places, grads, strict=True))
+
+
+def test_a_row_is_one_piece_that_is_locked_once_and_only_for_tasks_that_come():
+    rows, copies, grads = rows_of([Kind((7,)), Kind((33,))])
+    for task in (2, 2, 5):
+        for index, g in enumerate(grads):
+            rows.copy(task, index, g)
+    rows.wait()
+    assert copies.locked == [4 * (16 + 48)] * 2
+    first, second = (rows.copy(2, index, g) for index, g in enumerate(grads))
+    assert second.data_ptr() - first.data_ptr() == 64
+
+
+def test_no_elements_need_no_lock():
+    rows, copies, (grad,) = rows_of([Kind((0,))])
+    rows.copy(0, 0, grad)
+    assert copies.locked == []
+
+
+def test_further_gradients_are_added_in_the_rows_dtype():
+    rows, _, (g,) = rows_of([Kind((5, 3), "transposed")], torch.bfloat16)
+    place = rows.copy(0, 0, g)
+    rows.add(place, g)
+    rows.add(place, g * 3)
+    rows.wait()
+    narrow = g.bfloat16()
+    assert torch.equal(place, narrow + narrow + (g * 3).bfloat16())
+
+
+def test_an_addition_of_a_row_that_was_given_up_does_not_reach_the_next():
+    rows, _, (g,) = rows_of([Kind((4,))])
+    rows.add(rows.copy(0, 0, g), g)
+    place = rows.copy(0, 0, g * 2)
+    rows.wait()
+    assert torch.equal(place, g * 2)
+
+
+def test_fetching_sees_what_was_copied_and_added():
+    rows, _, (g,) = rows_of([Kind((4,))])
+    place = rows.copy(0, 0, g)
+    assert torch.equal(rows.fetch(place), g)
+    rows.add(place, g)
+    assert torch.equal(rows.fetch(place), g + g)
+
+
+def test_no_more_than_the_limit_is_on_its_way(monkeypatch):
+    monkeypatch.setattr(host_rows, "IN_FLIGHT", 100)
+    rows, copies, grads = rows_of([Kind((10,))] * 6)
+    for index, g in enumerate(grads):
+        place = rows.copy(0, index, g)
+        assert sum(source.nbytes for source, _ in copies.waiting) <= 100
+    assert copies.waiting and not torch.equal(place, grads[-1])
+
+
+@pytest.mark.parametrize(("device", "row_device"), [(CPU, None), (CPU, "cpu"), (CUDA, None), (CUDA, "cuda:1")])
+def test_rows_that_lie_where_the_parameters_are_need_no_copies(device, row_device):
+    assert copies_for(device, row_device) is None
+
+
+def test_a_device_without_an_index_is_the_parameters_own():
+    assert copies_for(CUDA, torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "row_device"),
+    [(CPU, "cuda"), (CPU, "meta"), (CUDA, "cuda:0"), (torch.device("meta"), "cpu"), (CPU, "nowhere"), (CPU, 2.5)],
+)
+def test_other_devices_are_refused(device, row_device):
+    with pytest.raises(ValueError, match="row_device") as caught:
+        copies_for(device, row_device)
+    assert str(row_device) in str(caught.value)
+
+
+def test_parameters_on_a_gpu_may_have_their_rows_on_the_host(monkeypatch):
+    monkeypatch.setattr(CudaCopies, "__init__", lambda self, device: None)
+    assert isinstance(copies_for(CUDA, "cpu"), CudaCopies)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_blocks_begin_at_multiples_of_64_bytes(dtype):
+    for width in (0, 1, 7, 8, 16, 33):
+        assert width <= row_width(width, dtype) < width + 64
+        assert row_width(width, dtype) * dtype.itemsize % 64 == 0
