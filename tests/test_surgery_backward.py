@@ -1,4 +1,4 @@
-"""surgery.backward: a whole round at once, from functions with forwards of their own or from losses that share a graph."""
+"""surgery.backward: a whole round at once, from functions that run forwards of their own or from losses of a graph."""
 
 import weakref
 
