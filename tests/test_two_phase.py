@@ -1,0 +1,290 @@
+"""Surgery in two phases: the numbers of the ordinary way, less memory, and what it refuses."""
+
+import random
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from fastpcgrad import methods, reference
+from fastpcgrad.merging import merge
+from fastpcgrad.task_gradients import TaskGradients
+from fastpcgrad.two_phase import two_phase
+from tests import graph_models
+from tests.linear_problems import random_problem
+
+for_every_model = pytest.mark.parametrize("kind", graph_models.MODELS, ids=lambda kind: kind.__name__)
+METHODS = {
+    "paper": lambda: methods.PCGrad(generator=torch.Generator().manual_seed(2)),
+    "drop-in": lambda: methods.PCGrad("pytorch-pcgrad", generator=random.Random(2)),
+    "libmtl": lambda: methods.PCGrad("libmtl", generator=random.Random(2)),
+    "UPGrad": methods.UPGrad,
+    "MGDA": methods.MGDA,
+    "CAGrad": lambda: methods.CAGrad(0.5),
+    "Mean": methods.Mean,
+}
+
+
+@pytest.fixture
+def any_share(monkeypatch):
+    """Small models have parameters that are more than half of them."""
+    monkeypatch.setattr("fastpcgrad.two_phase._check_held", lambda *_: None)
+
+
+def rows_of(losses, parameters):
+    return [list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)) for loss in losses]
+
+
+def ordinary(losses, parameters, method, shared=None):
+    grads = TaskGradients(parameters)
+    for t, row in enumerate(rows_of(losses, parameters)):
+        grads.put(t, row)
+    return merge(grads, method, shared, in_place=False)
+
+
+def flat(grads):
+    return torch.cat([g.double().flatten() for g in grads if g is not None])
+
+
+def assert_merged_close(found, expected, weights, rows, tolerance):
+    """The measure that all comparisons use: relative to the sum of what is merged."""
+    assert [g is None for g in found] == [g is None for g in expected]
+    scale = sum(abs(w) * flat(row).norm() for w, row in zip(weights.tolist(), rows, strict=True))
+    assert (flat(found) - flat(expected)).norm() <= tolerance * scale
+
+
+@for_every_model
+@pytest.mark.parametrize("name", METHODS)
+def test_it_is_the_ordinary_way(kind, name, any_share):
+    model = kind().double()
+    parameters = list(model.parameters())
+    for tasks in (1, 2, 3, 5):
+        losses = model(tasks)
+        expected_report, expected = ordinary(losses, parameters, METHODS[name]())
+        report, found = two_phase(losses, parameters, METHODS[name]())
+        torch.testing.assert_close(report.gram, expected_report.gram)
+        torch.testing.assert_close(report.weights, expected_report.weights)
+        assert report.tasks == expected_report.tasks
+        assert [g is None for g in found] == [g is None for g in expected]
+        torch.testing.assert_close(flat(found), flat(expected))
+        assert all(p.grad is None for p in parameters)
+
+
+@for_every_model
+def test_single_precision_is_within_the_common_tolerance_of_the_oracle(kind, any_share):
+    """Against the oracle on float64 gradients of the same float32 model; what the float32 rows lost is allowed too."""
+    model = kind()
+    parameters = list(model.parameters())
+    losses = model(4)
+    single = rows_of(losses, parameters)
+    report, found = two_phase(losses, parameters, methods.PCGrad("tensorflow"))
+    double = kind().double()
+    double.load_state_dict(model.state_dict())
+    double_parameters = list(double.parameters())
+    double.x = model.x.double()
+    rows = rows_of(double(4), double_parameters)
+    lost = max((flat(s) - flat(r)).norm() / flat(r).norm() for s, r in zip(single, rows, strict=True))
+    expected = reference.merge(rows, double_parameters, "tensorflow")
+    assert_merged_close(found, expected, report.weights, rows, 1e-6 + 2 * lost)
+
+
+@pytest.mark.parametrize("variant", ["paper", "pytorch-pcgrad", "tensorflow", "torchjd", "libmtl"])
+def test_any_presence_is_the_oracles(variant, any_share):
+    for seed in range(40):
+        problem = random_problem(seed)
+        parameters = problem.parameters(torch.float64)
+        method = methods.PCGrad(variant, generator=random.Random(seed))
+        _, found = two_phase(problem.losses(parameters), parameters, method)
+        expected = reference.merge(problem.gradients, parameters, variant, random.Random(seed))
+        assert [g is None for g in found] == [g is None for g in expected]
+        for f, e in zip(found, expected, strict=True):
+            if e is not None:
+                torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_parameters_that_are_not_shared_are_summed(name):
+    model = graph_models.Heads().double()
+    parameters = list(model.parameters())
+    shared = [index % 3 != 0 for index in range(len(parameters))]
+    losses = model(3)
+    expected_report, expected = ordinary(losses, parameters, METHODS[name](), shared)
+    report, found = two_phase(losses, parameters, METHODS[name](), shared=shared)
+    torch.testing.assert_close(report.gram, expected_report.gram)
+    torch.testing.assert_close(flat(found), flat(expected))
+
+
+def test_half_precision_parameters():
+    model = graph_models.Residual().to(torch.bfloat16)
+    parameters = list(model.parameters())
+    losses = model(3)
+    rows = rows_of(losses, parameters)
+    report, found = two_phase(losses, parameters, methods.UPGrad(), retain_graph=True)
+    _, expected = ordinary(losses, parameters, methods.UPGrad())
+    assert all(g.dtype == torch.bfloat16 for g in found)
+    assert_merged_close(found, expected, report.weights, rows, 2e-2)
+
+
+def test_parameters_of_several_dtypes(any_share):
+    model = graph_models.MLP()
+    model.layers[2].double()
+    h = model.x
+    for layer in model.layers:
+        h = layer(h.to(layer.weight.dtype)).tanh()
+    losses, parameters = graph_models.losses_of(h, 3), list(model.parameters())
+    report, found = two_phase(losses, parameters, methods.Sum(), retain_graph=True)
+    rows = rows_of(losses, parameters)
+    exact = torch.stack([flat(row) for row in rows])
+    torch.testing.assert_close(report.gram, exact @ exact.T, rtol=1e-6, atol=0)
+    assert [g.dtype for g in found] == [p.dtype for p in parameters]
+    torch.testing.assert_close(flat(found), exact.sum(dim=0), rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_gradients(any_share):
+    embedding = nn.Embedding(5, 3, sparse=True, dtype=torch.float64)
+    losses = [embedding(torch.tensor([0, 1])).sum(), -embedding(torch.tensor([1, 4])).sum()]
+    rows = [[g.to_dense() for g in row] for row in rows_of(losses, [embedding.weight])]
+    _, (merged,) = two_phase(losses, [embedding.weight], methods.PCGrad("tensorflow"))
+    expected = reference.merge(rows, [embedding.weight], "tensorflow")[0]
+    torch.testing.assert_close(merged.to_dense(), expected)
+
+
+def test_grad_and_hooks_of_others_are_left_alone():
+    model = graph_models.MLP()
+    parameters = list(model.parameters())
+    parameters[0].grad = kept = torch.ones_like(parameters[0])
+    frozen = model.layers[5].bias
+    two_phase(model(3), [p for p in parameters if p is not frozen], methods.Mean())
+    assert parameters[0].grad is kept and (kept == 1).all()
+    assert all(p.grad is None for p in parameters[1:])
+
+
+def test_the_result_is_no_memory_of_the_graph():
+    """A gradient that the graph keeps must not be what an optimizer scales in place."""
+    weight = torch.ones(3, requires_grad=True)
+
+    class Constant(torch.autograd.Function):
+        kept = torch.full((3,), 2.0)
+
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return Constant.kept.mul_(0).add_(2 * grad)
+
+    _, (merged,) = two_phase([Constant.apply(weight)], [weight], methods.Sum())
+    merged.zero_()
+    assert (Constant.kept == 2).all()
+
+
+def test_the_graph_is_freed_unless_it_is_retained():
+    model = graph_models.MLP()
+    losses, parameters = model(3), list(model.parameters())
+    _, first = two_phase(losses, parameters, methods.Mean(), retain_graph=True)
+    _, again = two_phase(losses, parameters, methods.Mean())
+    torch.testing.assert_close(flat(first), flat(again), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        two_phase(losses, parameters, methods.Mean())
+
+
+@pytest.mark.parametrize("method", [methods.PCGrad("tensorflow"), methods.MGDA(), methods.Krum(1)])
+def test_what_is_not_finite_is_seen(method):
+    """Even where the task has no weight: its overflow must reach the merged gradient."""
+    model = graph_models.MLP()
+    parameters = list(model.parameters())
+    losses = model(4)
+    losses[3] = losses[3] * torch.inf
+    _, found = two_phase(losses, parameters, method)
+    assert not flat(found).isfinite().any() or not all(g.isfinite().all() for g in found)
+
+
+def clipped(model, where):
+    h = model.x
+    for place, layer in enumerate(model.layers):
+        h = layer(h).tanh()
+        if place == where:
+            h.register_hook(lambda g: g / g.norm())
+    return graph_models.losses_of(h, 3)
+
+
+class TestRefusals:
+    """``.grad`` is as it was."""
+
+    @pytest.fixture(autouse=True)
+    def model(self):
+        self.model = graph_models.MLP()
+        self.parameters = list(self.model.parameters())
+        self.parameters[0].grad = torch.ones_like(self.parameters[0])
+        yield
+        assert (self.parameters[0].grad == 1).all()
+        assert all(p.grad is None for p in self.parameters[1:])
+
+    def refuses(self, kind, *words, losses=None, parameters=None, method=None):
+        with pytest.raises(kind, match=".*".join(map(re.escape, words))):
+            two_phase(losses or self.model(3), parameters or self.parameters, method or methods.Mean())
+
+    def test_a_method_that_needs_rows(self):
+        self.refuses(TypeError, "GradDrop", method=methods.GradDrop())
+
+    def test_a_method_that_works_on_each_parameter(self):
+        self.refuses(ValueError, "tensorlogic", method=methods.PCGrad("tensorlogic"))
+
+    def test_parameters_that_are_no_leaves(self):
+        self.refuses(ValueError, "parameters[0]", "MulBackward0", parameters=[self.parameters[0] * 2])
+
+    def test_hooks_that_want_a_tasks_gradient(self):
+        self.parameters[3].register_post_accumulate_grad_hook(lambda p: None)
+        self.refuses(ValueError, "parameters[3]")
+
+    def test_losses_that_are_none(self):
+        self.refuses(ValueError, "losses[0]", losses=[torch.zeros(3, requires_grad=True)])
+
+    @pytest.mark.parametrize("where", [0, 2, 5])
+    def test_a_hook_on_an_activation_that_is_not_linear(self, where):
+        self.refuses(RuntimeError, "linear", losses=clipped(self.model, where))
+
+    def test_a_hook_on_a_parameter_that_is_not_linear(self):
+        self.parameters[4].register_hook(lambda g: g / g.norm())
+        self.refuses(RuntimeError, "linear")
+
+    def test_a_custom_function_that_is_not_linear(self):
+        class Sign(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad.sign()
+
+        h = self.model.x
+        for layer in self.model.layers:
+            h = Sign.apply(layer(h).tanh())
+        self.refuses(RuntimeError, "linear", losses=graph_models.losses_of(h, 3))
+
+    def test_a_graph_in_one_piece(self):
+        class Whole(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *tensors):
+                return sum(t.sum() for t in tensors)
+
+            @staticmethod
+            def backward(ctx, grad):
+                return tuple(grad.expand_as(p) for p in parameters)
+
+        parameters = self.parameters
+        whole = Whole.apply(*parameters)
+        self.refuses(ValueError, "252 of 252", "3", losses=[whole, whole * 2, -whole])
+
+
+def test_a_hook_on_a_parameter_that_is_linear_is_obeyed():
+    model = graph_models.Tied().double()
+    parameters = list(model.parameters())
+    parameters[0].register_hook(lambda g: g * 0.5)
+    losses = model(3)
+    _, expected = ordinary(losses, parameters, methods.PCGrad("tensorflow"))
+    _, found = two_phase(losses, parameters, methods.PCGrad("tensorflow"))
+    torch.testing.assert_close(flat(found), flat(expected))
