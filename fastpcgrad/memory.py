@@ -23,7 +23,7 @@ class MemoryUse:
 
     Attributes:
         device: whose memory.
-        rows: the T rows.
+        rows: the T rows, or in two phases what there is of them at once.
         merged: the merged gradient where it is not one of the rows.
         accumulation: the sums of one stay in a task before they are rounded to its row.
         transient: gradients on their way to a row, beside it.
@@ -119,6 +119,14 @@ def plan_memory(
         MemoryUse(device, 0, merged, sums, sent, total, free),
         MemoryUse(host, rows, 0, 0, staged, rows + staged, free_memory(host)),
     )
+
+
+def plan_two_phase(tasks: int, parameters: Sequence[Tensor]) -> MemoryPlan:
+    """The plan for T pieces at a time, each of the size that ``two_phase`` aims at, and then the merged gradient."""
+    device = parameters[0].device if parameters else torch.device("cpu")
+    sizes = [p.nbytes for p in parameters]
+    pieces, merged = max(sum(sizes), tasks * max(sizes, default=0)), sum(sizes)
+    return MemoryPlan(MemoryUse(device, pieces, merged, 0, 0, max(pieces, merged), free_memory(device)))
 
 
 def _merging(tasks: int, parameters: Sequence[Tensor], row_dtype: torch.dtype) -> int:

@@ -117,7 +117,7 @@ class MovedGradients(TaskGradients):
 
     def clear(self) -> None:
         """Forget all rows, and give the memory back at once: to save memory is what such rows are for."""
-        self._forget()
+        self.free()
 
     def _nothing(self) -> Row:
         return [None] * len(self._strides)

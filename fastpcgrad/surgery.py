@@ -14,13 +14,14 @@ from torch import Tensor
 
 from . import host_rows
 from .functional import check_loss, check_losses, check_tensors
-from .memory import MemoryPlan, plan_memory
+from .memory import MemoryPlan, plan_memory, plan_two_phase
 from .merging import merge
 from .methods import Method, PCGrad, check_method
 from .moved_gradients import MovedGradients, check_accumulate_dtype
 from .parameters import Granularity, check_granularity, check_parameters, parameter_source, problem_of_each
 from .report import ConflictReport
 from .task_gradients import Row, TaskGradients
+from .two_phase import two_phase as run_in_two_phases
 
 _GRAD, _KIND = attrgetter("grad"), attrgetter("dtype", "device", "shape")
 
@@ -134,7 +135,11 @@ class GradientSurgery:
         return _Task(self, index)
 
     def backward(
-        self, losses: Sequence[Forward | None] | Sequence[Tensor | None] | Tensor, *, retain_graph: bool = False
+        self,
+        losses: Sequence[Forward | None] | Sequence[Tensor | None] | Tensor,
+        *,
+        retain_graph: bool = False,
+        two_phase: bool = False,
     ) -> ConflictReport:
         """A whole round: run each task's loss backward inside its task, then ``merge``.
 
@@ -143,12 +148,17 @@ class GradientSurgery:
                 scalar loss, or None; each graph is freed before the next forward. Or scalar tensors, or one tensor
                 ``[T]``, which may share a graph.
             retain_graph: keep the graphs for another backward pass; else the last pass over tensors frees them.
+            two_phase: make no rows, but the Gram matrix piece by piece of the graph, then the merged gradient in one
+                weighted backward pass: about N elements at once instead of T·N, for one more backward pass. For
+                tensors only. See ``fastpcgrad.two_phase``.
         Returns:
             what conflicted and what became of it.
         Raises:
-            TypeError: losses that are neither functions nor real floating-point tensors, or both.
+            TypeError: losses that are neither functions nor real floating-point tensors, or both; functions or a
+                method that needs the rows with ``two_phase``.
             ValueError: not T of them, all absent, not scalar, without grad, on several devices.
             RuntimeError: inside a task, rows of this round are filled, or a function ran backward but returned None.
+            ValueError, RuntimeError: what ``two_phase`` cannot do or finds to be wrong.
             Whatever a forward or backward pass raises. Errors within the round discard it; ``.grad`` is then as
             before, but None where it held the last merged gradient, which ends as the round begins.
         Example:
@@ -164,6 +174,8 @@ class GradientSurgery:
         if filled := self._rows_now().tasks:
             raise RuntimeError(f"backward() with rows of tasks {filled} filled: call merge() or discard() first")
         tensors, forwards = _check_round(losses, self.num_tasks)
+        if two_phase:
+            return self._in_two_phases(tensors, forwards, retain_graph)
         try:
             if forwards:
                 self._run_forwards(forwards, retain_graph)
@@ -174,11 +186,14 @@ class GradientSurgery:
             self._rows_now().clear()
             raise
 
-    def memory_plan(self) -> MemoryPlan:
+    def memory_plan(self, *, two_phase: bool = False) -> MemoryPlan:
         """Bytes that a round takes beyond model and activations, before anything is allocated.
 
         Every task counts with all parameters: an upper bound where some are touched by some tasks only.
 
+        Args:
+            two_phase: of ``backward(..., two_phase=True)``, as far as it is known before there is a graph: pieces may
+                be somewhat larger, and what crosses from one to the next counts as activations.
         Warns:
             MemoryPlanWarning: more than is free.
         Example:
@@ -188,14 +203,17 @@ class GradientSurgery:
         """
         self._resolve()
         moved = self._moved
-        plan = plan_memory(
-            self.num_tasks,
-            self._parameters,
-            self._rows_now().dtype,
-            moved=moved is not None,
-            accumulate_dtype=None if moved is None else moved.accumulate_dtype,
-            on_host=moved is not None and moved.on_host,
-        )
+        if two_phase:
+            plan = plan_two_phase(self.num_tasks, self._parameters)
+        else:
+            plan = plan_memory(
+                self.num_tasks,
+                self._parameters,
+                self._rows_now().dtype,
+                moved=moved is not None,
+                accumulate_dtype=None if moved is None else moved.accumulate_dtype,
+                on_host=moved is not None and moved.on_host,
+            )
         plan.warn()
         return plan
 
@@ -214,10 +232,9 @@ class GradientSurgery:
             raise RuntimeError(f"merge() inside task({self._inside.index}): leave the task first")
         if not grads.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
-        shared = None if self._shared is None else [id(p) in self._shared for p in self._parameters]
         if self.accumulate == "mean":
             grads.average()
-        report, merged = merge(grads, self.method, shared, self._problems, in_place=True)
+        report, merged = merge(grads, self.method, self._shared_ones(), self._problems, in_place=True)
         if self._moved is None:
             for p, own in zip(self._parameters, merged, strict=True):
                 p.grad = own
@@ -295,6 +312,38 @@ class GradientSurgery:
                 tasks.open(index)
                 loss.backward(retain_graph=retain_graph or left > 0)
                 tasks.close()
+
+    def _in_two_phases(
+        self, losses: dict[int, Tensor], forwards: dict[int, Forward], retain_graph: bool
+    ) -> ConflictReport:
+        if forwards:
+            raise TypeError(f"two_phase needs losses, not functions; found functions for tasks {list(forwards)}")
+        if self.granularity != "model":
+            raise ValueError(f"two_phase solves one problem; found granularity={self.granularity!r}")
+        self._resolve()
+        if self._moved is not None:
+            raise ValueError(
+                "two_phase keeps no rows: leave row_dtype, row_device and accumulate_dtype None; found "
+                f"{self.row_dtype}, {self.row_device}, {self.accumulate_dtype}"
+            )
+        self._rows_now().free()
+        if self._merged:
+            self._release_merged()
+        report, self._merged = run_in_two_phases(
+            list(losses.values()),
+            self._parameters,
+            self.method,
+            tasks=list(losses),
+            shared=self._shared_ones(),
+            retain_graph=retain_graph,
+        )
+        for p, own in zip(self._parameters, self._merged, strict=True):
+            p.grad = own
+        return report
+
+    def _shared_ones(self) -> list[bool] | None:
+        """For each parameter whether it undergoes surgery; None: as the method's scope says."""
+        return None if self._shared is None else [id(p) in self._shared for p in self._parameters]
 
     def _run_forwards(self, forwards: dict[int, Forward], retain_graph: bool) -> None:
         """Each forward, and its loss backward, inside its task."""

@@ -133,10 +133,11 @@ class TaskGradients:
         if not self._rows:
             return
         self._spent = [self._rows[t] for t in self.tasks] if self.device.type == "cpu" else []
-        self._forget()
-
-    def _forget(self) -> None:
         self._rows, self._stays, self._averaged = {}, {}, False
+
+    def free(self) -> None:
+        """Forget all rows, and give the memory back at once."""
+        self._rows, self._stays, self._averaged, self._spent = {}, {}, False, []
 
     def _plain(self, grad: Tensor | None, own: _Own) -> Tensor | None:
         """The gradient itself if it is a dense tensor of its own with the rows' dtype, else a copy that is."""

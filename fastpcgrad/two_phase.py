@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import GraphExecGroup
 
-from ._ops import KERNELS
+from ._ops import KERNELS, Figures
 from .functional import check_losses, check_tensors
 from .graph_pieces import Graph, Open
 from .methods import Elementwise, Method
@@ -25,6 +25,7 @@ def two_phase(
     parameters: Sequence[Tensor],
     method: Method,
     *,
+    tasks: Sequence[int] | None = None,
     shared: Sequence[bool] | None = None,
     retain_graph: bool = False,
 ) -> tuple[ConflictReport, Row]:
@@ -34,22 +35,24 @@ def two_phase(
         losses: T scalar losses, or one tensor ``[T]``; of one graph or of several.
         parameters: leaves, each once.
         method: makes weights of the Gram matrix.
+        tasks: the index of each loss's task, ascending; None: its place.
         shared: for each parameter whether it undergoes surgery; the others are summed. None: the method's scope.
         retain_graph: keep the graph for another backward pass.
     Returns:
         the report, and for each parameter its merged gradient, None where it has none. ``.grad`` is as it was.
     """
-    tasks = check_losses(losses)
+    found = check_losses(losses)
     _check_method(method)
     _check_parameters(parameters)
-    graph = Graph(tasks, parameters)
-    classes, grams = _grams(graph, tasks, parameters, method, shared)
+    graph = Graph(found, parameters)
+    classes, grams = _grams(graph, found, parameters, method, shared)
     gram = grams[_WHOLE] + grams[_PARTIAL]
-    solution = method.checked_solve(gram)
+    indices = tuple(range(len(found)) if tasks is None else tasks)
+    solution = method.checked_solve(gram, indices)
     weights = [solution.weights, method.partial_weights(solution.weights), torch.ones_like(solution.weights)]
-    merged = _weighted_backward(tasks, parameters, classes, weights, retain_graph)
+    merged = _weighted_backward(found, parameters, classes, weights, retain_graph)
     _check_linear(parameters, classes, grams, weights, merged, graph)
-    return ConflictReport(tuple(range(len(tasks))), gram, solution.weights, solution.coefficients, None), merged
+    return ConflictReport(indices, lambda: Figures(gram, *solution)), merged
 
 
 def _check_method(method: Method) -> None:
