@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import methods
+from ._compiled import explain
 from .functional import check_losses, check_tensors
 from .merging import merge
 from .task_gradients import TaskGradients
@@ -90,9 +91,13 @@ def _merged(
     method = methods.check_method(method, methods.PCGrad)
     inputs = list({id(target): target for target in targets}.values())
     grads = TaskGradients(inputs)
-    for t, loss in enumerate(losses):
-        keep = retain_graph or t < len(losses) - 1
-        grads.put(t, list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)))
+    try:
+        for t, loss in enumerate(losses):
+            keep = retain_graph or t < len(losses) - 1
+            grads.put(t, list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)))
+    except RuntimeError as error:
+        explain(error)
+        raise
     # Not in place: what autograd.grad returns may be a tensor of the graph's own.
     _, merged = merge(grads, method, in_place=False)
     return dict(zip(map(id, inputs), merged, strict=True))

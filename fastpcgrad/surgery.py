@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import host_rows
+from ._compiled import explain
 from .functional import check_loss, check_losses, check_tensors
 from .memory import MemoryPlan, plan_memory, plan_two_phase
 from .merging import merge
@@ -430,6 +431,7 @@ class _Tasks:
                 surgery._moved.drop()
         for p, grad in self._aside:
             p.grad = grad
+        explain(error)
 
     def _move_all(self) -> None:
         """What came without a hook: gradients that were assigned."""
