@@ -65,7 +65,8 @@ def test_a_shared_graph_is_refused_with_the_remedy(setting, method, call):
     with pytest.raises(RuntimeError, match=REMEDY) as raised:
         call(setting, method)
     assert "donated buffer" in str(raised.value.__cause__)
-    assert all(p.grad is grad and torch.equal(grad, values) for p, (grad, values) in zip(setting.parameters, before))
+    for p, (grad, values) in zip(setting.parameters, before, strict=True):
+        assert p.grad is grad and torch.equal(grad, values)
 
 
 def test_rows_that_were_there_stay_and_the_refused_task_is_absent(setting, method):

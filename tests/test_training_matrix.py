@@ -6,7 +6,6 @@ the oracle runs under the same autocast, so that only the surgery differs.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Iterator
