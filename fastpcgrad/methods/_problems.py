@@ -1,10 +1,10 @@
 """What methods share: a batch of problems, checked, with those that are not finite set apart.
 
-On a CPU the methods compute in NumPy, whose calls on T×T arrays cost a fraction of torch's. What has few steps also
+On a CPU the methods compute in NumPy, whose calls on T×T arrays cost a fraction of torch's. What needs no solver also
 runs in torch, on the device of G: it is written once against what the two modules have in common, with the module as
 ``xp``.
 
-Small iterative solvers run in NumPy on the host, whatever the device of the Gram matrix: a T×T problem takes tens of
+Solvers and eigenvalues are computed on the host, whatever the device of the Gram matrix: a T×T problem takes tens of
 dependent steps of a few operations each, which on a GPU are kernel launches and take milliseconds; a copy of G to the
 host, which waits for the device once, and a solver there take a fraction of that.
 """
@@ -27,7 +27,7 @@ Indices = NDArray[np.intp]
 
 
 class HostMethod(Method):
-    """A method whose weights come from a solver in NumPy; ``solve`` waits for the device of ``gram``."""
+    """A method whose weights are computed on the host; ``solve`` waits for the device of ``gram``."""
 
     @abstractmethod
     def solve_on_host(self, gram: Array) -> Array:

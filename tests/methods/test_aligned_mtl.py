@@ -67,11 +67,6 @@ def test_a_batch_is_a_loop(mode):
     contract.check_batch_is_a_loop(lambda: AlignedMTL(scale_mode=mode))
 
 
-@for_every_mode
-def test_in_torch_it_gives_what_it_gives_in_numpy(mode):
-    contract.check_in_torch(lambda: AlignedMTL(torch.tensor([1.0, 2.0, 3.0, 4.0]), mode))
-
-
 def test_not_finite():
     contract.check_not_finite_stays_in_its_problem(AlignedMTL)
 
@@ -103,7 +98,7 @@ def test_bad_arguments_name_what_was_found(arguments, words):
 
 
 def test_a_preference_for_other_tasks_is_refused():
-    with pytest.raises(ValueError, match=r"pref_vector must be \[2\].*found \[3\]"):
+    with pytest.raises(ValueError, match=r"pref_vector has 3 .* found 2"):
         AlignedMTL(torch.ones(3)).weights(torch.eye(2, dtype=torch.float64))
 
 

@@ -60,10 +60,6 @@ def test_scaled_gradients_give_the_same_weights():
     contract.check_scaled_gradients_give_the_same_weights(IMTLG)
 
 
-def test_in_torch_it_gives_what_it_gives_in_numpy():
-    contract.check_in_torch(IMTLG)
-
-
 def test_bad_grams_are_refused():
     contract.check_bad_grams_are_refused(IMTLG)
 
