@@ -36,7 +36,8 @@ class HostMethod(Method):
     def solve(self, gram: Tensor) -> Solution:
         problems, finite = on_host(gram)
         weights = self.solve_on_host(problems)
-        weights[~finite] = np.nan
+        if not finite.all():
+            weights[~finite] = np.nan
         return Solution(from_host(weights, gram), None)
 
 

@@ -27,11 +27,11 @@ class IMTLG(HostMethod):
     def solve_on_host(self, gram: Array) -> Array:
         values, vectors, kept = spectrum(gram)
         squared = gram.diagonal(0, 1, 2)
-        coordinates = np.matmul(np.sqrt(squared)[:, None, :], vectors) * (kept / values)[:, None, :]
-        solution: Array = np.matmul(vectors, coordinates.swapaxes(1, 2))[:, :, 0]
-        total = solution.sum(axis=1, keepdims=True)
-        there = np.abs(total) * np.sqrt(squared.sum(axis=1, keepdims=True)) >= 1e-12
-        return np.where(there, solution / np.where(there, total, 1.0), 0.0)
+        coordinates = np.matmul(vectors.swapaxes(1, 2), np.sqrt(squared)[:, :, None])
+        solution = np.matmul(vectors, (kept / values)[:, :, None] * coordinates)[:, :, 0]
+        total = np.add.reduce(solution, axis=1, keepdims=True)
+        there = np.abs(total) * np.sqrt(np.add.reduce(squared, axis=1, keepdims=True)) >= 1e-12
+        return np.divide(solution, total, out=np.zeros_like(solution), where=there)
 
     def __repr__(self) -> str:
         return "IMTLG()"
