@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,20 +22,29 @@ def mismatch(grams, weights):
 
 @pytest.mark.filterwarnings("ignore:You are solving a parameterized problem:UserWarning")
 @pytest.mark.filterwarnings("ignore:Solution may be inaccurate:UserWarning")
-def test_it_is_torchjds_where_that_has_converged():
-    """TorchJD stops at a residual of 1e-3 of another equation, at times far from the solution; where it is near both
-    agree. It cannot take a single task, and takes 50 ms for two."""
+def test_it_is_torchjds_up_to_what_that_leaves_of_the_equation():
+    """TorchJD looks at the residual of another equation and stops at 1e-3 of it, or after 20 iterations far from a
+    solution. Nowhere is it nearer to the solution than this; and where w_i (G w)_i = 1 + r_i the solution is not far:
+    with A = (w_i G_ij w_j), of which the rows add up to 1 + r, its weights are w_i (1 + δ_i) with (A + I) δ = −r to
+    first order, so that |δ| ≤ |r|. Left out: a single task, which TorchJD cannot take; two equal gradients, where it
+    never gets near; and what has no solution."""
     torchjd = pytest.importorskip("torchjd.aggregation")
     for package in ("cvxpy", "ecos"):
         pytest.importorskip(package)
     compared = 0
-    for name, rows in jacobians(kinds=SOLVABLE, tasks=(2, 3), seeds=range(8), scales=(1.0, 10.0, 100.0)):
-        expected = torchjd.NashMTL(len(rows), max_norm=0.0).weighting(rows)
-        if mismatch(gram(rows), expected) > 1e-3:
-            continue
-        assert difference(rows, unshortened().weights(gram(rows)), expected) <= 3e-3, name
-        compared += 1
-    assert compared >= 100
+    for tasks in (2, 3, 4):
+        theirs = torchjd.NashMTL(tasks, max_norm=0.0).weighting
+        for name, rows in jacobians(kinds=SOLVABLE, tasks=[tasks], seeds=range(10), scales=(1.0, 10.0, 100.0)):
+            if name.startswith("duplicate, T=2"):
+                continue
+            theirs.prvs_alpha = np.ones(tasks)  # begin anew, without compiling the problem again
+            expected = theirs(rows)
+            found, left = unshortened().weights(gram(rows)), mismatch(gram(rows), expected)
+            assert mismatch(gram(rows), found) <= max(left, 1e-10), name
+            if left <= 0.1:
+                assert difference(rows, found, expected) <= 2 * left + 1e-9, name
+                compared += 1
+    assert compared >= 200
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
