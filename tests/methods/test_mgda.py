@@ -1,4 +1,6 @@
-"""MGDA: Frank-Wolfe towards the shortest convex combination of the task gradients."""
+"""MGDA: the shortest convex combination of the task gradients, and Frank-Wolfe towards it."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +9,9 @@ from fastpcgrad.methods.mgda import MGDA
 from tests.methods import contract
 from tests.methods.matrices import difference, gram, jacobian, jacobians
 from tests.methods.properties import given, integer_rows, prop, st
+
+exact = partial(MGDA, solver="exact")
+for_each_solver = pytest.mark.parametrize("make", [MGDA, exact], ids=["frank-wolfe", "exact"])
 
 
 @pytest.mark.parametrize("arguments", [{}, {"epsilon": 1e-5, "max_iters": 17}])
@@ -18,6 +23,31 @@ def test_it_is_torchjds(arguments):
         assert difference(rows, MGDA(**arguments).weights(gram(rows)), expected) <= 1e-9, name
         compared += 1
     assert compared >= 200
+
+
+@given(integer_rows(), st.sampled_from([1e-8, 1.0, 1e8]))
+@prop
+def test_the_exact_solver_reaches_the_minimum(rows, scale):
+    """Necessary and sufficient: α ≥ 0, Σα = 1 and g_j·d ≥ ‖d‖² for all j. Exact for duplicates, opposites, zeros."""
+    weights = exact().weights(gram(scale * rows))
+    assert float(weights.min()) >= 0 and float(weights.sum()) == pytest.approx(1, abs=1e-12)
+    merged = weights @ rows
+    assert float(merged @ merged - (rows @ merged).min()) <= 1e-13 * float(gram(rows).trace())
+
+
+def test_frank_wolfe_approaches_what_the_exact_solver_finds():
+    """Its excess ‖d‖² − min falls at least as 2 diameter²/steps; here to a 30th from 100 to 10 000 steps."""
+    excess = {100: 0.0, 10_000: 0.0}
+    for seed in range(10):
+        rows = jacobian("conflicting", 6, seed)
+        shortest = exact().weights(gram(rows))
+        least = shortest @ gram(rows) @ shortest
+        for steps in excess:
+            weights = MGDA(1e-12, steps).weights(gram(rows))
+            over = float(weights @ gram(rows) @ weights - least)
+            assert -1e-12 <= over <= 2 * float(torch.cdist(rows, rows).max()) ** 2 / steps
+            excess[steps] += over
+    assert excess[10_000] < excess[100] / 30
 
 
 @given(integer_rows())
@@ -42,7 +72,8 @@ def test_two_tasks_have_the_closed_form(rows, scale):
     apart = (a - b) @ (a - b)
     share = float((b @ (b - a) / apart).clamp(0, 1)) if apart > 0 else 0.5
     expected = torch.tensor([share, 1 - share], dtype=torch.float64)
-    assert difference(rows, MGDA().weights(gram(scale * rows)), expected) <= 1e-12
+    for make in (MGDA, exact):
+        assert difference(rows, make().weights(gram(scale * rows)), expected) <= 1e-12
 
 
 def test_two_tasks_by_hand():
@@ -63,16 +94,19 @@ def test_more_iterations_come_closer():
     assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
 
 
-def test_a_batch_is_a_loop():
-    contract.check_batch_is_a_loop(MGDA)
+@for_each_solver
+def test_a_batch_is_a_loop(make):
+    contract.check_batch_is_a_loop(make)
 
 
-def test_not_finite():
-    contract.check_not_finite_stays_in_its_problem(MGDA)
+@for_each_solver
+def test_not_finite(make):
+    contract.check_not_finite_stays_in_its_problem(make)
 
 
-def test_scaled_gradients_give_the_same_weights():
-    contract.check_scaled_gradients_give_the_same_weights(MGDA)
+@for_each_solver
+def test_scaled_gradients_give_the_same_weights(make):
+    contract.check_scaled_gradients_give_the_same_weights(make)
 
 
 def test_bad_grams_are_refused():
@@ -89,6 +123,7 @@ def test_in_a_surgery():
         ({"epsilon": 0.0}, ["epsilon", "0.0"]),
         ({"epsilon": float("nan")}, ["epsilon", "nan"]),
         ({"max_iters": 0}, ["max_iters", "0"]),
+        ({"solver": "newton"}, ["solver", "newton", "frank-wolfe", "exact"]),
     ],
 )
 def test_bad_arguments_name_what_was_found(arguments, words):
@@ -98,4 +133,4 @@ def test_bad_arguments_name_what_was_found(arguments, words):
 
 
 def test_it_has_no_state_and_says_what_it_is():
-    assert MGDA().state_dict() == {} and repr(MGDA()) == "MGDA(epsilon=0.001, max_iters=100)"
+    assert MGDA().state_dict() == {} and repr(MGDA()) == "MGDA(epsilon=0.001, max_iters=100, solver='frank-wolfe')"
