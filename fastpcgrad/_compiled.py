@@ -5,7 +5,7 @@ from __future__ import annotations
 _REMEDY = (
     "Give each task its own forward, each backward inside 'with surgery.task(t)'; or, before the model is compiled, "
     "set torch._functorch.config.donated_buffer = False and torch._inductor.config.fx_graph_cache = False (the first "
-    "alone is not enough: a backward pass that an earlier run compiled comes from that cache and corrupts the gradients)"
+    "alone is not enough: a backward pass that an earlier run compiled comes from that cache and spoils the gradients)"
 )
 
 
