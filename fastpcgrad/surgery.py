@@ -104,22 +104,16 @@ class GradientSurgery:
         self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
         self._source = parameter_source(optimizer_or_params)
         self._shared = None if shared is None else {id(p): p for p in check_tensors("shared", shared)}
-        self._found: list[Tensor] = []
-        self._kinds: list[tuple[torch.dtype, torch.device, torch.Size]] = []
-        self._problems: list[int] | None = None
-        self._parameters: list[Tensor] = []
-        self._grads: TaskGradients | None = None
-        self._moved: MovedGradients | None = None
         self._hooks = _Hooks(self)
+        self._inside: _Tasks | None = None
         self._merged: Row = []
         self._merged_refs: list[weakref.ref[Tensor] | None] = []
-        self._inside: _Tasks | None = None
-        self._resolve()
+        self._lay_out(self._trainable())
 
     @property
     def nbytes(self) -> int:
         """Bytes of T rows, whether or not they are there yet."""
-        return self.num_tasks * self._rows_now().row_nbytes
+        return self.num_tasks * self._grads.row_nbytes
 
     def task(self, index: int) -> AbstractContextManager[Any]:
         """A context in which gradients go into the row of task ``index``.
@@ -172,7 +166,7 @@ class GradientSurgery:
         """
         if self._inside is not None:
             raise RuntimeError(f"backward() inside task({self._inside.index}): leave the task first")
-        if filled := self._rows_now().tasks:
+        if filled := self._grads.tasks:
             raise RuntimeError(f"backward() with rows of tasks {filled} filled: call merge() or discard() first")
         tensors, forwards = _check_round(losses, self.num_tasks)
         if two_phase:
@@ -184,7 +178,7 @@ class GradientSurgery:
                 self._run(list(tensors.values()), retain_graph, list(tensors))
             return self.merge()
         except BaseException:
-            self._rows_now().clear()
+            self._grads.clear()
             raise
 
     def memory_plan(self, *, two_phase: bool = False) -> MemoryPlan:
@@ -210,7 +204,7 @@ class GradientSurgery:
             plan = plan_memory(
                 self.num_tasks,
                 self._parameters,
-                self._rows_now().dtype,
+                self._grads.dtype,
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,
@@ -228,7 +222,7 @@ class GradientSurgery:
         Raises:
             RuntimeError: no task was there, or inside a task. Nothing is changed.
         """
-        grads = self._rows_now()
+        grads = self._grads
         if self._inside is not None:
             raise RuntimeError(f"merge() inside task({self._inside.index}): leave the task first")
         if not grads.tasks:
@@ -256,23 +250,25 @@ class GradientSurgery:
         """
         if self._inside is not None:
             raise RuntimeError(f"discard() inside task({self._inside.index}): leave the task first")
-        self._rows_now().clear()
-
-    def _rows_now(self) -> TaskGradients:
-        assert self._grads is not None
-        return self._grads
+        self._grads.clear()
 
     def _resolve(self) -> None:
         """Look the trainable parameters up; lay the rows out anew where they changed."""
-        found = [p for group in self._source.param_groups for p in group["params"] if p.requires_grad]
-        same = self._grads is not None and len(found) == len(self._found) and all(map(is_, found, self._found))
-        if same and (self._rows_now().tasks or list(map(_KIND, found)) == self._kinds):
+        found, filled = self._trainable(), self._grads.tasks
+        same = len(found) == len(self._found) and all(map(is_, found, self._found))
+        if same and (filled or list(map(_KIND, found)) == self._kinds):
             return
-        if self._grads is not None and self._grads.tasks:
+        if filled:
             raise RuntimeError(
                 f"the trainable parameters changed within a round ({len(self._found)} before, {len(found)} now) "
-                f"while rows of tasks {self._grads.tasks} are filled: call merge() or discard() first"
+                f"while rows of tasks {filled} are filled: call merge() or discard() first"
             )
+        self._lay_out(found)
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for group in self._source.param_groups for p in group["params"] if p.requires_grad]
+
+    def _lay_out(self, found: list[Tensor]) -> None:
         parameters = list({id(p): p for p in found}.values())
         check_parameters(parameters, self._shared, self.row_dtype)
         problems = problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared)
@@ -327,7 +323,7 @@ class GradientSurgery:
                 "two_phase keeps no rows: leave row_dtype, row_device and accumulate_dtype None; found "
                 f"{self.row_dtype}, {self.row_device}, {self.accumulate_dtype}"
             )
-        self._rows_now().free()
+        self._grads.free()
         if self._merged:
             self._release_merged()
         report, self._merged = run_in_two_phases(
@@ -384,7 +380,7 @@ class _Tasks:
         self.index = index
         if surgery._moved is not None:
             surgery._moved.open(index)
-        elif (row := surgery._rows_now().take(index)) is not None:  # autograd adds to what is there
+        elif (row := surgery._grads.take(index)) is not None:  # autograd adds to what is there
             for p, grad in zip(surgery._parameters, row, strict=True):
                 p.grad = grad
 
@@ -397,7 +393,7 @@ class _Tasks:
         else:
             row = list(map(_GRAD, surgery._parameters))
             self._clear()
-            surgery._rows_now().put(self.index, row)
+            surgery._grads.put(self.index, row)
 
     def leave_out(self) -> None:
         """The open task, new in this round, is absent."""
