@@ -73,7 +73,7 @@ class MovedGradients(TaskGradients):
         elif there is None:
             self._row[index] = self._store(index, grad)
         elif self._host is None:
-            there.add_(grad)
+            there.add_(grad.to(self.dtype))  # a sum of two dtypes would take two copies on the CPU
         else:
             self._host.add(there, grad)
 

@@ -450,7 +450,11 @@ class _Task(_Tasks):
         if (other := self._surgery._inside) is not None:
             raise RuntimeError(f"task({self.index}) inside task({other.index}): tasks do not nest")
         super().__enter__()
-        self.open(self.index)
+        try:
+            self.open(self.index)
+        except BaseException as error:
+            super().__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(
