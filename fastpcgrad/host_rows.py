@@ -56,7 +56,8 @@ class CudaCopies:
         # torch's own pinned allocator rounds up to a power of two, which could double the rows.
         result = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)
         torch.cuda.check_error(int(result))
-        weakref.finalize(memory, _unlock, memory.data_ptr(), self._stream)
+        # The end of the process unlocks all there is.
+        weakref.finalize(memory, _unlock, memory.data_ptr(), self._stream).atexit = False
 
     def staging(self, like: Tensor) -> Tensor:
         return torch.empty_like(like, pin_memory=True)

@@ -1,5 +1,7 @@
 """Rows in host memory, filled by copies that come late."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -112,6 +114,88 @@ def test_other_devices_are_refused(device, row_device):
 def test_parameters_on_a_gpu_may_have_their_rows_on_the_host(monkeypatch):
     monkeypatch.setattr(CudaCopies, "__init__", lambda self, device: None)
     assert isinstance(copies_for(CUDA, "cpu"), CudaCopies)
+
+
+class RecordedCuda:
+    """Stands in for ``torch.cuda``: writes down who waits for whom."""
+
+    def __init__(self):
+        self.calls = []
+
+    def Stream(self, device):
+        return RecordedStream(self.calls, "side")
+
+    def current_stream(self, device):
+        return RecordedStream(self.calls, "current")
+
+    @contextmanager
+    def stream(self, stream):
+        self.calls.append(f"on {stream.name}")
+        yield
+        self.calls.append("on current")
+
+    def cudart(self):
+        return self
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        self.calls.append(("lock", address, nbytes))
+        return 0
+
+    def cudaHostUnregister(self, address):
+        self.calls.append(("unlock", address))
+        return 0
+
+    def check_error(self, result):
+        assert result == 0
+
+
+class RecordedStream:
+    def __init__(self, calls, name):
+        self.calls, self.name = calls, name
+
+    def wait_stream(self, other):
+        self.calls.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.calls.append(f"event of {self.name}")
+        return self
+
+    def synchronize(self):
+        self.calls.append(f"the host waits for {self.name}")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    cuda = RecordedCuda()
+    for name in ("Stream", "current_stream", "stream", "cudart", "check_error"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: cuda.calls.append(f"used on {stream.name}"))
+    return cuda.calls
+
+
+def test_a_copy_to_the_host_waits_for_the_gradient_and_keeps_its_memory(recorded):
+    source, target = torch.randn(3, 2), torch.zeros(3, 2)
+    event = CudaCopies(CPU).to_host(source, target)
+    assert torch.equal(target, source)
+    assert recorded == ["side waits for current", "on side", "event of side", "on current", "used on side"]
+    event.synchronize()
+    assert recorded[-1] == "the host waits for side"
+
+
+def test_a_copy_to_the_device_comes_after_earlier_copies_and_before_later_ones(recorded):
+    source = torch.randn(2, 3).t()
+    found = CudaCopies(CPU).to_device(source)
+    assert torch.equal(found, source) and found.stride() == source.stride()
+    assert recorded == ["current waits for side", "side waits for current"]
+
+
+def test_memory_is_locked_for_as_long_as_it_lives(recorded):
+    memory = torch.zeros(100)
+    address = memory.data_ptr()
+    CudaCopies(CPU).lock(memory)
+    assert recorded == [("lock", address, 400)]
+    del memory
+    assert recorded[1:] == ["the host waits for side", ("unlock", address)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
