@@ -173,9 +173,13 @@ class Measured:
 
 
 def in_fresh_process(case: MemoryCase, subject: str, threads: int) -> Measured:
-    command = [sys.executable, "-m", "benchmarks.memory", case.label, subject, "--threads", str(threads)]
+    return fresh_process("benchmarks.memory", case.label, subject, "--threads", str(threads))
+
+
+def fresh_process(module: str, *arguments: str) -> Measured:
+    """What a module answers as its last line, run by itself under ``MALLOC``."""
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", module, *arguments],
         cwd=Path(__file__).resolve().parent.parent,
         env=os.environ | _ENVIRONMENT,
         capture_output=True,

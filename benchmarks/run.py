@@ -156,7 +156,7 @@ def _ratios(name: str, samples: dict[str, Samples]) -> dict[str, float]:
     return {other: paired_ratio(samples[name], samples[other]) for other in samples if other not in (name, MACHINE)}
 
 
-def _available_bytes() -> float:
+def available_bytes() -> float:
     info = Path("/proc/meminfo")
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.startswith("MemAvailable:"):
@@ -230,7 +230,7 @@ class KernelPart:
         if self._checked[key]:
             return self._checked[key]
         needed = contender.copies * case.tasks * case.width * case.itemsize
-        if needed > 0.7 * _available_bytes():
+        if needed > 0.7 * available_bytes():
             return f"{SKIPPED_MEMORY} ({needed / 2**30:.1f} GiB needed)"
         return self._budget.refuses(contender.name, case.tasks**2 * case.width) if contender.slow else ""
 
@@ -543,10 +543,10 @@ def show_memory(console: Console, measured: Sequence[Row]) -> None:
     console.print(table)
 
 
-def show_targets(console: Console, measured: Sequence[Row]) -> None:
+def show_targets(console: Console, measured: Sequence[Row], of: Sequence[targets.Target] = targets.TARGETS) -> None:
     table = _table("targets", "target", "worst case", "limit", "measured", "verdict")
     colour = {True: "green", False: "bold red", None: "yellow"}
-    for verdict in targets.verdicts(measured):
+    for verdict in targets.verdicts(measured, of):
         table.add_row(
             verdict.target.text,
             verdict.worst.case if verdict.worst else "",

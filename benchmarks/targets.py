@@ -176,9 +176,9 @@ TARGETS = (
 )
 
 
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+def verdicts(rows: Sequence[Row], of: Sequence[Target] = TARGETS) -> list[Verdict]:
     judged = []
-    for target in TARGETS:
+    for target in of:
         found = target.find(rows)
         pick = min if target.sense == ">=" else max
         judged.append(Verdict(target, pick(found, key=lambda f: f.value) if found else None))

@@ -1,0 +1,1 @@
+"""Step time and peak memory over model size and number of tasks: ``python -m benchmarks.large``."""

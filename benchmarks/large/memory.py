@@ -1,0 +1,127 @@
+"""Peak memory of one mode's step in a fresh process; the definitions are those of ``benchmarks.memory``.
+
+*Model and activations* is what one forward and one backward of a task need beside the gradients which that leaves, of
+the task's own forward or of the one that all share, as the mode has it. The batch is small: activations are no part of
+the figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from benchmarks import memory
+from benchmarks.large import cases, models
+from benchmarks.large.cases import MEMORY_BATCH, PARAMETER_BYTES, SMALL, Case
+from benchmarks.large.modes import Mode, mode_named, modes, step_phases
+from benchmarks.memory import ACTIVATIONS, NOTE, STEPS, Measured
+from benchmarks.models import clear_gradients
+from benchmarks.rows import Environment, Row
+from benchmarks.run import available_bytes
+
+FITS = 0.85
+"""Of the available memory: more is not asked for."""
+SIDE_BY_SIDE = 200e6
+"""Parameters up to which two processes run at a time."""
+
+
+def rows(case: Case, environment: Environment) -> list[Row]:
+    """A row a mode: its peak, or why there is none."""
+    chosen = [mode for mode in modes() if case.size.slow_modes or not mode.slow]
+    refused = {mode.name: _refusal(case, mode) for mode in chosen}
+    measured = [mode for mode in chosen if not refused[mode.name]]
+    with ThreadPoolExecutor(2 if case.size.parameters < SIDE_BY_SIDE else 1) as pool:
+
+        def run(mode: Mode, only: str = "") -> Measured:
+            return _in_fresh_process(case, mode, environment.threads, only)
+
+        graphs = {mode.graph: mode for mode in measured}
+        common = {graph: pool.submit(run, mode, ACTIVATIONS) for graph, mode in graphs.items()}
+        peaks = {mode.name: pool.submit(run, mode) for mode in measured}
+        return [
+            _row(case, environment, mode, refused[mode.name])
+            if mode.name not in peaks
+            else _with_peak(_row(case, environment, mode), common[mode.graph].result(), peaks[mode.name].result())
+            for mode in chosen
+        ]
+
+
+def _refusal(case: Case, mode: Mode) -> str:
+    """Why a mode is not run; empty where it is."""
+    if isinstance(mode.build, str):
+        return mode.build
+    needed = (PARAMETER_BYTES + mode.beyond(case.tasks)) * case.size.parameters
+    if needed > FITS * available_bytes():
+        return f"skipped: memory ({needed / 2**30:.0f} GiB predicted, {available_bytes() / 2**30:.0f} GiB available)"
+    return ""
+
+
+def _row(case: Case, environment: Environment, mode: Mode, status: str = "") -> Row:
+    return Row(
+        kind="memory",
+        case=case.label,
+        op="large",
+        subject=mode.name,
+        environment=environment,
+        status=status or "ok",
+        T=case.tasks,
+        dtype="float32",
+        note=f"{NOTE}, batch {MEMORY_BATCH.sequences} x {MEMORY_BATCH.length} tokens",
+    )
+
+
+def _with_peak(row: Row, common: Measured, found: Measured) -> Row:
+    if error := common.error or found.error:
+        return dataclasses.replace(row, status=error)
+    beyond = found.peak - (common.peak - common.gradients)
+    ratio = beyond / ((row.T or 1) * found.width * PARAMETER_BYTES)
+    return dataclasses.replace(row, N=found.width, peak_bytes=beyond, peak_ratio=ratio)
+
+
+def _in_fresh_process(case: Case, mode: Mode, threads: int, only: str) -> Measured:
+    what = ["--only", only] if only else []
+    return memory.fresh_process("benchmarks.large.memory", case.label, mode.name, "--threads", str(threads), *what)
+
+
+def peak(case: Case, mode: Mode, activations: bool) -> dict[str, int]:
+    """In this process: bytes above the base, the gradients of one plain backward, and N."""
+    small = models.build(SMALL, case.tasks, MEMORY_BATCH)
+    for call in step_phases(mode, small).values():
+        call()
+
+    model = models.build(case.size, case.tasks, MEMORY_BATCH)
+    parameters = model.parameters_list()
+    model.loss(0).backward()
+    gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    clear_gradients(parameters)
+    with memory.watch() as found:
+        if activations:
+            loss = model.loss(0) if mode.graph == "own" else model().losses[0]
+            loss.backward(retain_graph=True)
+        else:
+            phases = step_phases(mode, model)
+            for _ in range(STEPS):
+                clear_gradients(parameters)
+                for call in phases.values():
+                    call()
+    return {"peak": found.bytes, "gradients": gradients, "width": sum(p.numel() for p in parameters)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure one mode in this process; answers one JSON line.")
+    parser.add_argument("case")
+    parser.add_argument("mode")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=[ACTIVATIONS])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    case = next(case for case in cases.memory_cases(quick=False) if case.label == options.case)
+    print(json.dumps(peak(case, mode_named(options.mode), options.only == ACTIVATIONS)))
+
+
+if __name__ == "__main__":
+    main()
