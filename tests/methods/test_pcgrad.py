@@ -7,6 +7,7 @@ import torch
 
 from fastpcgrad import methods, reference, variants
 from fastpcgrad.task_gradients import TaskGradients
+from tests.methods.random_rows import error, gram, random_rows
 
 TASKS = (1, 2, 3, 8, 17)
 
@@ -49,6 +50,24 @@ def test_weights_give_the_merged_gradient_of_the_oracle(variant, reduction, task
     torch.testing.assert_close(weights @ rows, merged(variant, rows, random.Random(3), reduction))
 
 
+def test_it_is_torchjds():
+    """From the same seed, which it leaves in the same state. Left out: zero gradients, by which TorchJD divides."""
+    weighting = pytest.importorskip("torchjd.aggregation").PCGradWeighting()
+    compared = 0
+    for seed in range(300):
+        rows = random_rows(seed)
+        if not rows.any(dim=1).all():
+            continue
+        torch.manual_seed(seed)
+        expected, after = weighting(gram(rows)), torch.get_rng_state()
+        torch.manual_seed(seed)
+        weights = methods.PCGrad("torchjd").weights(gram(rows))
+        assert torch.equal(torch.get_rng_state(), after)
+        assert error(weights @ rows, expected @ rows, weights, rows) <= 1e-12, seed
+        compared += 1
+    assert compared >= 200
+
+
 @for_every_variant
 @for_every_reduction
 def test_problems_in_a_batch_draw_one_order_each_from_one_generator(variant, reduction):
@@ -57,8 +76,8 @@ def test_problems_in_a_batch_draw_one_order_each_from_one_generator(variant, red
     method, one_by_one = (methods.PCGrad(variant, reduction, random.Random(3)) for _ in "ab")
     weights, coefficients = method.solve(grams)
     assert weights.shape == (4, 5) and coefficients.shape == (4, 5, 5)
-    for s, gram in enumerate(grams):
-        expected = one_by_one.solve(gram)
+    for s, matrix in enumerate(grams):
+        expected = one_by_one.solve(matrix)
         torch.testing.assert_close(weights[s], expected.weights)
         torch.testing.assert_close(coefficients[s], expected.coefficients)
 
