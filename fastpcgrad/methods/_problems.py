@@ -45,7 +45,7 @@ def on_host(gram: Tensor) -> tuple[Array, Flags]:
     """G as ``[S, T, T]`` (S = 1 for ``[T, T]``), and which problems ``[S]`` are finite; the others are made zero.
 
     Raises:
-        ValueError: see ``check_gram``.
+        TypeError, ValueError: see ``check_gram``.
     """
     check_gram(gram)
     problems: Array = gram.detach().cpu().numpy().reshape(-1, *gram.shape[-2:])
@@ -66,7 +66,7 @@ def in_place(gram: Tensor) -> tuple[Any, Any, Any]:
     Returns:
         ``xp``; ``[..., T, T]``, zero where a problem is not finite; ``[...]`` bool.
     Raises:
-        ValueError: see ``check_gram``.
+        TypeError, ValueError: see ``check_gram``.
     """
     check_gram(gram)
     xp = array_module(gram)
@@ -81,6 +81,9 @@ def array_module(gram: Tensor) -> Any:
 
 
 def check_gram(gram: Tensor) -> None:
-    """ValueError unless ``gram`` is float64 and ``[T, T]`` or ``[S, T, T]``."""
-    if gram.dtype != torch.float64 or gram.dim() not in (2, 3) or gram.shape[-1] != gram.shape[-2]:
-        raise ValueError(f"gram must be float64 [T, T] or [S, T, T]; found {gram.dtype} {list(gram.shape)}")
+    """TypeError for what is no tensor; ValueError unless it is float64 and ``[T, T]`` or ``[S, T, T]`` with T ≥ 1."""
+    if not isinstance(gram, Tensor):
+        raise TypeError(f"gram must be a tensor; found {type(gram).__name__}")
+    shape = gram.shape
+    if gram.dtype != torch.float64 or len(shape) not in (2, 3) or not shape[-1] == shape[-2] > 0:
+        raise ValueError(f"gram must be float64 [T, T] or [S, T, T] with T >= 1; found {gram.dtype} {list(shape)}")

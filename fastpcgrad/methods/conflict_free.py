@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._problems import check_gram
 from ._task_vector import TaskVector, check_length, shown, task_vector
 from .base import Method, Solution
 
@@ -38,6 +39,7 @@ class ConFIG(Method):
         self.pref_vector = None if pref_vector is None else task_vector("pref_vector", pref_vector)
 
     def solve(self, gram: Tensor) -> Solution:
+        check_gram(gram)
         tasks = gram.shape[-1]
         if self.pref_vector is None:
             wanted = gram.new_ones(tasks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _dual_cone
+from ._problems import check_gram
 from ._task_vector import TaskVector, preferences, shown, task_vector
 from .base import Method, Solution
 
@@ -32,6 +33,7 @@ class DualProj(Method):
         self.norm_eps, self.reg_eps = norm_eps, reg_eps
 
     def solve(self, gram: Tensor) -> Solution:
+        check_gram(gram)
         lower = preferences(self.pref_vector, gram.shape[-1])[None]
         projected = _dual_cone.project(gram, lower, self.norm_eps, self.reg_eps)
         return Solution(projected.squeeze(-2), coefficients=None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._problems import check_gram
 from ._task_vector import TaskVector, check_length, task_vector
 from .base import Method, Solution
 
@@ -27,7 +28,8 @@ class Mean(FixedWeights):
     """
 
     def solve(self, gram: Tensor) -> Solution:
-        return Solution(gram.new_full(gram.shape[:-1], 1 / gram.shape[-1]), coefficients=None)
+        check_gram(gram)
+        return Solution(gram.new_full(gram.shape[:-1], 1 / gram.shape[-1]), None)
 
     def __repr__(self) -> str:
         return "Mean()"
@@ -42,7 +44,8 @@ class Sum(FixedWeights):
     """
 
     def solve(self, gram: Tensor) -> Solution:
-        return Solution(gram.new_full(gram.shape[:-1], 1.0), coefficients=None)
+        check_gram(gram)
+        return Solution(gram.new_full(gram.shape[:-1], 1.0), None)
 
     def __repr__(self) -> str:
         return "Sum()"
@@ -63,15 +66,17 @@ class Constant(FixedWeights):
     def __init__(self, weights: TaskVector) -> None:
         self.task_weights = task_vector("weights", weights)
         self._array = self.task_weights.numpy()
+        self._gram_shape = (len(self._array), len(self._array))
 
     def solve(self, gram: Tensor) -> Solution:
-        if gram.shape[-1] != len(self._array):
+        if getattr(gram, "shape", None) != self._gram_shape or gram.dtype != torch.float64:
+            check_gram(gram)
             check_length("weights", self.task_weights, gram.shape[-1])
         # A copy: what the caller does with the answer must not change the next one. NumPy's takes half of torch's time.
         weights = torch.from_numpy(self._array.copy())
         if gram.dim() == 3:
             weights = weights.repeat(len(gram), 1)
-        return Solution(weights if gram.is_cpu else weights.to(gram.device), coefficients=None)
+        return Solution(weights if gram.is_cpu else weights.to(gram.device), None)
 
     def __repr__(self) -> str:
         return f"Constant(weights={self.task_weights.tolist()})"
@@ -98,18 +103,17 @@ class RandomWeights(FixedWeights):
         self.generator = generator
 
     def solve(self, gram: Tensor) -> Solution:
-        if gram.dim() == 2:
-            return Solution(self._draw(gram), coefficients=None)
-        # One by one: a single draw of S × T numbers would give others than S draws of T.
-        drawn = [self._draw(problem) for problem in gram]
-        return Solution(torch.stack(drawn) if drawn else gram.new_empty(gram.shape[:-1]), coefficients=None)
-
-    def _draw(self, gram: Tensor) -> Tensor:
+        check_gram(gram)
         generator = self.generator
-        if generator is None:
-            return torch.softmax(torch.randn(gram.shape[-1], dtype=torch.float64, device=gram.device), -1)
-        normal = torch.randn(gram.shape[-1], generator=generator, dtype=torch.float64, device=generator.device)
-        return torch.softmax(normal, -1).to(gram.device)
+        device = gram.device if generator is None else generator.device
+        if gram.dim() == 2:
+            normal = torch.randn(gram.shape[-1], generator=generator, dtype=torch.float64, device=device)
+        else:  # one by one: a single draw of S × T numbers would give others than S draws of T
+            normal = gram.new_empty(gram.shape[:-1], device=device)
+            for problem in normal:
+                problem.normal_(generator=generator)
+        weights = torch.softmax(normal, -1)
+        return Solution(weights if generator is None else weights.to(gram.device), None)
 
     def __repr__(self) -> str:
         return f"RandomWeights(generator={self.generator})"

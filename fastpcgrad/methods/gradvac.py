@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import variants
 from ..variants import Generator
-from ._problems import in_place
+from ._problems import check_gram, in_place
 from .base import Method, Solution
 
 
@@ -64,6 +64,7 @@ class GradVac(Method):
         self._phi: Tensor | None = None
 
     def solve(self, gram: Tensor) -> Solution:
+        check_gram(gram)
         if self._phi is not None and self._phi.shape != gram.shape:
             raise self._no_state_for(gram)
         return self.solve_for(gram, range(gram.shape[-1]))

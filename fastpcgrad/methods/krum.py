@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._count import count
+from ._problems import check_gram
 from .base import Method, Solution
 
 
@@ -39,6 +40,7 @@ class Krum(Method):
         self.squared = squared
 
     def solve(self, gram: Tensor) -> Solution:
+        check_gram(gram)
         tasks = gram.shape[-1]
         if tasks < max(self.n_byzantine + 3, self.n_selected):
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _fairness
-from ._problems import Array, Flags, from_host, on_host
+from ._problems import Array, Flags, check_gram, from_host, on_host
 from .base import Method, Solution
 
 
@@ -62,6 +62,7 @@ class NashMTL(Method):
         self._weights: Array | None = None
 
     def solve(self, gram: Tensor) -> Solution:
+        check_gram(gram)
         if not self._due and self._weights is not None and self._weights.shape[1] != gram.shape[-1]:
             raise self._no_weights_for(gram.shape)
         return self.solve_for(gram, range(gram.shape[-1]))

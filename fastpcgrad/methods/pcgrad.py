@@ -11,6 +11,7 @@ from .. import variants
 from .._ops import KERNELS, Blocks, Later
 from ..functional import pcgrad_coefficients
 from ..variants import Generator
+from ._problems import check_gram
 from .base import Method, Solution
 
 
@@ -54,6 +55,7 @@ class PCGrad(Method):
         Returns:
             float64 of the same shape.
         """
+        check_gram(gram)
         count = gram.shape[0] if gram.dim() == 3 else None
         order = self.variant.draw_orders(gram.shape[-1], count, self.generator).to(gram.device)
         return pcgrad_coefficients(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _dual_cone
+from ._problems import check_gram
 from ._task_vector import TaskVector, preferences, shown, task_vector
 from .base import Method, Solution
 
@@ -36,6 +37,7 @@ class UPGrad(Method):
         self.norm_eps, self.reg_eps = norm_eps, reg_eps
 
     def solve(self, gram: Tensor) -> Solution:
+        check_gram(gram)
         lower = torch.diag(preferences(self.pref_vector, gram.shape[-1]))
         projected = _dual_cone.project(gram, lower, self.norm_eps, self.reg_eps)
         return Solution(projected.sum(dim=-2), coefficients=None)

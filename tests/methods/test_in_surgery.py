@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import re
 
 import pytest
 import torch
@@ -69,6 +70,21 @@ def test_the_merged_gradient_is_the_methods_own(make):
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(report.gram, rows @ rows.mT)
     assert report.weights.isnan().all() == isinstance(rounds.method, methods.Elementwise)
+
+
+NO_GRAMS = [torch.eye(3), torch.eye(3).long(), [[1.0]], torch.zeros(0, 0).double()]
+NO_GRAMS += [torch.ones(shape).double() for shape in ((), (3,), (2, 3), (1, 1, 3, 3))]
+
+
+@for_every_method
+@pytest.mark.parametrize("gram", NO_GRAMS, ids=str)
+def test_what_is_no_gram_matrix_is_refused(make, gram):
+    method = make()
+    if isinstance(method, methods.Elementwise):
+        pytest.skip("has no weights")
+    found = list(gram.shape) if isinstance(gram, torch.Tensor) else "list"
+    with pytest.raises((TypeError, ValueError), match=f"gram must be .*found .*{re.escape(str(found))}"):
+        method.weights(gram)
 
 
 @for_elementwise_methods
