@@ -120,6 +120,24 @@ FPG_EXPORT int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_
                                double* coefficients, double* weights, void* out, void* workspace, int launches,
                                void* stream);
 
+/* As the entry points of the CPU library. `rows`, `widths`, `problem_of`, `weights_of` and `out` lie in the host's
+ * memory and are done with when the call returns; what they point to, and all else, on the device. A captured call
+ * replays with the same pointers. Bytes of `workspace`, aligned to 8, come from fpg_cuda_workspace_blocks, with the
+ * widths of all blocks and problems = count for combine, 1 for pcgrad. A row that is null takes part in nothing,
+ * whatever the others and its weight hold; blocks without a row are left out. */
+FPG_EXPORT int64_t fpg_cuda_workspace_blocks(const int64_t* widths, int64_t blocks, int64_t tasks, int dtype,
+                                             int64_t problems);
+FPG_EXPORT int fpg_cuda_gram_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks,
+                                    int dtype, const int64_t* problem_of, int64_t problems, double* gram,
+                                    void* workspace, void* stream);
+FPG_EXPORT int fpg_cuda_combine_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks,
+                                       int dtype, const int64_t* weights_of, int64_t count, const double* weights,
+                                       void* const* out, void* workspace, void* stream);
+FPG_EXPORT int fpg_cuda_pcgrad_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks,
+                                      int dtype, const int64_t* order, int self_projection, double eps,
+                                      double min_squared_norm, double scale, double* gram, double* coefficients,
+                                      double* weights, void* const* out, void* workspace, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -7,11 +7,11 @@
 
 namespace fpg {
 
+template <class J>
 struct CombineJob {
-  Rows rows;  // aligned: with out
+  J rows;
   Plan plan;
-  const double* weights;  // [segments, T]
-  void* out;
+  const double* weights;  // [problems, T]
 };
 
 // Rounded to fp32 and multiplied with fp32 elements, such a weight would lose its meaning.
@@ -20,15 +20,21 @@ __device__ inline bool unsafe_weight(double weight) {
   return magnitude > kSafeWeightMax || (magnitude < kSafeWeightMin && magnitude != 0);
 }
 
-// Copies weights into shared memory; whether one of them asks for float64. For all threads of a block.
-__device__ inline bool take_weights(const double* from, int64_t count, double* to) {
+// Copies weights into shared memory; whether one of them asks for float64. For all threads of a block. Where not
+// counts(k) the weight is zero.
+template <class Counts>
+__device__ inline bool take_weights(const double* from, int64_t count, double* to, Counts counts) {
   bool unsafe = false;
   sync_block();  // the weights before are done with
   for (int64_t k = thread_index(); k < count; k += kThreads) {
-    to[k] = from[k];
-    unsafe = unsafe || unsafe_weight(from[k]);
+    const double weight = counts(k) ? from[k] : 0;
+    to[k] = weight;
+    unsafe = unsafe || unsafe_weight(weight);
   }
   return any_in_block(unsafe);
+}
+__device__ inline bool take_weights(const double* from, int64_t count, double* to) {
+  return take_weights(from, count, to, [](int64_t) { return true; });
 }
 
 // sums += rows [first, first + R) of one vector, each times its weight.
@@ -45,10 +51,9 @@ __device__ inline void add_weighted(const Packed (&x)[R], const double* weights,
 }
 
 // A whole step of aligned rows. T <= R, or U = 1: then R rows at a time.
-template <class Row, int U, int R>
-__device__ inline void combine_whole(const Rows& rows, const double* weights, Row* out, int64_t column, Kept kept,
-                                     int64_t number) {
-  Row* own = out + column + thread_index() * kVector<Row>;
+template <class Row, int U, int R, class J>
+__device__ inline void combine_whole(const J& rows, const double* weights, int64_t column, Kept kept, int64_t number) {
+  Row* own = static_cast<Row*>(rows.out) + column + thread_index() * kVector<Row>;
   Packed x[U][R];
   if (number < kept.steps) {
     kept.load(number, x);
@@ -70,52 +75,53 @@ __device__ inline void combine_whole(const Rows& rows, const double* weights, Ro
 }
 
 // Any step, with the roundings of a whole one if Acc is the rows' accumulator.
-template <class Row, class Acc>
-__device__ FPG_RARE void combine_some(const Rows& rows, const double* weights, Row* out, int64_t column, int64_t count,
+template <class Row, class Acc, class J>
+__device__ FPG_RARE void combine_some(const J& rows, const double* weights, int64_t column, int64_t count,
                                       Range columns) {
   for_columns(column, count, columns, [&](int64_t n) {
     Acc sum = 0;
 #pragma unroll 8
     for (int t = 0; t < rows.tasks; ++t) {
-      sum = fused(static_cast<Acc>(weights[t]), static_cast<Acc>(widened(rows.row<Row>(t)[n])), sum);
+      sum = fused(static_cast<Acc>(weights[t]), element_of<Row, Acc>(rows, t, n), sum);
     }
-    round_to(out + n, sum);
+    round_to(static_cast<Row*>(rows.out) + n, sum);
   });
 }
 
 // An item's steps, backwards. `wide`: in float64.
-template <class Row, int U, int R>
-__device__ inline void combine_item(const CombineJob& job, const Item& item, const double* weights, bool wide,
+template <class Row, int U, int R, class J>
+__device__ inline void combine_item(const J& rows, const Plan& plan, const Item& item, const double* weights, bool wide,
                                     Kept kept, int64_t first_kept) {
-  const Range steps = steps_of(job.plan, item.columns);
+  const Range steps = steps_of(plan, item.columns);
   for (int64_t step = steps.last - 1; step >= steps.first; --step) {
-    const int64_t column = step * job.plan.step;
-    const bool whole = job.rows.aligned && contains(item.columns, column, job.plan.step);
-    const int64_t number = first_kept + step - item.slot * (job.plan.span / job.plan.step);
-    Row* out = static_cast<Row*>(job.out);
+    const int64_t column = step * plan.step;
+    const bool whole = rows.aligned && contains(item.columns, column, plan.step);
+    const int64_t number = first_kept + step - item.slot * (plan.span / plan.step);
     if (wide) {
-      combine_some<Row, double>(job.rows, weights, out, column, job.plan.step, item.columns);
+      combine_some<Row, double>(rows, weights, column, plan.step, item.columns);
     } else if (whole) {
-      combine_whole<Row, U, R>(job.rows, weights, out, column, kept, number);
+      combine_whole<Row, U, R>(rows, weights, column, kept, number);
     } else {
-      combine_some<Row, Accumulator<Row>>(job.rows, weights, out, column, job.plan.step, item.columns);
+      combine_some<Row, Accumulator<Row>>(rows, weights, column, plan.step, item.columns);
     }
   }
 }
 
-// All items of a block. Shared memory at `weights`: T doubles.
-template <class Row, int U, int R>
-__device__ inline void combine_all(const CombineJob& job, double* weights) {
+// All items of a block. Shared memory at `weights`: T doubles. A task without a row in an item has no weight there.
+template <class Row, int U, int R, class J>
+__device__ inline void combine_all(const CombineJob<J>& job, double* weights) {
   const int64_t tasks = job.rows.tasks;
   int64_t segment = -1;
   bool wide = false;
   for (int64_t item = job.plan.items - 1 - block_index(); item >= 0; item -= blocks()) {
-    const Item found = item_at(job.plan, job.rows.offsets, job.rows.segments, job.rows.width, item);
+    const Item found = job.rows.item(job.plan, item);
+    const auto& rows = job.rows.of(found);
     if (found.segment != segment) {
       segment = found.segment;
-      wide = take_weights(job.weights + segment * tasks, tasks, weights);
+      wide = take_weights(job.weights + job.rows.problem_of(found) * tasks, tasks, weights,
+                          [&](int64_t t) { return rows.has(t); });
     }
-    combine_item<Row, U, R>(job, found, weights, wide, {nullptr, 0}, 0);
+    combine_item<Row, U, R>(rows, job.plan, found, weights, wide, {nullptr, 0}, 0);
   }
 }
 

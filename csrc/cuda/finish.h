@@ -40,18 +40,19 @@ __device__ inline double warp_sum(double value) {
   return value;
 }
 
-// Partial Gram matrices to G. `again`: only the segments with a flag, which stay as they are.
-__device__ inline void reduce(const GramJob& job, bool again) {
+// Partial Gram matrices to G. `again`: only the problems with a flag, which stay as they are.
+template <class J>
+__device__ inline void reduce(const GramJob<J>& job, bool again) {
   const int64_t tasks = job.rows.tasks, pairs = pair_index(tasks, 0);
   const int lane = thread_index() % 32;
-  for (int64_t task = warp_of_grid(); task < job.rows.segments * pairs; task += warps_of_grid()) {
+  for (int64_t task = warp_of_grid(); task < job.rows.problems * pairs; task += warps_of_grid()) {
     const int64_t s = task / pairs, index = task % pairs;
     if (again) {
       bool flagged = false;
       for (int64_t t = 0; t < tasks; ++t) flagged = flagged || job.flags[s * tasks + t] != kRight;
       if (!flagged) continue;
     }
-    const Range items = items_of(job.plan, job.rows.offsets, s, job.rows.width);
+    const Range items = job.rows.items(job.plan, s);
     double sum = 0;
 #pragma unroll 8
     for (int64_t item = items.first + lane; item < items.last; item += 32) sum += job.partials[item * pairs + index];
@@ -75,20 +76,22 @@ __device__ inline bool has_nonzero(const Row* row, Range columns) {
 
 // Redoes an item's products of flagged rows in float64. A row that is all zeros in the item is right as it is: an
 // absent task costs one row's bytes.
-template <class Row>
-__device__ FPG_RARE void rescue(const GramJob& job, int64_t item) {
-  const Rows& rows = job.rows;
+template <class Row, class J>
+__device__ FPG_RARE void rescue(const GramJob<J>& job, int64_t item) {
+  const Item found = job.rows.item(job.plan, item);
+  const auto& rows = job.rows.of(found);
   const int64_t tasks = rows.tasks;
-  const Item found = item_at(job.plan, rows.offsets, rows.segments, rows.width, item);
-  const int* flags = job.flags + found.segment * tasks;
+  const int* flags = job.flags + job.rows.problem_of(found) * tasks;
   double* partial = job.partials + item * pair_index(tasks, 0);
   const int lane = thread_index() % 32;
   for (int64_t t = 0; t < tasks; ++t) {
-    const Row* row = rows.row<Row>(t);
-    if (flags[t] == kRight || (flags[t] == kRedoUnlessZero && !has_nonzero(row, found.columns))) continue;
+    const Row* row = rows.template row<Row>(t);
+    if (flags[t] == kRight || !rows.has(t) || (flags[t] == kRedoUnlessZero && !has_nonzero(row, found.columns)))
+      continue;
     for (int64_t other = thread_index() / 32; other < tasks; other += kWarps) {
       if (other > t && flags[other] != kRight) continue;  // a pair of flagged rows belongs to the later one
-      const Row* beside = rows.row<Row>(other);
+      if (!rows.has(other)) continue;
+      const Row* beside = rows.template row<Row>(other);
       double sum = 0;
       for (int64_t n = found.columns.first + lane; n < found.columns.last; n += 32) {
         sum = fused(static_cast<double>(widened(row[n])), static_cast<double>(widened(beside[n])), sum);
@@ -123,12 +126,12 @@ __device__ inline void merge_weights(const SolveJob& job) {
 }
 
 // From partial Gram matrices to G, by all blocks of a cooperative launch. At the end G is visible to all.
-template <class Row>
-__device__ inline void finish_gram(const GramJob& job) {
+template <class Row, class J>
+__device__ inline void finish_gram(const GramJob<J>& job) {
   reduce(job, false);
   sync_grid();
   if constexpr (!kIsDouble<Row>) {
-    if (!job.guarded || !any_flag(job.flags, job.rows.segments * job.rows.tasks)) return;
+    if (!job.guarded || !any_flag(job.flags, job.rows.problems * job.rows.tasks)) return;
     for (int64_t item = block_index(); item < job.plan.items; item += blocks()) rescue<Row>(job, item);
     sync_grid();
     reduce(job, true);

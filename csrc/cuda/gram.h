@@ -10,12 +10,13 @@
 
 namespace fpg {
 
+template <class J>
 struct GramJob {
-  Rows rows;
+  J rows;
   Plan plan;
   double* partials;  // [items, T (T + 1) / 2]
-  int* flags;        // [segments, T]
-  double* gram;      // [segments, T, T]
+  int* flags;        // [problems, T]
+  double* gram;      // [problems, T, T]
   bool guarded;      // squares can leave fp32's range
 };
 
@@ -72,16 +73,21 @@ struct WarpTotals {
   }
 };
 
-// Writes sums [kWarps][count] of a tile, warps added in order, to the places of a partial Gram matrix.
-// place(k) is the entry of the lower triangle that number k of the tile belongs to, or -1.
-template <class Place>
-__device__ inline void store_tile(const double* sums, int count, double* partial, Place place) {
+// One entry of a partial Gram matrix. With a row that is not there it is zero, even if the other holds an inf.
+template <class J>
+__device__ inline void store_pair(const J& rows, Pair pair, double sum, double* partial) {
+  if (pair.i >= rows.tasks || pair.j > pair.i) return;
+  partial[pair_index(pair.i, pair.j)] = rows.has(pair.i) && rows.has(pair.j) ? sum : 0;
+}
+
+// Writes sums [kWarps][count] of a tile, warps added in order, to a partial Gram matrix. pair(k) are the rows that
+// number k of the tile belongs to.
+template <class J, class PairOf>
+__device__ inline void store_tile(const J& rows, const double* sums, int count, double* partial, PairOf pair) {
   for (int k = thread_index(); k < count; k += kThreads) {
-    const int64_t to = place(k);
-    if (to < 0) continue;
     double sum = sums[k];
     for (int warp = 1; warp < kWarps; ++warp) sum += sums[warp * count + k];
-    partial[to] = sum;
+    store_pair(rows, pair(k), sum, partial);
   }
 }
 
@@ -109,8 +115,8 @@ __device__ inline void multiply_column(const Acc (&a)[A], const Acc (&b)[B == 0 
   }
 }
 
-template <class Row, int A, int B, int U>
-__device__ inline void gram_columns(const GramJob& job, int64_t item, int64_t tile_i, int64_t tile_j, Kept kept,
+template <class Row, int A, int B, int U, class J>
+__device__ inline void gram_columns(const GramJob<J>& job, int64_t item, int64_t tile_i, int64_t tile_j, Kept kept,
                                     int64_t first_kept) {
   using Acc = Accumulator<Row>;
   constexpr int kPairs = B == 0 ? A * (A + 1) / 2 : A * B;
@@ -119,8 +125,8 @@ __device__ inline void gram_columns(const GramJob& job, int64_t item, int64_t ti
   static_assert(kIsDouble<Row> || kProducts <= kProductsOfLane, "a lane takes too many products in a step");
   constexpr int kStepsOfLane = kIsDouble<Row> ? 1 << 20 : kProductsOfLane / kProducts;
 
-  const Rows& rows = job.rows;
-  const Item found = item_at(job.plan, rows.offsets, rows.segments, rows.width, item);
+  const Item found = job.rows.item(job.plan, item);
+  const auto& rows = job.rows.of(found);
   const Range steps = steps_of(job.plan, found.columns);
   WarpTotals<kPairs> totals = {};
   Acc lanes[kPairs] = {};
@@ -168,14 +174,12 @@ __device__ inline void gram_columns(const GramJob& job, int64_t item, int64_t ti
   double* sums = reinterpret_cast<double*>(shared_memory());
   totals.template store_batch<0>(sums + thread_index() / 32 * kPairs);
   sync_block();
-  const int64_t tasks = rows.tasks;
-  store_tile(sums, kPairs, job.partials + item * pair_index(tasks, 0), [=](int k) -> int64_t {
+  store_tile(rows, sums, kPairs, job.partials + item * pair_index(rows.tasks, 0), [=](int k) -> Pair {
     if constexpr (B == 0) {
       const Pair pair = pair_of(k);
-      return tile_i * A + pair.i < tasks ? pair_index(tile_i * A + pair.i, tile_i * A + pair.j) : -1;
+      return {tile_i * A + pair.i, tile_i * A + pair.j};
     } else {
-      const int64_t i = tile_i * A + k / B, j = tile_j * B + k % B;
-      return i < tasks ? pair_index(i, j) : -1;
+      return {tile_i * A + k / B, tile_j * B + k % B};
     }
   });
   sync_block();
@@ -189,21 +193,21 @@ template <>
 constexpr Product kProductOf<BFloat> = Product::kBFloat;
 
 // One slab of G groups of 8 rows as a lane holds it: 16 bytes of row g of each group.
-template <class Row, int G>
-__device__ inline void load_slab(const Rows& rows, int64_t first_row, int64_t column, Range columns, bool whole,
+template <class Row, int G, class J>
+__device__ inline void load_slab(const J& rows, int64_t first_row, int64_t column, Range columns, bool whole,
                                  Packed (&x)[G]) {
   const int64_t g = thread_index() % 32 / 4;
   if (whole) {
 #pragma unroll
     for (int group = 0; group < G; ++group) {
       const int64_t t = first_row + 8 * group + g;
-      x[group] = t < rows.tasks ? load_packed(rows.row<Row>(t) + column) : zeros();
+      x[group] = rows.has(t) ? load_packed(rows.template row<Row>(t) + column) : zeros();
     }
   } else {
 #pragma unroll
     for (int group = 0; group < G; ++group) {
       const int64_t t = first_row + 8 * group + g;
-      x[group] = t < rows.tasks ? load_some(rows.row<Row>(t), column, columns) : zeros();
+      x[group] = rows.has(t) ? load_some(rows.template row<Row>(t), column, columns) : zeros();
     }
   }
 }
@@ -258,16 +262,16 @@ __device__ inline void multiply_slab(const Packed (&x)[GA], const Packed (&y)[GB
 // Tiles of 8 GA rows. Shared memory: tensor_tile_bytes.
 FPG_HOST_DEVICE constexpr int tensor_tile_bytes(int rows) { return rows * rows * static_cast<int>(sizeof(double)); }
 
-template <class Row, int G, bool kDiagonal>
-__device__ inline void gram_tensor(const GramJob& job, int64_t item, int64_t tile_i, int64_t tile_j) {
+template <class Row, int G, bool kDiagonal, class J>
+__device__ inline void gram_tensor(const GramJob<J>& job, int64_t item, int64_t tile_i, int64_t tile_j) {
   constexpr int kTile = 8 * G;
   constexpr int64_t kSlab = 4 * kVector<Row>;
   // A slab of 16-bit rows has 32 products for each sum, two of fp32 rows.
   constexpr int kSlabsOfLane = kProductsOfLane / kSlab;
   static_assert(kSlabs % kSlabsOfLane == 0, "sums are flushed within a step");
 
-  const Rows& rows = job.rows;
-  const Item found = item_at(job.plan, rows.offsets, rows.segments, rows.width, item);
+  const Item found = job.rows.item(job.plan, item);
+  const auto& rows = job.rows.of(found);
   const Range steps = steps_of(job.plan, found.columns);
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   double totals[G / 2][G][4] = {};
@@ -330,15 +334,14 @@ __device__ inline void gram_tensor(const GramJob& job, int64_t item, int64_t til
   }
   double* partial = job.partials + item * pair_index(rows.tasks, 0);
   for (int k = thread_index(); k < kTile * kTile; k += kThreads) {
-    const int64_t i = tile_i * kTile + k / kTile, j = tile_j * kTile + k % kTile;
-    if (i < rows.tasks && j <= i) partial[pair_index(i, j)] = tile[k];
+    store_pair(rows, {tile_i * kTile + k / kTile, tile_j * kTile + k % kTile}, tile[k], partial);
   }
   sync_block();
 }
 
 // One item and pair of tiles above 8 rows. G = 0: float64 rows.
-template <class Row, int G>
-__device__ inline void gram_tile(const GramJob& job, int64_t item, int64_t tile) {
+template <class Row, int G, class J>
+__device__ inline void gram_tile(const GramJob<J>& job, int64_t item, int64_t tile) {
   const Pair pair = pair_of(tile);
   const Kept nothing = {nullptr, 0};
   if (pair.i == pair.j) {

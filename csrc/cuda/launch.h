@@ -102,21 +102,58 @@ inline int with_groups(int64_t tasks, Body body) {
 
 constexpr int64_t itemsize_of(int dtype) { return dtype == FPG_F64 ? 8 : dtype == FPG_F32 ? 4 : 2; }
 
-inline bool is_aligned(const Rows& rows, int64_t itemsize, const void* out) {
-  const uintptr_t data = reinterpret_cast<uintptr_t>(rows.data), to = reinterpret_cast<uintptr_t>(out);
-  return data % 16 == 0 && to % 16 == 0 && (rows.tasks == 1 || rows.stride * itemsize % 16 == 0);
+inline Rows packed_rows(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
+                        const int64_t* offsets, int64_t segments, void* out) {
+  const uintptr_t data = reinterpret_cast<uintptr_t>(grads), to = reinterpret_cast<uintptr_t>(out);
+  const bool aligned = data % 16 == 0 && to % 16 == 0 && (tasks == 1 || row_stride * itemsize_of(dtype) % 16 == 0);
+  return {const_cast<void*>(grads), static_cast<int>(tasks), width, row_stride, offsets, segments, aligned, out};
+}
+
+// Of a kernel that takes `bytes` of shared memory itself; the addresses of a block's rows go behind them.
+inline int64_t shared_memory_of(Rows&, int64_t bytes) { return bytes; }
+inline int64_t shared_memory_of(BlockRows& rows, int64_t bytes) {
+  rows.shared_at = divide_up(bytes, 16) * 16;
+  return rows.shared_at + addresses_of_block(rows.tasks) * static_cast<int64_t>(sizeof(uint64_t));
+}
+
+inline Plan gram_plan_of(const Rows& rows, int64_t itemsize) {
+  return gram_plan(rows.tasks, rows.width, rows.problems, itemsize);
+}
+inline Plan gram_plan_of(const BlockRows& rows, int64_t itemsize) {
+  return gram_plan(rows.tasks, rows.width, rows.blocks, itemsize);
+}
+inline Plan columns_plan_of(const Rows& rows, int64_t itemsize) {
+  return columns_plan(rows.tasks, rows.width, rows.problems, itemsize);
+}
+inline Plan columns_plan_of(const BlockRows& rows, int64_t itemsize) {
+  return columns_plan(rows.tasks, rows.width, rows.blocks, itemsize);
 }
 
 inline bool is_valid(int64_t tasks, int64_t width, int dtype, int64_t segments) {
   return tasks > 0 && tasks <= kLargestTasks && width >= 0 && dtype >= FPG_F32 && dtype <= FPG_F64 && segments > 0;
 }
 
-// Each of the passes; a cudaError_t. Kernels of an op lie in the file of its name.
-int start_gram(const Device& device, const GramJob& job, int dtype, void* stream);
-int start_finish(const Device& device, const GramJob& job, const SolveJob& solve, int dtype, void* stream);
-int start_combine(const Device& device, const CombineJob& job, int dtype, void* stream);
+// Each of the passes, for Rows and for BlockRows; a cudaError_t. Kernels of an op lie in the file of its name.
+template <class J>
+int start_gram(const Device& device, GramJob<J> job, int dtype, void* stream);
+template <class J>
+int start_finish(const Device& device, GramJob<J> job, const SolveJob& solve, int dtype, void* stream);
+template <class J>
+int start_combine(const Device& device, CombineJob<J> job, int dtype, void* stream);
 int start_mix(const Device& device, const MixJob& job, int dtype, void* stream);
 
-GramJob gram_job(const Rows& rows, int dtype, double* gram, void* workspace);
+// `workspace`: partial Gram matrices, then the flags.
+template <class J>
+GramJob<J> gram_job(const J& rows, int dtype, double* gram, void* workspace) {
+  const Plan plan = gram_plan_of(rows, itemsize_of(dtype));
+  double* partials = static_cast<double*>(workspace);
+  int* flags = reinterpret_cast<int*>(partials + plan.items * pair_index(rows.tasks, 0));
+  // The squares of fp16 never leave fp32's range, and float64 rows have no wider one to go to.
+  return {rows, plan, partials, flags, gram, dtype == FPG_F32 || dtype == FPG_BF16};
+}
+inline int64_t gram_workspace(int64_t items, int64_t tasks, int64_t problems) {
+  return items * pair_index(tasks, 0) * static_cast<int64_t>(sizeof(double)) +
+         problems * tasks * static_cast<int64_t>(sizeof(int));
+}
 
 }  // namespace fpg

@@ -17,5 +17,10 @@ int fpg_cuda_probe(void) {
 
 const char* fpg_cuda_error(int status) {
   if (status >= fpg::kCudaError) return fpg::error_text(status - fpg::kCudaError);
-  return status == FPG_OK ? "no error" : status == FPG_BAD_ARGUMENT ? "bad argument" : "unknown status";
+  switch (status) {
+    case FPG_OK: return "no error";
+    case FPG_BAD_ARGUMENT: return "bad argument";
+    case FPG_OUT_OF_MEMORY: return "out of memory";
+    default: return "unknown status";
+  }
 }

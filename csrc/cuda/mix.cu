@@ -39,14 +39,10 @@ int start_mix(const Device& device, const MixJob& job, int dtype, void* stream) 
 int fpg_cuda_mix(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype, const int64_t* offsets,
                  int64_t segments, const double* coefficients, void* stream) {
   if (!fpg::is_valid(tasks, width, dtype, segments)) return FPG_BAD_ARGUMENT;
-  const int64_t itemsize = fpg::itemsize_of(dtype);
-  fpg::Rows rows = {grads, static_cast<int>(tasks), width, row_stride, offsets, segments, false};
-  rows.aligned = fpg::is_aligned(rows, itemsize, nullptr);
+  const fpg::Rows rows = fpg::packed_rows(grads, tasks, width, row_stride, dtype, offsets, segments, nullptr);
+  const fpg::Plan plan = fpg::columns_plan_of(rows, fpg::itemsize_of(dtype));
   fpg::Device device = {};
   int error = fpg::find_device(&device);
-  if (error == 0) {
-    const fpg::Plan plan = fpg::columns_plan(tasks, width, segments, itemsize);
-    error = fpg::start_mix(device, {rows, plan, coefficients}, dtype, stream);
-  }
+  if (error == 0) error = fpg::start_mix(device, {rows, plan, coefficients}, dtype, stream);
   return fpg::status_of(error);
 }

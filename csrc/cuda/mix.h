@@ -82,7 +82,7 @@ __device__ inline void mix_all(const MixJob& job, double* coefficients) {
   int64_t segment = -1;
   bool wide = false;
   for (int64_t item = job.plan.items - 1 - block_index(); item >= 0; item -= blocks()) {
-    const Item found = item_at(job.plan, job.rows.offsets, job.rows.segments, job.rows.width, item);
+    const Item found = job.rows.item(job.plan, item);
     if (found.segment != segment) {
       segment = found.segment;
       wide = take_weights(job.coefficients + segment * square, square, coefficients);
@@ -197,7 +197,7 @@ __device__ inline void mix_tiles(const MixJob& job) {
   int64_t segment = -1;
   bool wide = false;
   for (int64_t item = job.plan.items - 1 - block_index(); item >= 0; item -= blocks()) {
-    const Item found = item_at(job.plan, job.rows.offsets, job.rows.segments, job.rows.width, item);
+    const Item found = job.rows.item(job.plan, item);
     const double* coefficients = job.coefficients + found.segment * square;
     bool fresh = found.segment != segment;
     if (fresh) {

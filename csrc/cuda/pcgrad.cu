@@ -1,14 +1,15 @@
 // pcgrad: the whole surgery. Small and middle J: one cooperative launch, in which each block keeps what it can of its
-// columns in shared memory from the first pass to the second. Large J: a launch for each pass and one between them.
+// columns in shared memory from the first pass to the second. Large J, and J in blocks: a launch for each pass and one
+// between them.
+#include "blocks.h"
 #include "launch.h"
 
 namespace fpg {
 
 struct PcgradJob {
-  GramJob gram;
+  GramJob<Rows> gram;
   SolveJob solve;
-  Plan plan;  // of the second pass
-  void* out;
+  Plan plan;      // of the second pass
   bool in_place;  // J <- C J; no weights and no out
   int64_t kept;   // steps that a block keeps
 };
@@ -43,7 +44,7 @@ __device__ inline bool any_unsafe(const double* weights, int64_t count) {
 
 // The sum of the partial Gram matrices; one function for all kernels of a row type.
 template <class Row>
-__device__ FPG_RARE void finish_gram_together(const GramJob& job) {
+__device__ FPG_RARE void finish_gram_together(const GramJob<Rows>& job) {
   finish_gram<Row>(job);
 }
 
@@ -60,15 +61,15 @@ __device__ inline int64_t steps_of_slot(const Plan& plan) { return plan.span / p
 // solve_alone left.
 template <class Row, int R>
 __device__ inline void combine_mine(const PcgradJob& job, int64_t mine, bool alone) {
-  const CombineJob combine = {job.gram.rows, job.gram.plan, job.solve.weights, job.out};
-  const int64_t tasks = combine.rows.tasks;
+  const Rows& rows = job.gram.rows;
+  const Plan& plan = job.gram.plan;
+  const int64_t tasks = rows.tasks;
   double* weights = own_weights();
   bool wide = alone && any_unsafe(weights, tasks);
   while (mine-- > 0) {
-    const Item item = item_at(combine.plan, combine.rows.offsets, combine.rows.segments, combine.rows.width,
-                              block_index() + mine * blocks());
-    if (!alone) wide = take_weights(combine.weights + item.segment * tasks, tasks, weights);
-    combine_item<Row, vectors_of(R), R>(combine, item, weights, wide, kept_by(job), mine * steps_of_slot(combine.plan));
+    const Item item = rows.item(plan, block_index() + mine * blocks());
+    if (!alone) wide = take_weights(job.solve.weights + item.segment * tasks, tasks, weights);
+    combine_item<Row, vectors_of(R), R>(rows, plan, item, weights, wide, kept_by(job), mine * steps_of_slot(plan));
   }
 }
 
@@ -79,8 +80,7 @@ __device__ inline void mix_mine(const PcgradJob& job, int64_t mine, bool alone) 
   double* coefficients = own_coefficients();
   bool wide = alone && any_unsafe(coefficients, square);
   while (mine-- > 0) {
-    const Item item =
-        item_at(mix.plan, mix.rows.offsets, mix.rows.segments, mix.rows.width, block_index() + mine * blocks());
+    const Item item = mix.rows.item(mix.plan, block_index() + mine * blocks());
     if (!alone) wide = take_weights(mix.coefficients + item.segment * square, square, coefficients);
     mix_item<Row, vectors_of(R), R>(mix, item, coefficients, wide, kept_by(job), mine * steps_of_slot(mix.plan));
   }
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kIsDouble<Row>&& R == 8 ? 1 : 2)
   sync_grid();
   finish_gram_together<Row>(job.gram);
 
-  const bool alone = job.gram.rows.segments == 1;
+  const bool alone = job.gram.rows.problems == 1;
   if (alone) {
     solve_alone(job.solve, own_coefficients(), own_weights());
   } else {
@@ -116,8 +116,8 @@ template <class Row>
 __device__ FPG_RARE void second_pass_of_tiles(const PcgradJob& job) {
   const Rows& rows = job.gram.rows;
   if (!job.in_place) {
-    combine_all<Row, 1, kMostRowsHeld>({rows, job.plan, job.solve.weights, job.out},
-                                       reinterpret_cast<double*>(shared_memory()));
+    combine_all<Row, 1, kMostRowsHeld, Rows>({rows, job.plan, job.solve.weights},
+                                             reinterpret_cast<double*>(shared_memory()));
     return;
   }
   if constexpr (!kIsDouble<Row>) {
@@ -184,7 +184,7 @@ int start_apart(const Device& device, const PcgradJob& job, int dtype, void* str
   if (error == 0) error = start_finish(device, job.gram, job.solve, dtype, stream);
   if (error != 0) return error;
   if (job.in_place) return start_mix(device, {job.gram.rows, job.plan, job.solve.coefficients}, dtype, stream);
-  return start_combine(device, {job.gram.rows, job.plan, job.solve.weights, job.out}, dtype, stream);
+  return start_combine<Rows>(device, {job.gram.rows, job.plan, job.solve.weights}, dtype, stream);
 }
 
 int64_t one_launch_bytes(const Device& device) {
@@ -202,21 +202,33 @@ int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_strid
                     void* out, void* workspace, int launches, void* stream) {
   if (!fpg::is_valid(tasks, width, dtype, segments)) return FPG_BAD_ARGUMENT;
   const int64_t itemsize = fpg::itemsize_of(dtype);
-  fpg::Rows rows = {grads, static_cast<int>(tasks), width, row_stride, offsets, segments, false};
-  rows.aligned = fpg::is_aligned(rows, itemsize, out);
+  const fpg::Rows rows = fpg::packed_rows(grads, tasks, width, row_stride, dtype, offsets, segments, out);
   const fpg::SolveJob solve = {gram,  order,    order_per_segment != 0, {self_projection != 0, eps, min_squared_norm},
                                tasks, segments, coefficients,           weights,
                                scale};
-  const fpg::PcgradJob job = {fpg::gram_job(rows, dtype, gram, workspace),
-                              solve,
-                              fpg::columns_plan(tasks, width, segments, itemsize),
-                              out,
-                              weights == nullptr,
-                              0};
+  const fpg::PcgradJob job = {fpg::gram_job(rows, dtype, gram, workspace), solve, fpg::columns_plan_of(rows, itemsize),
+                              weights == nullptr, 0};
   fpg::Device device = {};
   if (const int error = fpg::find_device(&device)) return fpg::status_of(error);
   const bool small = tasks * width * itemsize <= fpg::one_launch_bytes(device);
   const bool together = launches == FPG_ONE_LAUNCH || (launches == FPG_AUTOMATIC && small);
   return fpg::status_of(together ? fpg::start_together(device, job, dtype, stream)
                                  : fpg::start_apart(device, job, dtype, stream));
+}
+
+int fpg_cuda_pcgrad_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks, int dtype,
+                           const int64_t* order, int self_projection, double eps, double min_squared_norm, double scale,
+                           double* gram, double* coefficients, double* weights, void* const* out, void* workspace,
+                           void* stream) {
+  const fpg::SolveJob solve = {gram,         order,   false, {self_projection != 0, eps, min_squared_norm}, tasks, 1,
+                               coefficients, weights, scale};
+  return fpg::with_blocks({rows, widths, blocks, tasks, dtype, nullptr, 1, out}, workspace, stream,
+                          [&](const fpg::Device& device, const fpg::BlockRows& found, void* rest) {
+                            const auto job = fpg::gram_job(found, dtype, gram, rest);
+                            const fpg::Plan plan = fpg::columns_plan_of(found, fpg::itemsize_of(dtype));
+                            int error = fpg::start_gram(device, job, dtype, stream);
+                            if (error == 0) error = fpg::start_finish(device, job, solve, dtype, stream);
+                            if (error != 0) return error;
+                            return fpg::start_combine<fpg::BlockRows>(device, {found, plan, weights}, dtype, stream);
+                          });
 }

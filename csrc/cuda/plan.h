@@ -27,6 +27,12 @@ FPG_HOST_DEVICE constexpr int vectors_of(int rows_held) {
 }
 FPG_HOST_DEVICE constexpr int rows_held_for(int64_t tasks) { return tasks <= 2 ? 2 : tasks <= 4 ? 4 : kMostRowsHeld; }
 
+// Rows of the largest tile, and addresses of a block's rows in shared memory: tiles may ask for rows from T on.
+constexpr int kRowsOfTile = 32;
+FPG_HOST_DEVICE constexpr int addresses_of_block(int tasks) {
+  return (tasks + kRowsOfTile - 1) / kRowsOfTile * kRowsOfTile;
+}
+
 // Elements of 16 bytes.
 FPG_HOST_DEVICE constexpr int elements_of_vector(int64_t itemsize) { return static_cast<int>(16 / itemsize); }
 
@@ -74,26 +80,30 @@ inline Plan make_plan(int64_t width, int64_t segments, int64_t step, int64_t mos
 }
 
 // Of the passes in which a thread owns columns: gram up to 8 rows or of float64, combine, mix.
-inline Plan columns_plan(int64_t tasks, int64_t width, int64_t segments, int64_t itemsize) {
+inline int64_t columns_step(int64_t tasks, int64_t itemsize) {
   const int64_t vectors = tasks <= kMostRowsHeld ? vectors_of(rows_held_for(tasks)) : 1;
-  return make_plan(width, segments, kThreads * vectors * elements_of_vector(itemsize), FPG_MANY_SLOTS);
+  return kThreads * vectors * elements_of_vector(itemsize);
+}
+inline Plan columns_plan(int64_t tasks, int64_t width, int64_t segments, int64_t itemsize) {
+  return make_plan(width, segments, columns_step(tasks, itemsize), FPG_MANY_SLOTS);
 }
 
-// Of gram above 8 rows. The partial Gram matrices stay below 2^21 numbers, but for very many segments.
-inline Plan tiles_plan(int64_t tasks, int64_t width, int64_t segments, int64_t itemsize) {
+// Of gram above 8 rows, whose step is a part of that of columns_plan. The partial Gram matrices stay below 2^21
+// numbers, but for very many segments.
+inline int64_t most_gram_slots(int64_t tasks) {
+  if (tasks <= kMostRowsHeld) return FPG_MANY_SLOTS;
   const int64_t numbers = (int64_t{1} << 21) / pair_index(tasks, 0);
-  const int64_t affordable = numbers < 64 ? 64 : numbers > FPG_MANY_SLOTS / 2 ? FPG_MANY_SLOTS / 2 : numbers;
-  const int64_t vector = elements_of_vector(itemsize);
-  return make_plan(width, segments, itemsize == 8 ? kThreads * vector : kWarps * kSlabs * 4 * vector, affordable);
+  return numbers < 64 ? 64 : numbers > FPG_MANY_SLOTS / 2 ? FPG_MANY_SLOTS / 2 : numbers;
 }
-
 inline Plan gram_plan(int64_t tasks, int64_t width, int64_t segments, int64_t itemsize) {
-  return tasks <= kMostRowsHeld ? columns_plan(tasks, width, segments, itemsize)
-                                : tiles_plan(tasks, width, segments, itemsize);
+  if (tasks <= kMostRowsHeld) return columns_plan(tasks, width, segments, itemsize);
+  const int64_t vector = elements_of_vector(itemsize);
+  const int64_t step = itemsize == 8 ? kThreads * vector : kWarps * kSlabs * 4 * vector;
+  return make_plan(width, segments, step, most_gram_slots(tasks));
 }
 
 // Rows of a tile of the Gram matrix above 8 rows.
-inline int tile_rows(int64_t tasks, int64_t itemsize) { return itemsize == 8 ? 8 : tasks <= 16 ? 16 : 32; }
+inline int tile_rows(int64_t tasks, int64_t itemsize) { return itemsize == 8 ? 8 : tasks <= 16 ? 16 : kRowsOfTile; }
 inline int64_t tile_pairs(int64_t tasks, int64_t itemsize) {
   if (tasks <= kMostRowsHeld) return 1;
   return pair_index(divide_up(tasks, tile_rows(tasks, itemsize)), 0);
@@ -122,7 +132,8 @@ FPG_HOST_DEVICE inline Item item_at(const Plan& plan, const int64_t* offsets, in
   int64_t s = 0, end = segments;
   while (end - s > 1) {
     const int64_t middle = (s + end) / 2;
-    (offsets[middle] / plan.span + middle <= item ? s : end) = middle;
+    // offsets[middle] / span + middle <= item, without a division
+    (offsets[middle] < (item - middle + 1) * plan.span ? s : end) = middle;
   }
   Range range = segment_range(offsets, s, width);
   const int64_t slot = item - s;

@@ -33,6 +33,13 @@ __device__ inline void sync_warp() { __syncwarp(); }
 __device__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
 __device__ inline double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+// The pointer of an address in the device's memory: a compiler that knows this loads without asking where.
+__device__ inline void* global_memory(uint64_t address) {
+  void* pointer = reinterpret_cast<void*>(address);
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 struct alignas(16) Packed {
   uint32_t word[4];
 };
@@ -91,6 +98,13 @@ __device__ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], co
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 }
+
+// Bytes of a kernel's parameters.
+#if CUDART_VERSION >= 12010
+constexpr int kMostParameterBytes = 32764;
+#else
+constexpr int kMostParameterBytes = 4096;
+#endif
 
 // What the host side asks of the runtime. Each returns a cudaError_t.
 inline int find_device(int* index) { return cudaGetDevice(index); }

@@ -1,4 +1,4 @@
-// The packed rows: how they are addressed, and their elements in vectors of 16 bytes.
+// J: where its rows lie, packed or in blocks, and their elements in vectors of 16 bytes.
 #pragma once
 
 #include "plan.h"
@@ -13,19 +13,93 @@ struct BFloat {
   uint16_t bits;
 };
 
-// Row t begins at data + t * stride elements. This is the one place that knows how rows lie in memory.
+// The two forms of J, which the kernels take as their parameter J. Either says which columns an item has, to which
+// problem they belong, and what rows they have: `of` an item gives rows with
+//   tasks, aligned (whether all begin at a multiple of 16 bytes, with out), out, row<Row>(t), has(t).
+// A row that is not there is all zeros; so are the rows from T on.
+
+// Packed: row t begins at data + t * stride elements, and a segment is a problem.
 struct Rows {
   void* data;
   int tasks;
   int64_t width;
   int64_t stride;
   const int64_t* offsets;
-  int64_t segments;
-  bool aligned;  // every row begins at a multiple of 16 bytes
+  int64_t problems;
+  bool aligned;
+  void* out;
 
+  __device__ Item item(const Plan& plan, int64_t number) const {
+    return item_at(plan, offsets, problems, width, number);
+  }
+  __device__ Range items(const Plan& plan, int64_t problem) const { return items_of(plan, offsets, problem, width); }
+  __device__ int64_t problem_of(const Item& item) const { return item.segment; }
+  __device__ const Rows& of(const Item&) const { return *this; }
+
+  __device__ bool has(int64_t t) const { return t < tasks; }
   template <class Row>
   __device__ Row* row(int64_t t) const {
     return static_cast<Row*>(data) + t * stride;
+  }
+};
+
+// The rows of one block, whose addresses lie in shared memory: each row's, moved back by the block's first column, so
+// that it is indexed with columns of J. No row lies so low in memory that this could give a null.
+struct RowsOfBlock {
+  const uint64_t* addresses;  // a multiple of kRowsOfTile
+  int tasks;
+  bool aligned;
+  void* out;
+
+  __device__ bool has(int64_t t) const { return addresses[t] != 0; }
+  template <class Row>
+  __device__ Row* row(int64_t t) const {
+    return static_cast<Row*>(global_memory(addresses[t]));
+  }
+};
+
+// In blocks: on the grid of steps the blocks follow each other, each from a step of its own on, and the columns between
+// a block's last and the next one's first do not exist. An item belongs to one block, as to one segment of packed rows.
+// The blocks of a problem are neighbours.
+struct BlockRows {
+  int tasks;
+  int64_t blocks;
+  int64_t width;  // of the grid
+  int64_t problems;
+  const int64_t* firsts;       // [blocks + 1]: the first column of each
+  const int64_t* lasts;        // [blocks]: behind the last one
+  const int64_t* problem;      // [blocks]
+  const int64_t* first_block;  // [problems + 1]
+  const uint64_t* out;         // [blocks]: addresses, as in RowsOfBlock
+  const uint64_t* addresses;   // [blocks, T]
+  int64_t shared_at;           // where in a block's shared memory RowsOfBlock::addresses go
+
+  __device__ Item item(const Plan& plan, int64_t number) const {
+    Item found = item_at(plan, firsts, blocks, width, number);
+    const int64_t last = lasts[found.segment];
+    if (found.columns.last > last) found.columns.last = last;
+    if (found.columns.last < found.columns.first) found.columns.last = found.columns.first;
+    return found;
+  }
+  __device__ Range items(const Plan& plan, int64_t problem_number) const {
+    const int64_t b = first_block[problem_number], end = first_block[problem_number + 1];
+    if (b == end) return {0, 0};
+    return {firsts[b] / plan.span + b, end < blocks ? firsts[end] / plan.span + end : plan.items};
+  }
+  __device__ int64_t problem_of(const Item& item) const { return problem[item.segment]; }
+
+  // For all threads of a block.
+  __device__ RowsOfBlock of(const Item& item) const {
+    uint64_t* here = reinterpret_cast<uint64_t*>(shared_memory() + shared_at);
+    const uint64_t to = out[item.segment];
+    bool unaligned = to % 16 != 0;
+    sync_block();  // the addresses before are done with
+    for (int t = thread_index(); t < addresses_of_block(tasks); t += kThreads) {
+      const uint64_t address = t < tasks ? addresses[item.segment * tasks + t] : 0;
+      here[t] = address;
+      unaligned = unaligned || address % 16 != 0;
+    }
+    return {here, tasks, !any_in_block(unaligned), global_memory(to)};
   }
 };
 
@@ -118,17 +192,16 @@ __device__ inline bool contains(Range columns, int64_t first, int64_t count) {
   return first >= columns.first && first + count <= columns.last;
 }
 
-// The vectors of U x R rows that a thread owns in a step whose columns all belong to the item, of aligned rows. Rows
-// beyond T are zero.
-template <class Row, int U, int R>
-__device__ inline void load_owned(const Rows& rows, int64_t first_row, int64_t step_column, Packed (&x)[U][R]) {
+// The vectors of U x R rows that a thread owns in a step whose columns all belong to the item, of aligned rows.
+template <class Row, int U, int R, class J>
+__device__ inline void load_owned(const J& rows, int64_t first_row, int64_t step_column, Packed (&x)[U][R]) {
   const int64_t own = step_column + thread_index() * kVector<Row>;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const int64_t t = first_row + r;
-      x[u][r] = t < rows.tasks ? load_packed(rows.row<Row>(t) + own + u * (kThreads * kVector<Row>)) : zeros();
+      x[u][r] = rows.has(t) ? load_packed(rows.template row<Row>(t) + own + u * (kThreads * kVector<Row>)) : zeros();
     }
   }
 }
@@ -144,13 +217,16 @@ __device__ inline void for_columns(int64_t first, int64_t count, Range columns, 
   }
 }
 
-// One column of R rows; rows beyond T are zero.
-template <class Row, class Acc, int R>
-__device__ inline void load_column(const Rows& rows, int64_t first_row, int64_t column, Acc (&x)[R]) {
+template <class Row, class Acc, class J>
+__device__ inline Acc element_of(const J& rows, int64_t t, int64_t column) {
+  return rows.has(t) ? static_cast<Acc>(widened(rows.template row<Row>(t)[column])) : 0;
+}
+
+// One column of R rows.
+template <class Row, class Acc, int R, class J>
+__device__ inline void load_column(const J& rows, int64_t first_row, int64_t column, Acc (&x)[R]) {
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    x[r] = first_row + r < rows.tasks ? static_cast<Acc>(widened(rows.row<Row>(first_row + r)[column])) : 0;
-  }
+  for (int r = 0; r < R; ++r) x[r] = element_of<Row, Acc>(rows, first_row + r, column);
 }
 
 // Vectors of whole steps that a block keeps in shared memory from the first pass to the second: each thread reads back

@@ -7,6 +7,7 @@ no value is read back, so a call can be captured in a CUDA graph.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,8 +16,7 @@ from torch import Tensor
 
 from .. import _native, _ops
 from . import abi, eager
-from .abi import DTYPES, F64, I64, INT, POINTER, ROWS, SOLVE
-from .stacked import Stacked
+from .abi import BLOCKS, DTYPES, F64, I64, INT, POINTER, ROWS, SOLVE
 
 _ARGUMENTS = {
     "fpg_cuda_gram": (*ROWS, POINTER, POINTER, POINTER),
@@ -25,10 +25,19 @@ _ARGUMENTS = {
     "fpg_cuda_mix": (*ROWS, POINTER, POINTER),
     "fpg_cuda_pcgrad": (*ROWS, *SOLVE, F64, POINTER, POINTER, POINTER, POINTER, POINTER, INT, POINTER),
     "fpg_cuda_workspace": (I64, I64, I64, INT),
+    "fpg_cuda_gram_blocks": (*BLOCKS, POINTER, I64, *[POINTER] * 3),
+    "fpg_cuda_combine_blocks": (*BLOCKS, POINTER, I64, *[POINTER] * 4),
+    "fpg_cuda_pcgrad_blocks": (*BLOCKS, POINTER, INT, F64, F64, F64, *[POINTER] * 6),
+    "fpg_cuda_workspace_blocks": (POINTER, I64, I64, INT, I64),
     "fpg_cuda_error": (INT,),
     "fpg_cuda_probe": (),
 }
-_RESULTS: dict[str, Any] = {"fpg_cuda_workspace": I64, "fpg_cuda_error": ctypes.c_char_p}
+_RESULTS: dict[str, Any] = {
+    "fpg_cuda_workspace": I64,
+    "fpg_cuda_workspace_blocks": I64,
+    "fpg_cuda_error": ctypes.c_char_p,
+}
+_ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError}
 
 LARGEST_TASKS = 256
 """More rows than the kernels' shared memory holds: such a J goes to the eager backend."""
@@ -87,7 +96,7 @@ def _call(name: str, device: torch.device, *arguments: object) -> None:
     with _on(device):
         status = _entry(name)(*arguments, _stream(device))
     if status:
-        raise (ValueError if status == 1 else RuntimeError)(f"{name}: {_text(status)} (status {status})")
+        raise _ERRORS.get(status, RuntimeError)(f"{name}: {_text(status)} (status {status})")
 
 
 def _workspace(grads: Tensor, segments: Tensor | None) -> Tensor:
@@ -203,5 +212,83 @@ def _pcgrad(
     return matrix, coefficients, weights
 
 
-_stacked = Stacked(gram, pcgrad_coefficients, combine)
-gram_blocks, combine_blocks, pcgrad_blocks = _stacked.gram_blocks, _stacked.combine_blocks, _stacked.pcgrad_blocks
+def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+    tasks = len(blocks.tensors)
+    if tasks > LARGEST_TASKS:
+        return eager.gram_blocks(blocks, problem_of, problems)
+    result = torch.empty((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
+    pointers, owners = abi.table(*blocks.pointers), abi.indices(problem_of)
+    workspace = _workspace_blocks(blocks, problems)
+    _call(
+        "fpg_cuda_gram_blocks",
+        blocks.device,
+        *abi.blocks(blocks, pointers),
+        abi.address(owners),
+        problems,
+        result.data_ptr(),
+        workspace.data_ptr(),
+    )
+    return result
+
+
+def combine_blocks(
+    blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
+) -> None:
+    if len(blocks.tensors) > LARGEST_TASKS:
+        return eager.combine_blocks(blocks, weights, weights_of, out)
+    weights, count = weights.contiguous(), weights.shape[0]
+    pointers, owners, places = abi.table(*blocks.pointers), abi.indices(weights_of), abi.places(out)
+    workspace = _workspace_blocks(blocks, count)
+    _call(
+        "fpg_cuda_combine_blocks",
+        blocks.device,
+        *abi.blocks(blocks, pointers),
+        abi.address(owners),
+        count,
+        weights.data_ptr(),
+        abi.address(places),
+        workspace.data_ptr(),
+    )
+    return None
+
+
+def pcgrad_blocks(
+    blocks: _ops.Blocks,
+    order: Tensor,
+    self_projection: bool,
+    eps: float,
+    min_squared_norm: float,
+    scale: float,
+    out: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    tasks = len(blocks.tensors)
+    if tasks > LARGEST_TASKS:
+        return eager.pcgrad_blocks(blocks, order, self_projection, eps, min_squared_norm, scale, out)
+    order = order.contiguous()
+    gram = torch.empty((tasks, tasks), dtype=torch.float64, device=blocks.device)
+    coefficients, weights = torch.empty_like(gram), gram.new_empty(tasks)
+    pointers, places, workspace = abi.table(*blocks.pointers), abi.places(out), _workspace_blocks(blocks, 1)
+    _call(
+        "fpg_cuda_pcgrad_blocks",
+        blocks.device,
+        *abi.blocks(blocks, pointers),
+        order.data_ptr(),
+        self_projection,
+        eps,
+        min_squared_norm,
+        scale,
+        gram.data_ptr(),
+        coefficients.data_ptr(),
+        weights.data_ptr(),
+        abi.address(places),
+        workspace.data_ptr(),
+    )
+    return gram, coefficients, weights
+
+
+def _workspace_blocks(blocks: _ops.Blocks, problems: int) -> Tensor:
+    widths = blocks.widths
+    size = _entry("fpg_cuda_workspace_blocks")(
+        abi.address(widths), len(widths), len(blocks.tensors), DTYPES[blocks.dtype], problems
+    )
+    return torch.empty(size, dtype=torch.uint8, device=blocks.device)

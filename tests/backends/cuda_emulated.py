@@ -9,6 +9,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from fastpcgrad.backends import cuda
+
+GPU = cuda.why_unavailable("cuda") is None
+"""Whether the tests of the backend run on a GPU, and need no emulation."""
+DEVICE = "cuda" if GPU else "cpu"
+
 CSRC = Path(__file__).parents[2] / "csrc"
 CXX = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ["g++", "clang++", "c++"]))[:1]
 

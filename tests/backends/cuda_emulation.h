@@ -183,6 +183,8 @@ inline double shuffle_xor(double value, int mask) {
   return value;
 }
 
+inline void* global_memory(uint64_t address) { return reinterpret_cast<void*>(address); }
+
 struct alignas(16) Packed {
   uint32_t word[4];
 };
@@ -281,6 +283,7 @@ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_
   std::memcpy(sums, taken, sizeof(sums));
 }
 
+constexpr int kMostParameterBytes = 8192;
 constexpr int kSharedOfMultiprocessor = 228 * 1024, kSharedOfBlock = 227 * 1024;
 enum EmulatedError { kNoError = 0, kInvalidValue = 1, kInvalidHandle = 400, kTooManyBlocks = 720 };
 

@@ -7,30 +7,14 @@ import torch
 
 from fastpcgrad import reference
 from fastpcgrad.backends import cuda
-from tests.backends import cuda_emulated
+from tests.backends.cuda_emulated import CXX, DEVICE, GPU
 from tests.ops import cases
 
-GPU = cuda.why_unavailable("cuda") is None
-DEVICE = "cuda" if GPU else "cpu"
 pytestmark = [
-    pytest.mark.skipif(not (GPU or cuda_emulated.CXX), reason="needs a GPU with the CUDA library, or a C++ compiler"),
+    pytest.mark.skipif(not (GPU or CXX), reason="needs a GPU with the CUDA library, or a C++ compiler"),
     pytest.mark.usefixtures("poisoned_memory", "library"),
 ]
 LAUNCHES = [cuda.ONE_LAUNCH, cuda.SEVERAL_LAUNCHES]
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    path = tmp_path_factory.mktemp("emulated") / "libfastpcgrad_cuda.so"
-    return None if GPU else cuda.declare(cuda_emulated.compile_library(path))
-
-
-@pytest.fixture
-def library(emulated, monkeypatch):
-    if emulated is not None:
-        monkeypatch.setattr(cuda, "_library", emulated)
-        emulated.emulated_multiprocessors(2)
-    return emulated
 
 
 class Given(cases.Packed):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,18 @@ def test_no_kernel_spills_but_those_of_float64_rows(built):
     said = built[1]
     assert set(re.findall(r"Compiling entry function '\w+' for '(sm_\d+)'", said)) == {"sm_80", "sm_90", "sm_100"}
     functions = _FUNCTION.findall(said)
-    stems = {"gram_columns", "gram_tiles", "finish", "combine", "mix", "mix_tiles", "pcgrad", "pcgrad_tiles", "solve"}
+    stems = {
+        "gram_columns",
+        "gram_tiles",
+        "finish",
+        "combine",
+        "mix",
+        "mix_tiles",
+        "pcgrad",
+        "pcgrad_tiles",
+        "solve",
+        "table",
+    }
     assert stems <= {re.sub(r".*?\d([a-z_]+)_kernel.*", r"\1", name) for name, _ in functions}
     assert said.count("bytes spill stores") == len(functions)
     assert not [name for name, spilled in functions if int(spilled) and "Id" not in name]
@@ -61,10 +73,15 @@ def test_the_library_loads_and_answers_without_a_gpu(built):
     library = cuda.declare(ctypes.CDLL(str(built[0])))
     assert library.fpg_abi_version() == cuda._native.ABI_VERSION
     assert library.fpg_cuda_error(0) == b"no error" and library.fpg_cuda_error(1) == b"bad argument"
-    assert library.fpg_cuda_error(1000 + 2) == b"out of memory"
+    assert library.fpg_cuda_error(1000 + 2) == library.fpg_cuda_error(2) == b"out of memory"
     # Of 8 rows by a million columns: 489 items of 36 float64 sums, and 8 flags.
     assert library.fpg_cuda_workspace(8, 10**6, 1, 0) == 489 * 36 * 8 + 8 * 4
     assert library.fpg_cuda_workspace(257, 100, 1, 0) == 0
+    # In two blocks of that width: at most 978 items and one for each block, 8 flags; tables of 12 numbers a block, 3.
+    widths = array("q", [500_000, 500_000])
+    found = library.fpg_cuda_workspace_blocks(widths.buffer_info()[0], 2, 8, 0, 1)
+    assert found == (978 + 2) * 36 * 8 + 8 * 4 + (2 * 12 + 3) * 8
+    assert library.fpg_cuda_workspace_blocks(widths.buffer_info()[0], 2, 257, 0, 1) == 0
 
 
 @needs_nvcc
@@ -80,6 +97,10 @@ def test_without_a_gpu_each_call_returns_the_runtimes_error(built):
     assert library.fpg_cuda_mix(*rows, None, None) > 1000
     assert library.fpg_cuda_pcgrad_coefficients(None, 2, 1, None, 0, 0, 0.0, 0.0, None, None) > 1000
     assert library.fpg_cuda_pcgrad(*rows, None, 0, 0, 0.0, 0.0, 1.0, *[None] * 5, 0, None) > 1000
+    blocks = (None, None, 0, 2, 0)
+    assert library.fpg_cuda_gram_blocks(*blocks, None, 1, None, None, None) > 1000
+    assert library.fpg_cuda_combine_blocks(*blocks, None, 1, None, None, None, None) > 1000
+    assert library.fpg_cuda_pcgrad_blocks(*blocks, None, 0, 0.0, 0.0, 1.0, *[None] * 6) > 1000
 
 
 def test_each_entry_point_of_the_header_is_declared_in_python():

@@ -1,7 +1,10 @@
 """Small surgeries of each kind of kernel, for compute-sanitizer."""
 
+from array import array
+
 import torch
 
+from fastpcgrad._ops import Blocks
 from fastpcgrad.backends import cuda
 
 for tasks in (2, 8, 12, 20):
@@ -14,4 +17,13 @@ for tasks in (2, 8, 12, 20):
                 cuda.launches = launches
                 cuda.pcgrad(rows, order, False, 0.0, 0.0, 1.0, None, out)
                 cuda.pcgrad_(rows, order, False, 0.0, 0.0, torch.tensor([0, 7, 7, width]).cuda())
+        widths = array("q", (3001, 7, 1, 4096, 65))
+        grads = [[torch.randn(width, device="cuda").to(dtype) for width in widths] for _ in range(tasks)]
+        absent = [[None if (t + b) % 3 == 0 else grad for b, grad in enumerate(row)] for t, row in enumerate(grads)]
+        for given in (grads, absent):
+            pointers = [[0 if grad is None else grad.data_ptr() for grad in row] for row in given]
+            blocks = Blocks(given, pointers, widths, dtype, torch.device("cuda"))
+            merged = [torch.empty(width, dtype=dtype, device="cuda") for width in widths]
+            cuda.pcgrad_blocks(blocks, order, False, 0.0, 0.0, 1.0, merged)
+            cuda.gram_blocks(blocks, [1, 0, -1, 1, 0], 2)
 torch.cuda.synchronize()

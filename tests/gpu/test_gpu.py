@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import fastpcgrad
 from fastpcgrad import backends, reference
+from fastpcgrad._ops import KERNELS, Blocks
 from fastpcgrad.backends import cuda
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -109,6 +111,109 @@ def test_a_captured_surgery_replays_with_another_order(tasks, launches, monkeypa
         order.copy_(random_order(tasks))
         graph.replay()
         assert torch.equal(merged, fastpcgrad.pcgrad(rows, order=order))
+
+
+WIDTHS = [50_257 * 16, *[16 * 64 * 9, 64, 1, 16 * 1024 + 3, 7] * 40, 2**22 + 1]
+"""Of parameters, large and tiny, most of them of no round size."""
+
+
+def in_blocks(tasks, dtype, widths=WIDTHS):
+    """Gradients of parameters, a fifth of them absent, and the same as J with zeros."""
+    dense = [[torch.randn(width, device=DEVICE).to(dtype) for width in widths] for _ in range(tasks)]
+    tensors = [[None if torch.rand(()) < 0.2 else grad for grad in row] for row in dense]
+    return blocks_of(tensors, widths), torch.stack([joined(row, widths, dtype) for row in tensors])
+
+
+def blocks_of(tensors, widths):
+    pointers = [[0 if grad is None else grad.data_ptr() for grad in row] for row in tensors]
+    dtype = next(grad.dtype for row in tensors for grad in row if grad is not None)
+    return Blocks(tensors, pointers, array("q", widths), dtype, torch.device(DEVICE))
+
+
+def joined(row, widths, dtype):
+    zeros = [torch.zeros(width, dtype=dtype, device=DEVICE) for width in widths]
+    return torch.cat([zero if grad is None else grad for grad, zero in zip(row, zeros, strict=True)])
+
+
+def merged_to(blocks):
+    """Fresh memory for each block that a task has."""
+    columns = zip(*blocks.tensors, strict=True)
+    firsts = [next((grad for grad in column if grad is not None), None) for column in columns]
+    return [None if first is None else torch.full_like(first, torch.nan) for first in firsts]
+
+
+def same(some, others):
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("tasks", [2, 3, 4, 8, 16, 40])
+def test_gradients_where_autograd_left_them(tasks, dtype):
+    blocks, rows = in_blocks(tasks, dtype)
+    order, out = random_order(tasks), merged_to(blocks)
+    gram, _, weights = KERNELS["pcgrad_blocks"](blocks, order, False, 0.0, 0.0, 1.0, out)
+    exact = torch.zeros(tasks, tasks, dtype=torch.float64, device=DEVICE)
+    for a in range(0, rows.shape[1], 1 << 20):
+        block = rows[:, a : a + (1 << 20)].double()
+        exact += block @ block.mT
+    norms = exact.diagonal().sqrt()
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    assert bool(((gram - exact).abs() <= tolerance * norms[:, None] * norms).all())
+    expected = reference.coefficients(exact.cpu(), order.cpu()).to(DEVICE).sum(dim=0)
+    assert error(joined(out, WIDTHS, dtype), rows, expected) <= TOLERANCE[dtype]
+    again = merged_to(blocks)
+    found = KERNELS["pcgrad_blocks"](blocks, order, False, 0.0, 0.0, 1.0, again)
+    assert same([gram, weights, *out], [found[0], found[2], *again])
+
+
+def test_blocks_beyond_two_to_the_31_elements(backend):
+    if backend != "cuda":
+        pytest.skip("blocks are packed in batches for the others")
+    widths = [5, 2**31 + 77, 1000]
+    tensors = [[torch.empty(w, dtype=torch.bfloat16, device=DEVICE).normal_() for w in widths] for _ in range(2)]
+    blocks, weights = blocks_of(tensors, widths), torch.tensor([[0.5, -2.0]], dtype=torch.float64, device=DEVICE)
+    gram = KERNELS["gram_blocks"](blocks, None, 1)[0]
+    exact = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    for grad in tensors[1]:
+        exact += sum(part.double().square().sum() for part in grad.split(1 << 26))
+    torch.testing.assert_close(gram[1, 1], exact, rtol=1e-6, atol=0)
+    last = [grad[-9:].double() for grad in (tensors[0][1], tensors[1][1])]
+    KERNELS["combine_blocks"](blocks, weights, None, tensors[0])
+    torch.testing.assert_close(tensors[0][1][-9:].double(), 0.5 * last[0] - 2 * last[1], rtol=2e-2, atol=2e-2)
+
+
+def test_a_captured_surgery_on_blocks_replays_with_new_gradients(backend):
+    if backend != "cuda":
+        pytest.skip("the others bring indices to the GPU, which cannot be captured")
+    blocks, _ = in_blocks(4, torch.float32)
+    order, out = random_order(4), merged_to(blocks)
+    merge = KERNELS["pcgrad_blocks"]
+    merge(blocks, order, False, 0.0, 0.0, 1.0, out)  # loads what is loaded at first use
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        merge(blocks, order, False, 0.0, 0.0, 1.0, out)
+    for _ in range(3):
+        for grad in (grad for row in blocks.tensors for grad in row if grad is not None):
+            grad.normal_()
+        order.copy_(random_order(4))
+        graph.replay()
+        expected = merged_to(blocks)
+        merge(blocks, order, False, 0.0, 0.0, 1.0, expected)
+        assert same(out, expected)
+
+
+def test_tables_of_calls_that_wait_in_the_stream_are_their_own(backend):
+    """The host runs ahead: many surgeries on other gradients are queued before the first one begins."""
+    problems = [in_blocks(3, torch.float32, widths=WIDTHS[:50]) for _ in range(8)]
+    expected = [KERNELS["gram_blocks"](blocks, None, 1) for blocks, _ in problems]
+    if backend == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(100_000_000)
+        found = [KERNELS["gram_blocks"](blocks, None, 1) for blocks, _ in problems]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_two_streams_do_not_disturb_each_other():
