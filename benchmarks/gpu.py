@@ -1,8 +1,9 @@
 """``python -m benchmarks.gpu [--append] [--minutes 5]``: the kernels on a GPU, against the bytes they have to move.
 
 Measured first: how fast this GPU copies and reads. Then gram, combine, mix_ and the whole surgery with both backends,
-torch's products, TorchJD's PCGrad (or its algorithm, and the row says so) and the loop; then a training step of a
-transformer of 110 M parameters with T=4 against its T plain backward passes, with peak memory.
+torch's products, TorchJD's PCGrad (or its algorithm, and the row says so) and the loop; then the same surgery on task
+gradients that lie in blocks, one a parameter, against packed rows; then a training step of a transformer of 110 M
+parameters with T=4 against its T plain backward passes, with peak memory.
 
 Times are CUDA events around single calls, the median of many; ``pcgrad[graph]`` is a captured surgery, many replays
 between two events. Needs torch, numpy and triton alone. Rows go to benchmarks/results/gpu.jsonl with ``--append``.
@@ -15,8 +16,10 @@ import dataclasses
 import os
 import statistics
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,9 @@ from benchmarks import models, rows
 from benchmarks.peers import loop, torchjd_algorithm
 from benchmarks.rows import Row
 from fastpcgrad import backends, variants
+from fastpcgrad._ops import Blocks
+from fastpcgrad.backends import cuda
+from fastpcgrad.backends.stacked import Stacked
 
 RESULTS = rows.ROOT / "benchmarks" / "results" / "gpu.jsonl"
 TASKS = (8, 4, 2, 16, 32, 64)
@@ -33,6 +39,7 @@ WIDTHS = (10_000, 100_000, 1_000_000)
 BYTES_OF_J = (256 << 20, 1 << 30, 4 << 30)
 DTYPES = (torch.float32, torch.bfloat16)
 LARGE = 1 << 30
+TASKS_IN_BLOCKS = (4, 2, 8, 16)
 BACKENDS = ("cuda", "triton")
 
 
@@ -104,7 +111,8 @@ class Run:
     def kernel(self, op: str, subject: str, backend: str, grads: Tensor, timing: Timing, note: str = "") -> Row:
         tasks, width = grads.shape
         size, result = grads.nbytes, width * grads.element_size()
-        moved = {"gram": size, "combine": size + result, "mix_": 2 * size}.get(op, 2 * size + result)
+        once = {"gram": size, "combine": size + result, "mix_": 2 * size}
+        moved = once.get(op.removesuffix("_blocks"), 2 * size + result)
         gbps = moved / timing.p50 / 1e6
         dtype = str(grads.dtype).removeprefix("torch.")
         return self.add(
@@ -134,6 +142,20 @@ def force(backend: str) -> None:
     os.environ["FASTPCGRAD_BACKEND"] = backend
 
 
+def replays_of(call: Callable[[], object], count: int) -> Callable[[], None]:
+    """Captures the call in a CUDA graph; what is returned replays it ``count`` times."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    def replays() -> None:
+        for _ in range(count):
+            graph.replay()
+
+    return replays
+
+
 def torchjd_kernel(grads: Tensor) -> tuple[Callable[[], Tensor], str]:
     try:
         from benchmarks.peers import torchjd_peer
@@ -157,16 +179,7 @@ def library_calls(grads: Tensor) -> Iterator[tuple[str, Callable[[], object], in
     yield "mix_", lambda: fastpcgrad.mix_(grads, coefficients), 1
     yield "pcgrad", lambda: fastpcgrad.pcgrad(grads, order=order), 1
     if grads.nbytes < 256 << 20:
-        fastpcgrad.pcgrad(grads, order=order)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            fastpcgrad.pcgrad(grads, order=order)
-
-        def replays() -> None:
-            for _ in range(20):
-                graph.replay()
-
-        yield "pcgrad[graph]", replays, 20
+        yield "pcgrad[graph]", replays_of(lambda: fastpcgrad.pcgrad(grads, order=order), 20), 20
 
 
 def torch_calls(grads: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -211,6 +224,65 @@ def measure_peers(run: Run, grads: Tensor) -> None:
         ours = [row.p50_ms for row in run.rows if row.case == peer.case and row.subject == "fastpcgrad" and row.p50_ms]
         if ours and peer.p50_ms:
             run.rows[-1] = dataclasses.replace(peer, ratios={"fastpcgrad": peer.p50_ms / min(ours)})
+
+
+def block_lists() -> dict[str, list[int]]:
+    """The widths of parameters: of a transformer of 110 M, and of many tiny ones."""
+    with torch.device("meta"):
+        transformer = models.MeanPooledEncoder(32_000, 768, 12)
+    return {
+        "transformer": [parameter.numel() for parameter in transformer.parameters()],
+        "300 tiny blocks": [64, 1, 4096] * 100,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Scattered:
+    """The same task gradients packed and in blocks."""
+
+    grads: Tensor
+    blocks: Blocks
+    order: Tensor
+
+    @staticmethod
+    def of(widths: list[int], tasks: int, dtype: torch.dtype) -> Scattered:
+        grads = torch.randn(tasks, sum(widths), device="cuda").to(dtype)
+        tensors = [[part.clone() for part in row.split(widths)] for row in grads]
+        pointers = [[part.data_ptr() for part in row] for row in tensors]
+        order = variants.get("paper").draw_orders(tasks, None, None).to("cuda")
+        return Scattered(grads, Blocks(tensors, pointers, array("q", widths), dtype, grads.device), order)
+
+    def packed_call(self) -> Callable[[], object]:
+        merged = self.grads.new_empty(self.grads.shape[1])
+        return lambda: cuda.pcgrad(self.grads, self.order, False, 0.0, 0.0, 1.0, None, merged)
+
+    def calls(self, functions: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+        """(op, a call) of each of the three block functions of a backend."""
+        blocks, out = self.blocks, [self.grads.new_empty(width) for width in self.blocks.widths]
+        weights = torch.rand(1, len(self.grads), dtype=torch.float64).to("cuda")
+        yield "gram_blocks", lambda: functions.gram_blocks(blocks, None, 1)
+        yield "combine_blocks", lambda: functions.combine_blocks(blocks, weights, None, out)
+        yield "pcgrad_blocks", lambda: functions.pcgrad_blocks(blocks, self.order, False, 0.0, 0.0, 1.0, out)
+
+
+def measure_blocks(run: Run) -> None:
+    """Blocks against packed rows of the same size by the CUDA library, and against packing them before each pass."""
+    if backends.why_unavailable("cuda", "cuda") is not None:
+        return
+    packing = Stacked(cuda.gram, cuda.pcgrad_coefficients, cuda.combine)
+    lists = block_lists().items()
+    for name, widths, tasks, dtype in ((n, w, t, d) for n, w in lists for t in TASKS_IN_BLOCKS for d in DTYPES):
+        given = Scattered.of(widths, tasks, dtype)
+        packed = timed(given.packed_call())
+        run.kernel("pcgrad", "fastpcgrad", "cuda", given.grads, packed, f"{name}, packed")
+        for backend, functions in (("cuda", cuda), ("cuda, packing", packing)):
+            for op, call in given.calls(functions):
+                row = run.kernel(op, "fastpcgrad", backend, given.grads, timed(call), name)
+                if op == "pcgrad_blocks" and row.p50_ms:
+                    run.rows[-1] = dataclasses.replace(row, ratios={"packed": row.p50_ms / packed.p50})
+                if op == "pcgrad_blocks" and functions is cuda and given.grads.nbytes < 256 << 20:
+                    replayed = timed(replays_of(call, 20), calls_of_one=20)
+                    run.kernel("pcgrad_blocks[graph]", "fastpcgrad", backend, given.grads, replayed, name)
 
 
 def measure_step(run: Run, tasks: int = 4) -> None:
@@ -276,17 +348,21 @@ def measure_step(run: Run, tasks: int = 4) -> None:
 def summary(run: Run) -> None:
     """A short table: what is large against the copy bandwidth, what is small in microseconds, the peers."""
     print(f"\n{run.environment.device}: copy {run.copy_gbps:.0f} GB/s, read {run.read_gbps:.0f} GB/s")
-    print(f"{'op':<14}{'backend':<9}{'T':>3}{'N':>12} {'dtype':<9}{'median':>12}{'of copy':>9}")
+    print(f"{'op':<21}{'backend':<14}{'T':>3}{'N':>12} {'dtype':<9}{'median':>12}{'of copy':>9}")
     for row in run.rows:
-        if row.kind != "kernel" or row.subject != "fastpcgrad" or row.p50_ms is None:
+        if row.kind != "kernel" or row.subject != "fastpcgrad" or row.p50_ms is None or "packed" in row.ratios:
             continue
-        if row.bandwidth_fraction is None and (row.op, row.T) != ("pcgrad[graph]", 8):
+        if row.bandwidth_fraction is None and not (row.op.endswith("[graph]") and row.T == 8):
             continue
         share = f"{row.bandwidth_fraction:.0%}" if row.bandwidth_fraction else ""
-        print(f"{row.op:<14}{row.backend:<9}{row.T:>3}{row.N:>12} {row.dtype:<9}{1000 * row.p50_ms:>9.1f} us{share:>9}")
+        what = f"{row.op:<21}{row.backend:<14}{row.T:>3}{row.N:>12} {row.dtype:<9}"
+        print(f"{what}{1000 * row.p50_ms:>9.1f} us{share:>9}")
     for row in run.rows:
         if row.subject in ("torchjd", "loop") and row.T == 8 and "fastpcgrad" in row.ratios:
             print(f"{row.subject} T=8 N={row.N} {row.dtype}: {row.ratios['fastpcgrad']:.1f} times as long")
+        if "packed" in row.ratios:
+            what = f"{row.note}, T={row.T} {row.dtype}, in blocks, {row.backend}"
+            print(f"{what}: {1000 * (row.p50_ms or 0):.1f} us, {row.ratios['packed']:.2f} of packed rows")
         if row.kind == "step" and row.subject != "plain":
             print(f"{row.case}: {row.ratios['plain']:.3f} of plain, {(row.peak_bytes or 0) / 2**20:.0f} MiB more")
 
@@ -300,6 +376,7 @@ def main() -> None:
     run = Run(arguments.minutes)
     run.bandwidths()
     measure_kernels(run)
+    measure_blocks(run)
     measure_step(run)
     if arguments.append:
         rows.append(run.rows, RESULTS)

@@ -25,7 +25,8 @@ def table(latest: Sequence[Row]) -> str:
     """The share of the copy bandwidth at the largest J of each T, dtype and backend; then where it was measured."""
     if not latest:
         return "Not yet measured."
-    large = [r for r in latest if r.subject == "fastpcgrad" and r.ok and r.bandwidth_fraction is not None]
+    ours = [r for r in latest if r.subject == "fastpcgrad" and r.ok]
+    large = [r for r in ours if r.op in OPS and r.bandwidth_fraction is not None]
     shares: dict[tuple[str, str, int], dict[str, Row]] = {}
     for row in large:
         found = shares.setdefault((row.backend, row.dtype or "", row.T or 0), {})
@@ -35,6 +36,13 @@ def table(latest: Sequence[Row]) -> str:
     for (backend, dtype, tasks), found in sorted(shares.items()):
         cells = [f"{found[op].bandwidth_fraction or 0:.0%}" if op in found else "" for op in OPS]
         lines.append(f"| {backend}, {dtype}, {tasks} | " + " | ".join(cells) + " |")
+    in_blocks = [r for r in ours if "packed" in r.ratios]
+    if in_blocks:
+        lines += ["", "Surgery on task gradients in blocks, one a parameter (packing: packed anew for each pass):", ""]
+        lines += ["| blocks, backend, rows, T | ms | by packed rows |", "|---|---:|---:|"]
+        for row in in_blocks:
+            name = f"{row.note}, {row.backend}, {row.dtype}, {row.T}"
+            lines.append(f"| {name} | {row.p50_ms or 0:.3f} | {row.ratios['packed']:.2f} |")
     speeds = {r.op: r.gbps for r in latest if r.kind == "bandwidth" and r.gbps}
     measured = ", ".join(f"{op} {gbps:.0f} GB/s" for op, gbps in speeds.items())
     last = latest[-1].environment

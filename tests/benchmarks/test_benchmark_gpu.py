@@ -1,5 +1,7 @@
 """The GPU benchmark's parts that need no GPU: its peer, its table, its plot."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -28,7 +30,13 @@ ROWS = [
 def test_the_table_shows_the_largest_rows_and_where_they_come_from():
     text = gpu_table.table(ROWS)
     assert "| cuda, float32, 8 | 93% |  |  |  |" in text and "50%" not in text
-    assert "a GPU; copy 4000 GB/s" in text
+    assert "a GPU; copy 4000 GB/s" in text and "blocks" not in text
+
+
+def test_the_table_shows_blocks_beside_packed_rows():
+    row = dataclasses.replace(kernel_row("pcgrad_blocks", 4, 0.9), note="transformer", ratios={"packed": 1.06})
+    text = gpu_table.table([*ROWS, row])
+    assert "| transformer, cuda, float32, 4 | 1.000 | 1.06 |" in text and "90%" not in text
 
 
 def test_without_rows_the_page_says_so():
