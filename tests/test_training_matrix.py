@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ class Case:
 CASES = [
     Case(*choices)
     for choices in itertools.product(
-        ("streaming", "pc_backward", "backward"),
+        get_args(Mode),
         (
             Dtypes(torch.float32),
             Dtypes(torch.bfloat16),
@@ -95,7 +95,7 @@ CASES = [
             Dtypes(torch.bfloat16, torch.float32),
         ),
         (None, torch.bfloat16, torch.float16),
-        ("no checkpoint", "non-reentrant", "reentrant"),
+        get_args(Checkpointing),
         (False, True),
         (False, True),
     )
@@ -203,7 +203,7 @@ class Training:
         return [t for t, count in enumerate(self.counts) if batch < count]
 
     def assert_close(self, expected: list[Tensor | None], scale: float) -> None:
-        found = [p.grad for p in self.parameters]
+        found: list[Any] = [p.grad for p in self.parameters]
         assert all(g.dtype == self.case.dtypes.parameters for g in found)
         apart = [g.double() - e for g, e in zip(found, expected, strict=True)]
         assert _norm(apart) <= self.case.tolerance * scale
@@ -226,7 +226,7 @@ class Surgery:
 
     def __init__(self, training: Training) -> None:
         self.training = training
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(training.parameters, lr=LR)
+        self.optimizer: Any = torch.optim.SGD(training.parameters, lr=LR)
         rows = training.case.dtypes.rows
         self.method = methods.PCGrad(VARIANT)
         self.merge = {"streaming": self._streaming, "pc_backward": self._pc_backward, "backward": self._backward}[
@@ -265,13 +265,14 @@ class Surgery:
         training.assert_close(expected, scale)
         limit = _norm(expected) / 2
         nn.utils.clip_grad_norm_(training.parameters, limit)
-        clipped = _norm([p.grad.double() for p in training.parameters])
+        grads: list[Any] = [p.grad for p in training.parameters]
+        clipped = _norm([grad.double() for grad in grads])
         assert clipped == pytest.approx(limit, rel=0.02)
         before = [p.detach().clone() for p in training.parameters]
         training.scaler.step(self.optimizer)
         training.scaler.update()
-        for p, b in zip(training.parameters, before, strict=True):
-            torch.testing.assert_close(p, b.add(p.grad, alpha=-LR))
+        for p, b, grad in zip(training.parameters, before, grads, strict=True):
+            torch.testing.assert_close(p, b.add(grad, alpha=-LR))
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=str(case)) for case in CASES if case.why_not() is None])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,18 +12,17 @@ from torch import Tensor
 
 from .. import _native, _ops
 from . import abi
-from .abi import DTYPES, F64, I64, INT, POINTER, ROWS, SOLVE
+from .abi import BLOCKS, F64, I64, INT, POINTER, ROWS, SOLVE
 
-_BLOCKS = (POINTER, POINTER, I64, I64, INT)
 _ARGUMENTS = {
     "fpg_cpu_gram": (*ROWS, POINTER, INT),
     "fpg_cpu_pcgrad_coefficients": (POINTER, I64, I64, *SOLVE, POINTER, INT),
     "fpg_cpu_combine": (*ROWS, POINTER, POINTER, INT),
     "fpg_cpu_mix": (*ROWS, POINTER, INT),
     "fpg_cpu_pcgrad": (*ROWS, *SOLVE, F64, POINTER, POINTER, POINTER, POINTER, INT),
-    "fpg_cpu_gram_blocks": (*_BLOCKS, POINTER, I64, POINTER, INT),
-    "fpg_cpu_combine_blocks": (*_BLOCKS, POINTER, I64, POINTER, POINTER, INT),
-    "fpg_cpu_pcgrad_blocks": (*_BLOCKS, POINTER, INT, F64, F64, F64, POINTER, POINTER, POINTER, POINTER, INT),
+    "fpg_cpu_gram_blocks": (*BLOCKS, POINTER, I64, POINTER, INT),
+    "fpg_cpu_combine_blocks": (*BLOCKS, POINTER, I64, POINTER, POINTER, INT),
+    "fpg_cpu_pcgrad_blocks": (*BLOCKS, POINTER, INT, F64, F64, F64, POINTER, POINTER, POINTER, POINTER, INT),
     "fpg_cpu_use_isa": (ctypes.c_char_p,),
     "fpg_cpu_isa": (),
 }
@@ -159,8 +157,8 @@ def _pcgrad(
 def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     tasks = len(blocks.tensors)
     result = torch.empty((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
-    pointers, owners = _table(*blocks.pointers), _indices(problem_of)
-    _call("fpg_cpu_gram_blocks", *_blocks(blocks, pointers), _address(owners), problems, result.data_ptr())
+    pointers, owners = abi.table(*blocks.pointers), abi.indices(problem_of)
+    _call("fpg_cpu_gram_blocks", *abi.blocks(blocks, pointers), abi.address(owners), problems, result.data_ptr())
     return result
 
 
@@ -168,14 +166,14 @@ def combine_blocks(
     blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
 ) -> None:
     weights = weights.contiguous()
-    pointers, owners, places = _table(*blocks.pointers), _indices(weights_of), _places(out)
+    pointers, owners, places = abi.table(*blocks.pointers), abi.indices(weights_of), abi.places(out)
     _call(
         "fpg_cpu_combine_blocks",
-        *_blocks(blocks, pointers),
-        _address(owners),
+        *abi.blocks(blocks, pointers),
+        abi.address(owners),
         weights.shape[0],
         weights.data_ptr(),
-        _address(places),
+        abi.address(places),
     )
 
 
@@ -191,10 +189,10 @@ def pcgrad_blocks(
     order, tasks = order.contiguous(), len(blocks.tensors)
     result = array("d", bytes(8 * (2 * tasks + 1) * tasks))
     address, square = result.buffer_info()[0], 8 * tasks * tasks
-    pointers, places = _table(*blocks.pointers), _places(out)
+    pointers, places = abi.table(*blocks.pointers), abi.places(out)
     _call(
         "fpg_cpu_pcgrad_blocks",
-        *_blocks(blocks, pointers),
+        *abi.blocks(blocks, pointers),
         order.data_ptr(),
         self_projection,
         eps,
@@ -203,7 +201,7 @@ def pcgrad_blocks(
         address,
         address + square,
         address + 2 * square,
-        _address(places),
+        abi.address(places),
     )
 
     def figures() -> _ops.Figures:
@@ -212,27 +210,3 @@ def pcgrad_blocks(
         return _ops.Figures(gram, weights[0], coefficients)
 
     return figures
-
-
-# Tables of 64-bit numbers. The caller keeps them until the library has returned.
-
-
-def _table(*rows: Sequence[int]) -> array[int]:
-    return array("Q", chain.from_iterable(rows))
-
-
-def _places(out: Sequence[Tensor | None]) -> array[int]:
-    return _table([0 if tensor is None else tensor.data_ptr() for tensor in out])
-
-
-def _indices(values: Sequence[int] | None) -> array[int] | None:
-    return None if values is None else array("q", values)
-
-
-def _address(table: array[int] | None) -> int | None:
-    return None if table is None else table.buffer_info()[0]
-
-
-def _blocks(blocks: _ops.Blocks, pointers: array[int]) -> tuple[int | None, int | None, int, int, int]:
-    widths = blocks.widths
-    return _address(pointers), _address(widths), len(widths), len(blocks.tensors), DTYPES[blocks.dtype]

@@ -260,7 +260,7 @@ def pcgrad_blocks(
     min_squared_norm: float,
     scale: float,
     out: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _ops.Later:
     tasks = len(blocks.tensors)
     if tasks > LARGEST_TASKS:
         return eager.pcgrad_blocks(blocks, order, self_projection, eps, min_squared_norm, scale, out)
@@ -283,7 +283,7 @@ def pcgrad_blocks(
         abi.address(places),
         workspace.data_ptr(),
     )
-    return gram, coefficients, weights
+    return lambda: _ops.Figures(gram, weights, coefficients)
 
 
 def _workspace_blocks(blocks: _ops.Blocks, problems: int) -> Tensor:

@@ -150,7 +150,7 @@ def test_what_is_combined_in_place_leaves_the_other_rows():
 def test_the_whole_surgery_is_gram_solve_and_combine(tasks, dtype):
     problem, order = Scattered(tasks, dtype, seed=tasks), random_order(tasks)
     out = problem.firsts()
-    gram, coefficients, weights = cuda.pcgrad_blocks(problem.blocks, order, True, 0.0, 0.0, 0.5, out)
+    gram, weights, coefficients, _ = cuda.pcgrad_blocks(problem.blocks, order, True, 0.0, 0.0, 0.5, out)()
     assert gram_error(gram, problem.rows) <= cases.GRAM_TOLERANCE[dtype]
     exact = reference.coefficients(reference.gram(problem.rows), order.cpu(), True, 0.0, 0.0)
     torch.testing.assert_close(coefficients.cpu(), exact, rtol=1e-4, atol=1e-5)
@@ -236,7 +236,7 @@ def test_weights_that_fp32_cannot_hold(scale):
 def test_nothing_to_merge(widths):
     problem = Scattered(3, torch.float32, widths, absent=1.0)
     out = [None] * len(widths)
-    gram, coefficients, weights = cuda.pcgrad_blocks(problem.blocks, random_order(3), False, 0.0, 0.0, 1.0, out)
+    gram, weights, coefficients, _ = cuda.pcgrad_blocks(problem.blocks, random_order(3), False, 0.0, 0.0, 1.0, out)()
     assert not gram.any() and torch.equal(coefficients.cpu(), torch.eye(3, dtype=torch.float64))
     assert weights.tolist() == [1.0] * 3
     assert cuda.gram_blocks(problem.blocks, None, 0).shape == (0, 3, 3)
@@ -259,7 +259,7 @@ def test_one_long_block_among_short_ones(tasks):
     widths = (7, 60_003, 1, 1025)
     problem, order = Scattered(tasks, torch.bfloat16, widths, absent=0.0), random_order(tasks)
     out = problem.firsts()
-    gram, _, weights = cuda.pcgrad_blocks(problem.blocks, order, False, 0.0, 0.0, 1.0, out)
+    gram, weights, _, _ = cuda.pcgrad_blocks(problem.blocks, order, False, 0.0, 0.0, 1.0, out)()
     assert gram_error(gram, problem.rows) <= 1e-6
     assert_merged(problem, out, weights.cpu())
 
@@ -273,7 +273,7 @@ def test_bits_do_not_depend_on_the_multiprocessors(library, tasks):
         library.emulated_multiprocessors(multiprocessors)
         problem = Scattered(tasks, torch.float32)
         out = problem.firsts()
-        results.append([*cuda.pcgrad_blocks(problem.blocks, order, False, 0.0, 0.0, 1.0, out), *out])
+        results.append([*cuda.pcgrad_blocks(problem.blocks, order, False, 0.0, 0.0, 1.0, out)()[:3], *out])
     for other in results[1:]:
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -287,8 +287,8 @@ def test_one_block_gives_the_bits_of_packed_rows(tasks, dtype):
     packed, merged = on_device(problem.rows), torch.empty(width, dtype=dtype, device=DEVICE)
     expected = cuda.pcgrad(packed, order, False, 0.0, 0.0, 1.0, None, merged)
     (out,) = outs = problem.fresh()
-    found = cuda.pcgrad_blocks(problem.blocks, order, False, 0.0, 0.0, 1.0, outs)
-    for a, b in zip((*expected, merged), (*found, out), strict=True):
+    gram, weights, coefficients, _ = cuda.pcgrad_blocks(problem.blocks, order, False, 0.0, 0.0, 1.0, outs)()
+    for a, b in zip((*expected, merged), (gram, coefficients, weights, out), strict=True):
         assert torch.equal(a, b)
 
 
