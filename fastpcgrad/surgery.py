@@ -221,6 +221,8 @@ class GradientSurgery:
             what conflicted and what became of it.
         Raises:
             RuntimeError: no task was there, or inside a task. Nothing is changed.
+            torch.OutOfMemoryError: no room to convert the merged gradient or to send it back. The round is over, and
+                ``.grad`` is None.
         """
         grads = self._grads
         if self._inside is not None:
@@ -235,10 +237,7 @@ class GradientSurgery:
                 p.grad = own
             self._merged = merged
         else:
-            for p, own in zip(self._parameters, self._moved.give(merged), strict=True):
-                p.grad = own
-            # Not held: what these gradients take is no rows' memory, and zero_grad() must free it.
-            self._merged_refs = [None if p.grad is None else weakref.ref(p.grad) for p in self._parameters]
+            self._take_back(self._moved, merged)
         grads.clear()
         return report
 
@@ -291,6 +290,19 @@ class GradientSurgery:
             return plain, None
         moved = MovedGradients(parameters, plain.dtype, sums, copies)
         return moved, moved
+
+    def _take_back(self, moved: MovedGradients, merged: Row) -> None:
+        """The merged gradient into ``.grad``, while the rows are freed: an error ends the round."""
+        try:
+            for p, own in zip(self._parameters, moved.give(merged), strict=True):
+                p.grad = own
+        except BaseException:  # most likely out of memory
+            moved.clear()
+            for p in self._parameters:
+                p.grad = None
+            raise
+        # Not held: what these gradients take is no rows' memory, and zero_grad() must free it.
+        self._merged_refs = [None if p.grad is None else weakref.ref(p.grad) for p in self._parameters]
 
     def _release_merged(self) -> None:
         """Drop the last merged gradient where it is still ``.grad``: its memory is for the next rows."""

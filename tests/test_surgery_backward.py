@@ -84,6 +84,15 @@ def test_a_function_may_find_that_its_task_is_absent(model, x, surgery):
     assert_merged(model, expected(model, x, 0, 2))
 
 
+def test_a_function_may_run_further_micro_batches_backward_itself(model, x, surgery):
+    def accumulated(task):
+        (0.25 * loss_of(model, x, task)).backward()
+        return 0.75 * loss_of(model, x, task)
+
+    surgery.backward([lambda t=t: accumulated(t) for t in range(TASKS)])
+    assert_merged(model, expected(model, x, 0, 1, 2))
+
+
 def test_a_module_is_a_function_too():
     class Loss(nn.Module):
         def __init__(self):

@@ -229,6 +229,28 @@ def test_gradients_that_are_assigned_inside_a_task_count(surgery_for):
     assert p.grad.tolist() == [1.0] * 3
 
 
+@pytest.mark.parametrize("options", [{"row_dtype": HALF}, {"row_dtype": DOUBLE}])
+def test_no_room_for_the_merged_gradient_ends_the_round(options, monkeypatch):
+    parameters = [torch.zeros(4, requires_grad=True) for _ in range(3)]
+    surgery = fastpcgrad.GradientSurgery(parameters, 2, methods.PCGrad(FIXED), **options)
+    give = surgery._moved.give
+
+    def fails(merged):
+        yield next(give(merged))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(surgery._moved, "give", fails)
+    for _ in range(2):
+        run(surgery, parameters, 0, [torch.ones(4)] * 3)
+        with pytest.raises(torch.OutOfMemoryError):
+            surgery.merge()
+        assert_grads(parameters, [None] * 3)
+    monkeypatch.undo()
+    run(surgery, parameters, 1, [torch.ones(4)] * 3)
+    assert surgery.merge().tasks == (1,)
+    assert_grads(parameters, [torch.ones(4)] * 3)
+
+
 def test_what_is_not_finite_reaches_grad_at_its_place(surgery_for):
     p = torch.zeros(4, requires_grad=True)
     surgery = surgery_for([p], 2)
