@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import methods
-from ._compiled import explain
+from ._graph import check_kept, explain, nodes
 from .functional import check_losses, check_tensors
 from .merging import merge
 from .task_gradients import TaskGradients
@@ -91,6 +91,8 @@ def _merged(
     method = methods.check_method(method, methods.PCGrad)
     inputs = list({id(target): target for target in targets}.values())
     grads = TaskGradients(inputs)
+    if retain_graph or len(losses) > 1:
+        check_kept(losses)
     try:
         for t, loss in enumerate(losses):
             keep = retain_graph or t < len(losses) - 1
@@ -119,10 +121,7 @@ def _leaves(losses: Sequence[Tensor]) -> list[Tensor]:
     Autograd itself would give None for what lies behind such a checkpoint, without a word.
     """
     found: dict[int, Tensor] = {id(loss): loss for loss in losses if loss.is_leaf}
-    queue = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-    seen = set(queue)
-    while queue:
-        node = queue.pop()
+    for node in nodes(losses):
         if node.name() == "CheckpointFunctionBackward":
             raise RuntimeError(
                 "a reentrant checkpoint hides its parameters from the graph; use checkpoint(..., use_reentrant=False)"
@@ -130,7 +129,4 @@ def _leaves(losses: Sequence[Tensor]) -> list[Tensor]:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             found[id(leaf)] = leaf
-        fresh = [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
-        seen.update(fresh)
-        queue.extend(fresh)
     return list(found.values())

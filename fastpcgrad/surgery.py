@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import host_rows
-from ._compiled import explain
+from ._graph import check_kept, explain
 from .functional import check_loss, check_losses, check_tensors
 from .memory import MemoryPlan, plan_memory, plan_two_phase
 from .merging import merge
@@ -315,6 +315,8 @@ class GradientSurgery:
     def _run(self, losses: Sequence[Tensor], retain_graph: bool, indices: Sequence[int] | None = None) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
         left = len(losses)
+        if left > 1 or retain_graph:
+            check_kept(losses)
         with _Tasks(self) as tasks:
             for index, loss in zip(indices or range(left), losses, strict=True):
                 left -= 1

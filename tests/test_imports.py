@@ -11,7 +11,7 @@ import fastpcgrad
 PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
-    {"reference", "variants", "_version", "_compiled"},
+    {"reference", "variants", "_version", "_graph"},
     {"_ops", "_native", "balancing"},
     {"functional"},
     {"backends"},

@@ -1,5 +1,7 @@
 """Compiled models whose losses share a graph: what torch refuses is refused with the remedy, and the remedy works."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -13,12 +15,12 @@ REMEDY = r"torch\._functorch\.config\.donated_buffer = False.*fx_graph_cache = F
 class Setting:
     """A compiled model whose backward pass was first run for a single use: it writes over what it has saved."""
 
-    def __init__(self):
+    def __init__(self, backend="aot_eager"):
         torch._dynamo.reset()
         self.model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
         self.x = torch.randn(5, 4)
         self.parameters = list(self.model.parameters())
-        self.compiled = torch.compile(self.model, backend="aot_eager")
+        self.compiled = torch.compile(self.model, backend=backend)
         self.compiled(self.x).sum().backward()  # leaves a .grad, which no error may change
 
     def losses(self, model=None):
@@ -28,6 +30,10 @@ class Setting:
     def expected(self):
         rows = [torch.autograd.grad(loss, self.parameters, retain_graph=True) for loss in self.losses(self.model)]
         return reference.merge(rows, self.parameters, "tensorflow")
+
+    def assert_merged(self):
+        for p, expected in zip(self.parameters, self.expected(), strict=True):
+            torch.testing.assert_close(p.grad, expected)
 
 
 @pytest.fixture
@@ -39,6 +45,15 @@ def setting():
 @pytest.fixture
 def method():
     return methods.PCGrad("tensorflow")
+
+
+def snapshot(setting):
+    return [(p.grad, p.grad.clone()) for p in setting.parameters]
+
+
+def assert_unchanged(setting, before):
+    for p, (grad, values) in zip(setting.parameters, before, strict=True):
+        assert p.grad is grad and torch.equal(grad, values)
 
 
 def pc_backward(setting, method):
@@ -61,12 +76,14 @@ def grad(setting, method):
 
 @pytest.mark.parametrize("call", [pc_backward, task, backward, grad])
 def test_a_shared_graph_is_refused_with_the_remedy(setting, method, call):
-    before = [(p.grad, p.grad.clone()) for p in setting.parameters]
+    before = snapshot(setting)
     with pytest.raises(RuntimeError, match=REMEDY) as raised:
         call(setting, method)
     assert "donated buffer" in str(raised.value.__cause__)
-    for p, (grad, values) in zip(setting.parameters, before, strict=True):
-        assert p.grad is grad and torch.equal(grad, values)
+    assert all(
+        p.grad is grad and torch.equal(grad, values)
+        for p, (grad, values) in zip(setting.parameters, before, strict=True)
+    )
 
 
 def test_rows_that_were_there_stay_and_the_refused_task_is_absent(setting, method):
@@ -78,8 +95,7 @@ def test_rows_that_were_there_stay_and_the_refused_task_is_absent(setting, metho
     with surgery.task(1):
         setting.losses()[1].backward()
     assert surgery.merge().tasks == (0, 1)
-    for p, expected in zip(setting.parameters, setting.expected(), strict=True):
-        torch.testing.assert_close(p.grad, expected)
+    setting.assert_merged()
 
 
 def test_another_error_of_a_backward_pass_comes_through_as_it_is(setting, method):
@@ -87,3 +103,49 @@ def test_another_error_of_a_backward_pass_comes_through_as_it_is(setting, method
     losses[0].backward()
     with pytest.raises(RuntimeError, match="second time"):
         fastpcgrad.grad(losses, setting.parameters, method=method)
+
+
+importing_inductor = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+
+@importing_inductor
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_the_remedy_works_and_half_of_it_is_refused(monkeypatch, method):
+    """Half of it is torch's own advice: with a cached backward pass it gives wrong gradients and no error."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    with torch._functorch.config.patch(donated_buffer=False):
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            setting = Setting("inductor")
+            pc_backward(setting, method)
+            setting.assert_merged()
+        before = snapshot(setting)
+        for call in (pc_backward, backward, grad):
+            with pytest.raises(RuntimeError, match=REMEDY):
+                call(setting, method)
+        assert all(
+            p.grad is kept and torch.equal(kept, v) for p, (kept, v) in zip(setting.parameters, before, strict=True)
+        )
+        # A forward and a single backward pass for each task need no setting.
+        surgery = fastpcgrad.GradientSurgery(setting.parameters, 2, method)
+        for t in range(2):
+            with surgery.task(t):
+                setting.losses()[t].backward()
+        surgery.merge()
+        setting.assert_merged()
+    torch._dynamo.reset()
+
+
+@importing_inductor
+def test_eager_models_are_none_of_its_concern(method):
+    """The check looks at graphs alone: inductor may have compiled something else."""
+    import torch._functorch.config
+    import torch._inductor.compile_fx
+
+    x = torch.ones(2, requires_grad=True)
+    with torch._functorch.config.patch(donated_buffer=False):
+        fastpcgrad.backward([x[0] - x[1], x[1]], method=method)
+    torch.testing.assert_close(x.grad, torch.tensor([1.5, 0.5]))

@@ -1,0 +1,60 @@
+"""The graph of several losses: its nodes, and what a compiled model does to a graph that several passes share.
+
+A backward pass that torch.compile made for a single use writes over what the forward pass saved for it (its donated
+buffers). Torch refuses to keep such a graph for a further pass, but two ways lead around its check, both to wrong
+gradients without a word (torch 2.13): switching donated_buffer off after the model was compiled, and a backward pass
+that comes from inductor's cache on disk, whose key does not say whether it was made for a single use.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+_REMEDY = (
+    "give each task a forward of its own and run its backward inside 'with surgery.task(t)'; or set "
+    "torch._functorch.config.donated_buffer = False and torch._inductor.config.fx_graph_cache = False before the model "
+    "is compiled (one alone is not enough: what an earlier run compiled is in that cache)"
+)
+
+
+def nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
+    """Each node of the losses' graphs once, in an order that depends on the graphs alone."""
+    queue = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    seen = set(queue)
+    while queue:
+        node = queue.pop()
+        yield node
+        parents = dict.fromkeys(parent for parent, _ in node.next_functions)
+        fresh = [parent for parent in parents if parent is not None and parent not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+
+
+def check_kept(losses: Sequence[Tensor]) -> None:
+    """RuntimeError where a graph that is kept for further passes may be written over and torch would not say so.
+
+    Costs nothing before inductor has compiled something, and little where torch's own check is on.
+    """
+    if "torch._inductor.compile_fx" not in sys.modules:
+        return
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
+    unchecked = not functorch.donated_buffer and inductor.fx_graph_cache and not inductor.force_disable_caches
+    if unchecked and any(node.name() == "CompiledFunctionBackward" for node in nodes(losses)):
+        raise RuntimeError(
+            "the losses share the graph of a compiled model, and donated_buffer = False does not keep inductor's cache "
+            "from answering with a backward pass that writes over it: " + _REMEDY
+        )
+
+
+def explain(error: BaseException | None) -> None:
+    """RuntimeError with the remedy, from torch's own, where a compiled backward pass refused to keep its graph."""
+    if isinstance(error, RuntimeError) and "donated buffer" in str(error):
+        raise RuntimeError(
+            "this compiled model's backward pass writes over its graph, which further passes need: " + _REMEDY
+        ) from error
