@@ -15,7 +15,7 @@ from .methods import Method, PCGrad, check_method
 from .report import ConflictReport
 from .task_gradients import Row, TaskGradients
 
-Report = Callable[[ConflictReport], object]
+OnReport = Callable[[ConflictReport], object]
 """What is called with the report of a surgery."""
 
 
@@ -26,7 +26,7 @@ def shared_features(
     method: Method | None = None,
     *,
     allow_absent: bool = False,
-    on_report: Report | None = None,
+    on_report: OnReport | None = None,
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -37,7 +37,7 @@ def shared_features(
     method: Method | None = None,
     *,
     allow_absent: bool = False,
-    on_report: Report | None = None,
+    on_report: OnReport | None = None,
 ) -> tuple[tuple[Tensor, ...], ...]: ...
 
 
@@ -47,7 +47,7 @@ def shared_features(
     method: Method | None = None,
     *,
     allow_absent: bool = False,
-    on_report: Report | None = None,
+    on_report: OnReport | None = None,
 ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], ...]:
     """Hand the trunk's output to each task's head, so that the task gradients undergo surgery there.
 
@@ -61,7 +61,7 @@ def shared_features(
 
     Args:
         z: what the trunk gives, of any shape, fp16/bf16/fp32/fp64; or several such tensors of one dtype and device,
-            which form one problem. What one of them owes to another does not count for that one's task gradients.
+            which form one problem. Where one is computed from another, that path does not count for the other.
         num_tasks: T.
         method: any ``methods.Method``; None: ``methods.PCGrad()``. One that keeps state must live between the steps.
         allow_absent: whether tasks may be without a gradient; they then take no part in the surgery. If they must
@@ -79,8 +79,8 @@ def shared_features(
     Memory: during the surgery T + 1 gradients of the size of ``z``, of which autograd had made T already.
     Numerics: the rows have the dtype of ``z``; NaN and inf go on into the trunk.
     Compilation: ``torch.compile`` breaks the graph here: trunk and heads are compiled by themselves, and
-        ``fullgraph=True`` is refused. Heads in one compiled graph give zeros, not nothing, for losses that are not
-        run backward: such tasks cannot be told from present ones.
+        ``fullgraph=True`` is refused unless gradients are switched off. Heads in one compiled graph give zeros, not
+        nothing, for losses that are not run backward: such tasks cannot be told from present ones.
     Source: Sener & Koltun 2018, arXiv:1810.04650, §3.3 (MGDA-UB is this with ``methods.MGDA()``). Oracle:
         ``reference.merge`` on the gradients at ``z``.
     Example:
@@ -91,27 +91,34 @@ def shared_features(
         >>> trunk.weight.grad.shape
         torch.Size([8, 4])
     """
-    if torch.compiler.is_compiling():
-        eager = torch.compiler.disable(shared_features, reason="surgery needs the gradients themselves")
-        return eager(z, num_tasks, method, allow_absent=allow_absent, on_report=on_report)
     if not isinstance(num_tasks, int) or num_tasks < 1:
         raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
     method = check_method(method, PCGrad)
     features = [z] if isinstance(z, Tensor) else check_tensors("z", z)
     if not features:
         raise ValueError("z must hold at least one tensor; found none")
-    TaskGradients(features)  # for its errors
     if torch.is_grad_enabled():
-        for index, feature in enumerate(features):
-            if not feature.requires_grad:
-                name = "z" if isinstance(z, Tensor) else f"z[{index}]"
-                raise ValueError(f"{name} {list(feature.shape)} does not require grad: no trunk lies behind it")
-        flat: tuple[Tensor, ...] = _Surgery.apply(num_tasks, method, allow_absent, on_report, *features)
+        hand_out = _hand_out
+        if torch.compiler.is_compiling():
+            hand_out = torch.compiler.disable(_hand_out, reason="surgery needs the gradients themselves")
+        flat = hand_out(features, num_tasks, method, allow_absent, on_report)
     else:
         flat = (*features,) * num_tasks
     if isinstance(z, Tensor):
         return flat
     return tuple(flat[start : start + len(features)] for start in range(0, len(flat), len(features)))
+
+
+def _hand_out(
+    features: Sequence[Tensor], num_tasks: int, method: Method, allow_absent: bool, on_report: OnReport | None
+) -> tuple[Tensor, ...]:
+    """The features T times, task after task, with the surgery behind them."""
+    TaskGradients(features)  # for its errors
+    for index, feature in enumerate(features):
+        if not feature.requires_grad:
+            raise ValueError(f"z must require grad; found tensor {index} of shape {list(feature.shape)} that does not")
+    flat: tuple[Tensor, ...] = _Surgery.apply(num_tasks, method, allow_absent, on_report, *features)
+    return flat
 
 
 class _Surgery(torch.autograd.Function):
@@ -123,7 +130,7 @@ class _Surgery(torch.autograd.Function):
         num_tasks: int,
         method: Method,
         allow_absent: bool,
-        on_report: Report | None,
+        on_report: OnReport | None,
         *features: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
