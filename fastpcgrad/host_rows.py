@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from mmap import PAGESIZE
 from typing import NamedTuple, Protocol
 
 import torch
@@ -153,7 +154,8 @@ class HostRows:
         if self._additions:  # one of a stay that failed may be for this place
             self.wait()
         shape, stride, start = self._places[index]
-        target = self._row(task).as_strided(shape, stride, start)
+        row = self._row(task)
+        target = row.as_strided(shape, stride, row.storage_offset() + start)
         self._begin(grad, target, None)
         return target
 
@@ -178,7 +180,7 @@ class HostRows:
 
     def _row(self, task: int) -> Tensor:
         if task not in self._rows:
-            row = prefer_huge_pages(torch.empty(self._width, dtype=self._dtype, device="cpu"))
+            row = _whole_pages(self._width * self._dtype.itemsize).view(self._dtype)
             if row.numel():
                 self._copies.lock(row)
             self._rows[task] = row
@@ -203,6 +205,14 @@ class HostRows:
             if staged is not None:
                 target.add_(staged)
                 self._additions -= 1
+
+
+def _whole_pages(nbytes: int) -> Tensor:
+    """New memory of at least so many bytes that shares no page with other memory: pages are what is locked."""
+    nbytes = -(-nbytes // PAGESIZE) * PAGESIZE
+    memory = prefer_huge_pages(torch.empty(nbytes + PAGESIZE, dtype=torch.uint8, device="cpu"))
+    start = -memory.data_ptr() % PAGESIZE
+    return memory[start : start + nbytes]
 
 
 def row_width(width: int, dtype: torch.dtype) -> int:
