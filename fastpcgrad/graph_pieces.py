@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -86,9 +87,12 @@ class Graph:
         ]
         self._sizes = [[prod(meta.shape) for meta in node._input_metadata] for node in self._nodes]
         self.dtypes = {meta.dtype for node in known for meta in node._input_metadata}
-        self._joins, self._reach = self._reachable()
-        self._last_use = {root.node: -1 for root in self.roots}
-        self._last_use.update((e.node, place) for place, edges in enumerate(self._edges) for e in edges)
+        self._find_joins()
+        new = [0] * (len(self._nodes) + 1)
+        for node, index in leaf_of.items():
+            new[self._before.get(node, [0])[0] + 1] += self._widths[index]
+        self._until = list(accumulate(new))
+        """Elements of the parameters that are used before each place."""
 
     @property
     def width(self) -> int:
@@ -97,89 +101,113 @@ class Graph:
 
     def pieces(self, budget: int) -> Iterator[Piece]:
         """Consecutive pieces, each with up to about ``budget`` elements of parameters where the graph allows it."""
-        start, begun = 0, set(self.roots)
+        start, begun = 0, dict.fromkeys(self.roots)
         unfinished = {index for node, index in self._leaf_of.items() if node in {root.node for root in self.roots}}
         while True:
-            stop, alone = self._stop(start, budget) if self._nodes else (0, False)
+            stop, alone = self._stop(start, budget, unfinished) if self._nodes else (0, False)
             inside = range(start, stop)
-            exits = {e for place in inside for e in self._edges[place] if self._place.get(e.node, stop) >= stop}
+            leaving = (e for place in inside for e in self._edges[place] if self._place.get(e.node, stop) >= stop)
+            exits = list(dict.fromkeys(leaving))
             unfinished |= {self._leaf_of[e.node] for e in exits if e.node in self._leaf_of}
-            complete = [index for index in sorted(unfinished) if self._last_use[self._node_of(index)] < stop]
+            complete = [index for index in sorted(unfinished) if self._last_use(index) < stop]
             entries = [e for e in begun if start <= self._place.get(e.node, -1) < stop]
             held = sum(self._widths[index] for index in unfinished)
-            ordered = list(exits)
-            yield Piece(entries, ordered, self._nodes[start] if alone else None, complete, held)
+            yield Piece(entries, exits, self._nodes[start] if alone else None, complete, held)
             unfinished.difference_update(complete)
-            begun |= exits
+            begun = {e: None for e in (*begun, *exits) if self._place.get(e.node, -1) >= stop}
             start = stop
             if start == len(self._nodes):
                 return
 
-    def _node_of(self, index: int) -> Node:
+    def _last_use(self, index: int) -> int:
         edge = self.leaves[index]
         assert edge is not None
-        return edge.node
+        return self._before.get(edge.node, [-1])[-1]
 
-    def _stop(self, start: int, budget: int) -> tuple[int, bool]:
+    def _stop(self, start: int, budget: int, held_already: Collection[int]) -> tuple[int, bool]:
         """Where the piece that begins at ``start`` ends, and whether it is one node that must be called by itself.
 
         Of the ends that leave at least half of the parameters which could be in the piece, the one where the fewest
         elements cross; of equal ones the last.
         """
         exits: dict[Node, set[int]] = {}
-        held, fitting = 0, list[tuple[int, int, int]]()
+        leaves = set[Node]()
+        held, bits, wall = 0, 0, start
+        fitting: list[tuple[int, int, int]] = []
         for place in range(start, len(self._nodes)):
             exits.pop(self._nodes[place], None)
-            for node, number in self._numbered(place):
-                if node in self._leaf_of and node not in exits:
-                    held += self._widths[self._leaf_of[node]]
-                exits.setdefault(node, set()).add(number)
-            over = held > budget
-            if over and fitting:
-                break
-            if over and self._callable(start) and not self._separate(self._exits_of(start)):
-                return start + 1, True
-            if self._separate(exits):
-                if over:
+            for node, number, _ in self._edges[place]:
+                if node in self._place:
+                    exits.setdefault(node, set()).add(number)
+                elif node not in leaves:
+                    leaves.add(node)
+                    bits |= self._joins.get(node, 0)
+                    index = self._leaf_of[node]
+                    held += 0 if index in held_already else self._widths[index]
+            if place >= wall:
+                wall = self._wall(exits, bits, place)
+                if wall == place and held <= budget:
+                    fitting.append((held, self._crossing(exits), place + 1))
+                elif wall == place and not fitting and (place == start or not callable(self._nodes[start])):
                     return place + 1, False
-                crossing = sum(
-                    self._sizes[self._place[node]][number]
-                    for node, numbers in exits.items()
-                    if node not in self._leaf_of
-                    for number in numbers
-                )
-                fitting.append((held, crossing, place + 1))
+            over = max(held, self._until[wall] - self._until[start]) > budget
+            if over and (fitting or callable(self._nodes[start])):  # nodes of Python's custom functions are not
+                break
+        if not fitting:
+            return start + 1, True
         most = max(held for held, _, _ in fitting)
         _, stop = min((crossing, -stop) for held, crossing, stop in fitting if 2 * held >= most)
         return -stop, False
 
-    def _numbered(self, place: int) -> Iterator[tuple[Node, int]]:
-        return ((e.node, e.output_nr) for e in self._edges[place])
+    def _wall(self, exits: Collection[Node], bits: int, place: int) -> int:
+        """``place`` where the piece may end after it, else the next place after which it might.
 
-    def _exits_of(self, place: int) -> Iterable[Node]:
-        return {e.node for e in self._edges[place]}
-
-    def _callable(self, place: int) -> bool:
-        """Nodes of Python's custom functions are not."""
-        return callable(self._nodes[place])
-
-    def _reachable(self) -> tuple[dict[Node, int], list[int]]:
-        """A bit for each node with several edges into it, and for each node the bits of those that it reaches."""
-        into = Counter(e.node for edges in self._edges for e in edges)
-        joins = {node: 1 << bit for bit, node in enumerate(node for node, count in into.items() if count > 1)}
-        reach = [0] * len(self._nodes)
-        for place in reversed(range(len(self._nodes))):
-            for e in self._edges[place]:
-                below = self._place.get(e.node)
-                reach[place] |= joins.get(e.node, 0) | (0 if below is None else reach[below])
-        return joins, reach
-
-    def _separate(self, exits: Iterable[Node]) -> bool:
-        """Whether no exit can be reached from another: else the engine would run on from that one."""
-        bits = 0
+        It may where no exit can be reached from another: the engine would run on from that one.
+        """
+        reached = 0
         for node in exits:
             bits |= self._joins.get(node, 0)
-        return not any(bits & self._reach[self._place[node]] for node in exits if node in self._place)
+            reached |= self._reach[self._place[node]]
+        if not bits & reached:
+            return place
+        # All ways to the deepest exit that is reached must be inside.
+        deepest = self._join_of[(bits & reached).bit_length() - 1]
+        reached |= bits
+        ways = (p for p in reversed(self._before[deepest]) if p > place and self._comes_from(p, exits, reached, place))
+        return next(ways, place + 1)
+
+    def _comes_from(self, place: int, exits: Collection[Node], reached: int, executed: int) -> bool:
+        """Whether a node can be reached from the exits, or is one; ``reached`` are the joins of which this is so."""
+        while place > executed:
+            node = self._nodes[place]
+            if node in exits:
+                return True
+            if node in self._joins:
+                return bool(self._joins[node] & reached)
+            place = self._before[node][0] if node in self._before else -1
+        return False
+
+    def _crossing(self, exits: dict[Node, set[int]]) -> int:
+        return sum(self._sizes[self._place[node]][number] for node, numbers in exits.items() for number in numbers)
+
+    def _find_joins(self) -> None:
+        """Joins have several edges into them. Each has a bit, a deeper one a higher bit; for each node the bits of the
+        joins that it reaches.
+        """
+        self._before: dict[Node, list[int]] = {}
+        for place, edges in enumerate(self._edges):
+            for node, _, _ in edges:
+                self._before.setdefault(node, []).append(place)
+        self._join_of = sorted(
+            (node for node, places in self._before.items() if len(places) > 1),
+            key=lambda node: self._place.get(node, -1),
+        )
+        self._joins = {node: 1 << bit for bit, node in enumerate(self._join_of)}
+        self._reach = [0] * len(self._nodes)
+        for place in reversed(range(len(self._nodes))):
+            for node, _, _ in self._edges[place]:
+                below = self._place.get(node)
+                self._reach[place] |= self._joins.get(node, 0) | (0 if below is None else self._reach[below])
 
 
 def _walk(roots: Iterable[Node], indices: dict[int, int]) -> tuple[list[Node], dict[Node, int]]:
@@ -189,8 +217,8 @@ def _walk(roots: Iterable[Node], indices: dict[int, int]) -> tuple[list[Node], d
     """
     waiting: Counter[Node] = Counter()
     leaf_of: dict[Node, int] = {}
-    queue = list(dict.fromkeys(roots))
-    seen = set(queue)
+    seen = dict.fromkeys(roots)
+    queue = list(seen)
     while queue:
         node = queue.pop()
         if node.name() == "CheckpointFunctionBackward":
@@ -205,7 +233,7 @@ def _walk(roots: Iterable[Node], indices: dict[int, int]) -> tuple[list[Node], d
             if child is not None:
                 waiting[child] += 1
                 if child not in seen:
-                    seen.add(child)
+                    seen[child] = None
                     queue.append(child)
     ordered: list[Node] = []
     ready = [(-node._sequence_nr(), n, node) for n, node in enumerate(seen) if not waiting[node]]
