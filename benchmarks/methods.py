@@ -8,8 +8,8 @@ Every method of ``fastpcgrad.methods`` against TorchJD's, at T = 2, 8 and 32:
 
 The task gradients conflict pairwise. The two take turns in one process (``benchmarks.measure``); the ratio is library /
 TorchJD, so below 1 is faster. ``apart`` says how far the two results are from each other on a small float64 J, as a
-part of Σ_j |w_j| ‖g_j‖ (of Σ_j ‖g_j‖ for methods without weights). Rows go to benchmarks/results/methods.jsonl with
-``--append`` alone.
+part of Σ_j |w_j| ‖g_j‖ (of Σ_j ‖g_j‖ for methods without weights). What has not begun after seven minutes on a busy
+machine is left out, and a line says what. Rows go to benchmarks/results/methods.jsonl with ``--append`` alone.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from fastpcgrad.methods.elementwise import Elementwise
 RESULTS = rows.ROOT / "benchmarks" / "results" / "methods.jsonl"
 TASKS = (2, 8, 32)
 PEER = "torchjd"
+MINUTES = 7.0
 
 
 def task_gradients(tasks: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -195,13 +196,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     width, plan = (1 << 18, Plan(0.1, least=5, most=50)) if options.quick else (1 << 22, Plan(0.5, least=7, most=500))
     chosen = {tasks: [n for n in method_cases.names(tasks) if n in (options.only or [n])] for tasks in TASKS}
     measured: list[Row] = []
+    late: list[str] = []
+    session.allow(MINUTES)
     with session.progress("methods", sum(map(len, chosen.values()))) as starts:
         for tasks, found in chosen.items():
             grads = task_gradients(tasks, width)
             for name in found:
                 starts(f"{name} T={tasks}")
-                measured += measure(name, grads, session, plan)
+                if session.late:
+                    late.append(f"{name} T={tasks}")
+                else:
+                    measured += measure(name, grads, session, plan)
     show(console, measured)
+    if late:
+        console.print(f"not begun within {MINUTES:g} minutes: {', '.join(late)}")
     if options.append:
         rows.append(measured, options.results)
         console.print(f"{len(measured)} rows appended to {options.results}")

@@ -25,3 +25,12 @@ def test_rows_carry_the_ratios_and_can_be_read(tmp_path, monkeypatch):
     for row in measured:
         assert row.T == 3 and 1 <= row.rounds <= 2 and row.p20_ms <= row.p50_ms <= row.p80_ms
         assert set(row.ratios) == set(gradnorm.SUBJECTS) - {row.subject}
+
+
+def test_what_comes_too_late_gets_rows_that_say_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gradnorm, "MINUTES", -1.0)
+    path = tmp_path / "gradnorm.jsonl"
+    measured = gradnorm.main(["--quick", "--threads", "1", "--append", "--results", str(path)])
+    assert len(measured) == 2 * len(gradnorm.SUBJECTS)
+    assert all(row.status.startswith("skipped") and row.p50_ms is None for row in rows.read(path))
+    assert "T=10 width=100: skipped" in capsys.readouterr().out

@@ -91,3 +91,10 @@ def test_an_unknown_method_is_refused(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--only", "Nothing"])
     assert "Nothing" in capsys.readouterr().err
+
+
+def test_what_is_not_begun_in_time_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "MINUTES", -1.0)
+    monkeypatch.setattr(benchmark, "task_gradients", lambda tasks, width: torch.ones(tasks, 1))
+    benchmark.main(["--quick", "--threads", "1", "--only", "Krum"])
+    assert "not begun within -1 minutes: Krum T=8, Krum T=32" in capsys.readouterr().out
