@@ -1,4 +1,4 @@
-// What was chosen by measuring, as data: benchmarks/tune.py tries other values and prints these lines anew.
+// What is chosen by measuring, as data: benchmarks/tune.py tries other values and writes these lines anew.
 //
 // A value may be overridden on the compiler's command line, which is how the script tries one. Shapes that decide the
 // order of a sum are the same for all GPUs, so that all give the same bits; what may differ is a table by architecture.
@@ -28,7 +28,7 @@ namespace fpg {
 #endif
 
 // Up to this size of J in bytes the whole surgery is one launch. The first line whose architecture is at most the
-// device's counts. Not yet measured.
+// device's counts.
 struct Crossover {
   int architecture;
   int64_t one_launch_bytes;
