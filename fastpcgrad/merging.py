@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import compress, repeat
-from operator import contains
+from itertools import compress
 
 import torch
 
@@ -37,10 +36,10 @@ def merge(
         the report, and for each parameter its merged gradient, None where it has none.
     """
     blocks, tasks = grads.blocks(), tuple(grads.tasks)
-    out = _first_of_each(blocks)
+    complete = not any(0 in row for row in blocks.pointers)
+    out = list(blocks.tensors[0]) if complete else _first_of_each(blocks)
     if not in_place:
         out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-    complete = not any(map(contains, blocks.pointers, repeat(0)))
     one_problem = shared is groups is None and method.scope != "parameter"
     if one_problem and (complete or isinstance(method, Elementwise)):
         return ConflictReport(tasks, method.merge(blocks, out, tasks)), out
@@ -77,11 +76,7 @@ def merge(
 
 def _first_of_each(blocks: Blocks) -> Row:
     """For each parameter the gradient of the first task that has one."""
-    first = list(blocks.tensors[0])
-    if 0 in blocks.pointers[0]:
-        for row in blocks.tensors[1:]:
-            first = [own if place is None else place for place, own in zip(first, row, strict=True)]
-    return first
+    return [next((grad for grad in column if grad is not None), None) for column in zip(*blocks.tensors, strict=True)]
 
 
 def _merge_columns(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from itertools import zip_longest
 from operator import attrgetter, is_
 from types import TracebackType
 from typing import Any, Literal
@@ -304,13 +305,18 @@ class GradientSurgery:
         # Not held: what these gradients take is no rows' memory, and zero_grad() must free it.
         self._merged_refs = [None if p.grad is None else weakref.ref(p.grad) for p in self._parameters]
 
-    def _release_merged(self) -> None:
-        """Drop the last merged gradient where it is still ``.grad``: its memory is for the next rows."""
-        last = self._merged or [None if reference is None else reference() for reference in self._merged_refs]
-        for p, merged in zip(self._parameters, last, strict=True):
-            if merged is not None and p.grad is merged:
+    def _set_aside(self) -> list[tuple[Tensor, Tensor]]:
+        """Clear every ``.grad``; gives what was there, but not the last merged gradient: its memory is for the rows."""
+        last: Iterable[Tensor | None] = self._merged or (None if r is None else r() for r in self._merged_refs)
+        aside = []
+        for p, merged in zip_longest(self._parameters, last):
+            grad = p.grad
+            if grad is not None:
+                if grad is not merged:
+                    aside.append((p, grad))
                 p.grad = None
         self._merged, self._merged_refs = [], []
+        return aside
 
     def _run(self, losses: Sequence[Tensor], retain_graph: bool, indices: Sequence[int] | None = None) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
@@ -338,16 +344,20 @@ class GradientSurgery:
                 f"{self.row_dtype}, {self.row_device}, {self.accumulate_dtype}"
             )
         self._grads.free()
-        if self._merged:
-            self._release_merged()
-        report, self._merged = run_in_two_phases(
-            list(losses.values()),
-            self._parameters,
-            self.method,
-            tasks=list(losses),
-            shared=self._shared_ones(),
-            retain_graph=retain_graph,
-        )
+        aside = self._set_aside()
+        try:
+            report, self._merged = run_in_two_phases(
+                list(losses.values()),
+                self._parameters,
+                self.method,
+                tasks=list(losses),
+                shared=self._shared_ones(),
+                retain_graph=retain_graph,
+            )
+        except BaseException:
+            for p, grad in aside:
+                p.grad = grad
+            raise
         for p, own in zip(self._parameters, self._merged, strict=True):
             p.grad = own
         return report
@@ -381,11 +391,8 @@ class _Tasks:
     def __enter__(self) -> _Tasks:
         surgery = self._surgery
         surgery._resolve()
-        if surgery._merged or surgery._merged_refs:
-            surgery._release_merged()
+        self._aside = surgery._set_aside()
         surgery._inside = self
-        self._aside = [(p, p.grad) for p in surgery._parameters if p.grad is not None]
-        self._clear()
         return self
 
     def open(self, index: int) -> None:
