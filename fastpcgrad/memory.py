@@ -114,7 +114,8 @@ def plan_memory(
     total = max(sums + sent, merged + (largest_stored if converted else 0))
     rows = tasks * sum(row_width(width, row_dtype) for width in widths) * row_dtype.itemsize
     host = torch.device("cpu")
-    staged = 0 if sums else waiting
+    # What micro-batches add to rows comes through torch's page-locked memory, which is rounded up to powers of two.
+    staged = 0 if sums else 2 * waiting
     return MemoryPlan(
         MemoryUse(device, 0, merged, sums, sent, total, free),
         MemoryUse(host, rows, 0, 0, staged, rows + staged, free_memory(host)),

@@ -76,7 +76,9 @@ class TaskGradients:
                 raise RuntimeError(f"task {task} was averaged for a merge that failed: call merge() or discard() first")
             del self._rows[task]
             self._stays[task] = self._stays.get(task, 1) + 1
-            return row
+            places = [grad.data_ptr() for grad in row if grad is not None]
+            # Autograd will add in place, for each parameter by itself.
+            return row if len(set(places)) == len(places) else _apart(row)[0]
         if self._stays:
             self._stays.pop(task, None)
         if self._spent:

@@ -54,7 +54,7 @@ def test_rows_on_the_host(monkeypatch):
     padded = 4 * (112 + 1008)
     plan = plan_of(row_device="cpu")
     assert figures(plan.device) == (0, 4 * N, 0, 4 * N, 4 * N)
-    assert figures(plan.host) == (4 * padded, 0, 0, 4 * N, 4 * padded + 4 * N)
+    assert figures(plan.host) == (4 * padded, 0, 0, 8 * N, 4 * padded + 8 * N)
     assert plan.total == plan.device.total + plan.host.total
     summed = plan_of(row_device="cpu", accumulate_dtype=SINGLE)
     assert figures(summed.device) == (0, 4 * N, 4 * N, 4 * N + 4000, 8 * N + 4000)

@@ -196,6 +196,18 @@ def test_sparse_tied_and_channels_last_parameters(surgery_for):
         assert all(p.grad.layout == torch.strided and p.grad.stride() == p.stride() for p in tied)
 
 
+def test_parameters_whose_gradients_are_views_of_one_tensor_accumulate_apart(surgery_for):
+    a, b = (torch.zeros(2, 3, requires_grad=True) for _ in range(2))
+    weights = torch.arange(6.0)
+    surgery = surgery_for([a, b], 2)
+    for t in (0, 1, 0, 1, 0):
+        with surgery.task(t):
+            ((a.view(-1) + b.view(-1)) * weights).sum().backward()
+    report = surgery.merge()
+    assert a.grad.flatten().tolist() == b.grad.flatten().tolist() == (5 * weights).tolist()
+    assert report.norms.tolist() == pytest.approx([n * (2 * 55) ** 0.5 for n in (3, 2)])
+
+
 def test_parameters_may_be_frozen_unfrozen_and_added_between_rounds(surgery_for):
     a, b, c = (torch.zeros(width, requires_grad=True) for width in (3, 2, 4))
     optimizer = torch.optim.SGD([a, b], lr=0.1)
