@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 import torch
@@ -56,7 +55,6 @@ def table(runs: dict[str, Run]) -> Table:
     for text, found in zip(runs[SURGERY].texts, held_out, strict=True):
         rows.add_row(text, *(f"{bits:.3f}" for bits in found))
     rows.add_section()
-    rows.add_row("step, median", *(f"{1000 * statistics.median(run.seconds):.0f} ms" for run in runs.values()))
     conflicts = [f"{rate:.0%}" if (rate := _conflict_rate(run)) is not None else "" for run in runs.values()]
     rows.add_row("task pairs in conflict", *conflicts)
     return rows

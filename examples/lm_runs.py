@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -65,7 +64,6 @@ class Run:
             self.surgery = fastpcgrad.GradientSurgery(self.optimizer, len(texts), method, row_dtype=torch.bfloat16)
         self.losses: list[list[float]] = []
         self.cosines: list[Tensor] = []
-        self.seconds: list[float] = []
 
     @property
     def done(self) -> int:
@@ -81,7 +79,6 @@ class Run:
 
     def step(self) -> None:
         """Each task's micro-batches forward and backward, one graph at a time; merge; clip; step."""
-        start = time.perf_counter()
         self.losses.append([self._accumulate(t, text) for t, text in enumerate(self.texts.values())])
         if self.surgery is not None:
             self.cosines.append(self.surgery.merge().cosines)
@@ -89,7 +86,6 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        self.seconds.append(time.perf_counter() - start)
 
     def _accumulate(self, t: int, text: Text) -> float:
         inside: AbstractContextManager[Any] = nullcontext() if self.surgery is None else self.surgery.task(t)
@@ -138,7 +134,6 @@ class Run:
             "orders": self.orders.get_state(),
             "losses": self.losses,
             "cosines": self.cosines,
-            "seconds": self.seconds,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -158,7 +153,7 @@ class Run:
             self.surgery.method.load_state_dict(state["method"])
         self.sampling.set_state(state["sampling"])
         self.orders.set_state(state["orders"])
-        self.losses, self.cosines, self.seconds = state["losses"], state["cosines"], state["seconds"]
+        self.losses, self.cosines = state["losses"], state["cosines"]
 
     def save(self, path: Path) -> None:
         """Write ``state``; a checkpoint is there whole or is the one before, whenever the process ends."""

@@ -9,6 +9,7 @@ gives the numbers that it would have given. Prints what each reached; draws loss
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import replace
@@ -31,6 +32,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         sys.exit(f"missing: {', '.join(missing)}. Install with: pip install 'fastpcgrad[examples]'")
+    # The cores may be shared: a thread that waits for another must sleep, not spin. Read when torch loads OpenMP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Imported only now, so that a missing package is answered by the line above.
     import torch
     from rich.console import Console
