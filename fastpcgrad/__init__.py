@@ -9,6 +9,7 @@ from .config import show_config
 from .features import shared_features
 from .functional import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficients
 from .gradnorm import gradNorm
+from .memory import MemoryPlan, MemoryPlanWarning
 from .optimizer import PCGrad
 from .report import ConflictReport
 from .surgery import GradientSurgery
@@ -16,6 +17,8 @@ from .surgery import GradientSurgery
 __all__ = [
     "ConflictReport",
     "GradientSurgery",
+    "MemoryPlan",
+    "MemoryPlanWarning",
     "PCGrad",
     "__version__",
     "apply",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from itertools import zip_longest
 from operator import attrgetter, is_
 from types import TracebackType
 from typing import Any, Literal
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from . import host_rows
 from ._graph import check_kept, explain
+from .capture import Capture, MovedCapture
 from .functional import check_loss, check_losses, check_tensors
 from .memory import MemoryPlan, plan_memory, plan_two_phase
 from .merging import merge
@@ -22,10 +21,10 @@ from .methods import Method, PCGrad, check_method
 from .moved_gradients import MovedGradients, check_accumulate_dtype
 from .parameters import Granularity, check_granularity, check_parameters, parameter_source, problem_of_each
 from .report import ConflictReport
-from .task_gradients import Row, TaskGradients
+from .task_gradients import TaskGradients
 from .two_phase import two_phase as run_in_two_phases
 
-_GRAD, _KIND = attrgetter("grad"), attrgetter("dtype", "device", "shape")
+_KIND = attrgetter("dtype", "device", "shape")
 
 Forward = Callable[[], Tensor | None]
 """Runs a task's forward and gives its loss; None: the task is absent."""
@@ -105,16 +104,13 @@ class GradientSurgery:
         self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
         self._source = parameter_source(optimizer_or_params)
         self._shared = None if shared is None else {id(p): p for p in check_tensors("shared", shared)}
-        self._hooks = _Hooks(self)
-        self._inside: _Tasks | None = None
-        self._merged: Row = []
-        self._merged_refs: list[weakref.ref[Tensor] | None] = []
+        self._inside = False
         self._lay_out(self._trainable())
 
     @property
     def nbytes(self) -> int:
         """Bytes of T rows, whether or not they are there yet."""
-        return self.num_tasks * self._grads.row_nbytes
+        return self.num_tasks * self._capture.rows.row_nbytes
 
     def task(self, index: int) -> AbstractContextManager[Any]:
         """A context in which gradients go into the row of task ``index``.
@@ -165,9 +161,9 @@ class GradientSurgery:
             >>> report.tasks
             (0, 1)
         """
-        if self._inside is not None:
-            raise RuntimeError(f"backward() inside task({self._inside.index}): leave the task first")
-        if filled := self._grads.tasks:
+        if self._inside:
+            raise RuntimeError(f"backward() inside task({self._capture.task}): leave the task first")
+        if filled := self._capture.rows.tasks:
             raise RuntimeError(f"backward() with rows of tasks {filled} filled: call merge() or discard() first")
         tensors, forwards = _check_round(losses, self.num_tasks)
         if two_phase:
@@ -179,7 +175,7 @@ class GradientSurgery:
                 self._run(list(tensors.values()), retain_graph, list(tensors))
             return self.merge()
         except BaseException:
-            self._grads.clear()
+            self._capture.rows.clear()
             raise
 
     def memory_plan(self, *, two_phase: bool = False) -> MemoryPlan:
@@ -198,14 +194,15 @@ class GradientSurgery:
             16016000
         """
         self._resolve()
-        moved = self._moved
+        parameters, rows = self._capture.parameters, self._capture.rows
+        moved = rows if isinstance(rows, MovedGradients) else None
         if two_phase:
-            plan = plan_two_phase(self.num_tasks, self._parameters)
+            plan = plan_two_phase(self.num_tasks, parameters)
         else:
             plan = plan_memory(
                 self.num_tasks,
-                self._parameters,
-                self._grads.dtype,
+                parameters,
+                rows.dtype,
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,
@@ -225,20 +222,15 @@ class GradientSurgery:
             torch.OutOfMemoryError: no room to convert the merged gradient or to send it back. The round is over, and
                 ``.grad`` is None.
         """
-        grads = self._grads
-        if self._inside is not None:
-            raise RuntimeError(f"merge() inside task({self._inside.index}): leave the task first")
+        capture, grads = self._capture, self._capture.rows
+        if self._inside:
+            raise RuntimeError(f"merge() inside task({self._capture.task}): leave the task first")
         if not grads.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         if self.accumulate == "mean":
             grads.average()
         report, merged = merge(grads, self.method, self._shared_ones(), self._problems, in_place=True)
-        if self._moved is None:
-            for p, own in zip(self._parameters, merged, strict=True):
-                p.grad = own
-            self._merged = merged
-        else:
-            self._take_back(self._moved, merged)
+        capture.give(merged)
         grads.clear()
         return report
 
@@ -248,13 +240,13 @@ class GradientSurgery:
         Raises:
             RuntimeError: inside a task.
         """
-        if self._inside is not None:
-            raise RuntimeError(f"discard() inside task({self._inside.index}): leave the task first")
-        self._grads.clear()
+        if self._inside:
+            raise RuntimeError(f"discard() inside task({self._capture.task}): leave the task first")
+        self._capture.rows.clear()
 
     def _resolve(self) -> None:
         """Look the trainable parameters up; lay the rows out anew where they changed."""
-        found, filled = self._trainable(), self._grads.tasks
+        found, filled = self._trainable(), self._capture.rows.tasks
         same = len(found) == len(self._found) and all(map(is_, found, self._found))
         if same and (filled or list(map(_KIND, found)) == self._kinds):
             return
@@ -272,14 +264,12 @@ class GradientSurgery:
         parameters = list({id(p): p for p in found}.values())
         check_parameters(parameters, self._shared, self.row_dtype)
         problems = problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared)
-        self._grads, self._moved = self._rows_for(parameters)
-        self._found, self._parameters, self._problems = found, parameters, problems
-        self._merged, self._merged_refs = [], []
+        self._capture = self._capture_for(parameters)
+        self._found, self._problems = found, problems
         self._kinds = list(map(_KIND, found))
-        self._hooks.attach([] if self._moved is None else parameters)
 
-    def _rows_for(self, parameters: Sequence[Tensor]) -> tuple[TaskGradients, MovedGradients | None]:
-        """Rows as autograd leaves them, or such that are converted or sent away."""
+    def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
+        """Of rows as autograd leaves them, or of such that are converted or sent away."""
         plain = TaskGradients(parameters, self.row_dtype)
         copies = host_rows.copies_for(plain.device, self.row_device)
         sums = self.accumulate_dtype
@@ -288,47 +278,20 @@ class GradientSurgery:
             if sums == plain.dtype and copies is None:  # the rows themselves will do
                 sums = None
         if copies is None and sums is None and all(p.dtype == plain.dtype for p in parameters):
-            return plain, None
-        moved = MovedGradients(parameters, plain.dtype, sums, copies)
-        return moved, moved
-
-    def _take_back(self, moved: MovedGradients, merged: Row) -> None:
-        """The merged gradient into ``.grad``, while the rows are freed: an error ends the round."""
-        try:
-            for p, own in zip(self._parameters, moved.give(merged), strict=True):
-                p.grad = own
-        except BaseException:  # most likely out of memory
-            moved.clear()
-            for p in self._parameters:
-                p.grad = None
-            raise
-        # Not held: what these gradients take is no rows' memory, and zero_grad() must free it.
-        self._merged_refs = [None if p.grad is None else weakref.ref(p.grad) for p in self._parameters]
-
-    def _set_aside(self) -> list[tuple[Tensor, Tensor]]:
-        """Clear every ``.grad``; gives what was there, but not the last merged gradient: its memory is for the rows."""
-        last: Iterable[Tensor | None] = self._merged or (None if r is None else r() for r in self._merged_refs)
-        aside = []
-        for p, merged in zip_longest(self._parameters, last):
-            grad = p.grad
-            if grad is not None:
-                if grad is not merged:
-                    aside.append((p, grad))
-                p.grad = None
-        self._merged, self._merged_refs = [], []
-        return aside
+            return Capture(parameters, plain)
+        return MovedCapture(parameters, MovedGradients(parameters, plain.dtype, sums, copies))
 
     def _run(self, losses: Sequence[Tensor], retain_graph: bool, indices: Sequence[int] | None = None) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
         left = len(losses)
         if left > 1 or retain_graph:
             check_kept(losses)
-        with _Tasks(self) as tasks:
+        with _Stay(self) as capture:
             for index, loss in zip(indices or range(left), losses, strict=True):
                 left -= 1
-                tasks.open(index)
+                capture.open(index)
                 loss.backward(retain_graph=retain_graph or left > 0)
-                tasks.close()
+                capture.close()
 
     def _in_two_phases(
         self, losses: dict[int, Tensor], forwards: dict[int, Forward], retain_graph: bool
@@ -338,17 +301,18 @@ class GradientSurgery:
         if self.granularity != "model":
             raise ValueError(f"two_phase solves one problem; found granularity={self.granularity!r}")
         self._resolve()
-        if self._moved is not None:
+        capture = self._capture
+        if isinstance(capture, MovedCapture):
             raise ValueError(
                 "two_phase keeps no rows: leave row_dtype, row_device and accumulate_dtype None; found "
                 f"{self.row_dtype}, {self.row_device}, {self.accumulate_dtype}"
             )
-        self._grads.free()
-        aside = self._set_aside()
+        capture.rows.free()
+        aside = capture.set_aside()
         try:
-            report, self._merged = run_in_two_phases(
+            report, merged = run_in_two_phases(
                 list(losses.values()),
-                self._parameters,
+                capture.parameters,
                 self.method,
                 tasks=list(losses),
                 shared=self._shared_ones(),
@@ -358,167 +322,84 @@ class GradientSurgery:
             for p, grad in aside:
                 p.grad = grad
             raise
-        for p, own in zip(self._parameters, self._merged, strict=True):
-            p.grad = own
+        capture.give(merged)
         return report
 
     def _shared_ones(self) -> list[bool] | None:
         """For each parameter whether it undergoes surgery; None: as the method's scope says."""
-        return None if self._shared is None else [id(p) in self._shared for p in self._parameters]
+        return None if self._shared is None else [id(p) in self._shared for p in self._capture.parameters]
 
     def _run_forwards(self, forwards: dict[int, Forward], retain_graph: bool) -> None:
         """Each forward, and its loss backward, inside its task."""
-        with _Tasks(self) as tasks:
+        with _Stay(self) as capture:
             for index, forward in forwards.items():
-                tasks.open(index)
+                capture.open(index)
                 loss = forward()
                 if loss is None:
-                    tasks.leave_out()
+                    if capture.drop():
+                        raise RuntimeError(
+                            f"losses[{index}]() returned None, which says that the task is absent, but left gradients: "
+                            "let it return the loss, without running it backward"
+                        )
                     continue
                 check_loss(f"losses[{index}]()", loss).backward(retain_graph=retain_graph)
                 del loss  # and with it the graph, before the next forward
-                tasks.close()
+                capture.close()
 
 
-class _Tasks:
+class _Stay:
     """A stay inside tasks, one after the other. Gradients that were there before come back at the end."""
 
     def __init__(self, surgery: GradientSurgery) -> None:
-        self.index = -1
         self._surgery = surgery
         self._aside: list[tuple[Tensor, Tensor]] = []
 
-    def __enter__(self) -> _Tasks:
+    def __enter__(self) -> Capture:
         surgery = self._surgery
         surgery._resolve()
-        self._aside = surgery._set_aside()
-        surgery._inside = self
-        return self
-
-    def open(self, index: int) -> None:
-        """From here on gradients are those of task ``index``."""
-        surgery = self._surgery
-        self.index = index
-        if surgery._moved is not None:
-            surgery._moved.open(index)
-        elif (row := surgery._grads.take(index)) is not None:  # autograd adds to what is there
-            for p, grad in zip(surgery._parameters, row, strict=True):
-                p.grad = grad
-
-    def close(self) -> None:
-        """What there is of the task's gradients is its row."""
-        surgery = self._surgery
-        if surgery._moved is not None:
-            self._move_all()
-            surgery._moved.close()
-        else:
-            row = list(map(_GRAD, surgery._parameters))
-            self._clear()
-            surgery._grads.put(self.index, row)
-
-    def leave_out(self) -> None:
-        """The open task, new in this round, is absent."""
-        surgery = self._surgery
-        if surgery._moved is not None:
-            self._move_all()
-            found = surgery._moved.drop()
-        else:
-            found = any(p.grad is not None for p in surgery._parameters)
-        if found:
-            raise RuntimeError(
-                f"losses[{self.index}]() returned None, which says that the task is absent, but left gradients: "
-                "let it return the loss, without running it backward"
-            )
-
-    def move(self, index: int, parameter: Tensor) -> None:
-        """A hook's call: this parameter's gradient is complete; add it to the row."""
-        moved = self._surgery._moved
-        if parameter.grad is not None and moved is not None:
-            moved.add(index, parameter.grad)
-            parameter.grad = None
+        capture = surgery._capture
+        self._aside = capture.set_aside()
+        surgery._inside = True
+        return capture
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         surgery = self._surgery
-        surgery._inside = None
+        surgery._inside = False
         if kind is not None:  # what there is is no whole gradient: the open task is absent unless it is opened again
-            self._clear()
-            if surgery._moved is not None:
-                surgery._moved.drop()
+            surgery._capture.drop()
         for p, grad in self._aside:
             p.grad = grad
         explain(error)
 
-    def _move_all(self) -> None:
-        """What came without a hook: gradients that were assigned."""
-        for index, p in enumerate(self._surgery._parameters):
-            self.move(index, p)
 
-    def _clear(self) -> None:
-        for p in self._surgery._parameters:
-            p.grad = None
-
-
-class _Task(_Tasks):
+class _Task(_Stay):
     """A stay inside one task."""
 
     def __init__(self, surgery: GradientSurgery, index: int) -> None:
         super().__init__(surgery)
-        self.index = index
+        self._index = index
 
-    def __enter__(self) -> _Task:
-        if (other := self._surgery._inside) is not None:
-            raise RuntimeError(f"task({self.index}) inside task({other.index}): tasks do not nest")
-        super().__enter__()
+    def __enter__(self) -> Capture:
+        if self._surgery._inside:
+            raise RuntimeError(f"task({self._index}) inside task({self._surgery._capture.task}): tasks do not nest")
+        capture = super().__enter__()
         try:
-            self.open(self.index)
+            capture.open(self._index)
         except BaseException as error:
             super().__exit__(type(error), error, error.__traceback__)
             raise
-        return self
+        return capture
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if kind is None:
-                self.close()
+                self._surgery._capture.close()
         finally:
             super().__exit__(kind, error, trace)
-
-
-class _Hooks:
-    """Moves gradients to the rows as soon as autograd has them, so that they are not all there at once.
-
-    The hooks hold the surgery weakly: they must not keep its rows alive as long as the model lives.
-    """
-
-    def __init__(self, surgery: GradientSurgery) -> None:
-        self._surgery = weakref.ref(surgery)
-        self._handles: list[Any] = []
-        weakref.finalize(surgery, _remove, self._handles)
-
-    def attach(self, parameters: Sequence[Tensor]) -> None:
-        _remove(self._handles)
-        for index, p in enumerate(parameters):
-            self._handles.append(p.register_post_accumulate_grad_hook(self._hook(index)))
-
-    def _hook(self, index: int) -> Any:
-        reference = self._surgery
-
-        def move(parameter: Tensor) -> None:
-            surgery = reference()
-            if surgery is not None and surgery._inside is not None:
-                surgery._inside.move(index, parameter)
-
-        return move
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
 
 
 def _check_round(

@@ -1,4 +1,4 @@
-"""Every example that users read runs: docstrings of public names, README and CONTRIBUTING."""
+"""Every example that users read runs: docstrings of public names, and pages."""
 
 import doctest
 import inspect
@@ -62,6 +62,9 @@ def test_every_public_name_has_a_docstring():
     assert bare == []
 
 
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/large_models.md")
+
+
 def python_blocks(path):
     """The ```python blocks of a page, each padded with empty lines so that errors show the page's line numbers."""
     text = path.read_text(encoding="utf-8")
@@ -69,7 +72,7 @@ def python_blocks(path):
         yield "\n" * text.count("\n", 0, block.start(1)) + block[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_python_blocks_of_a_page_run_in_order(page):
     path = ROOT / page
     blocks = list(python_blocks(path))
@@ -80,7 +83,7 @@ def test_the_python_blocks_of_a_page_run_in_order(page):
 
 
 def test_a_page_has_no_python_block_that_the_tests_overlook():
-    for page in ("README.md", "CONTRIBUTING.md"):
+    for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         assert len(list(python_blocks(ROOT / page))) == len(re.findall(r"```+ *(?:python|py)\b", text)), page
 

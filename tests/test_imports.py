@@ -19,6 +19,7 @@ FLOORS = (
     {"host_rows", "parameters"},
     {"task_gradients", "memory", "report"},
     {"moved_gradients"},
+    {"capture"},
     {"graph_pieces", "merging"},
     {"two_phase"},
     {"surgery", "autograd", "features", "arrays", "gradnorm"},

@@ -679,7 +679,7 @@ def test_a_wrapper_that_is_gone_leaves_neither_hooks_nor_rows(model, x):
     optimizer.pc_backward(losses_of(model, x))
     largest = max(model.parameters(), key=torch.numel)
     assert len(largest._post_accumulate_grad_hooks) == 1
-    gone = [weakref.ref(optimizer), weakref.ref(optimizer._surgery), weakref.ref(optimizer._surgery._grads)]
+    gone = [weakref.ref(optimizer), weakref.ref(optimizer._surgery), weakref.ref(optimizer._surgery._capture.rows)]
     kept = largest.grad.clone()
     del optimizer
     gc.collect()
@@ -709,7 +709,7 @@ def everything(optimizer):
         "optimizer": repr(optimizer.state_dict()),
         "generators": (random.getstate(), torch.get_rng_state().tolist()),
         "report": id(optimizer.report),
-        "rows": optimizer._surgery._grads.tasks,
+        "rows": optimizer._surgery._capture.rows.tasks,
     }
 
 
