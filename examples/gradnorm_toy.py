@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from examples import command_line
 from fastpcgrad.gradnorm import gradNorm
 
 if TYPE_CHECKING:
@@ -109,9 +107,7 @@ def train(name: str, batches: Iterator[tuple[Tensor, Tensor]], tasks: int, seed:
 def main(arguments: list[str] | None = None) -> list[Run]:
     """Run the demo; returns the runs."""
     options = _options(arguments)
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        sys.exit(f"missing: {', '.join(missing)}. Install with: pip install 'fastpcgrad[examples]'")
+    command_line.exit_if_missing(NEEDED)
     from rich.console import Console
 
     torch.set_num_threads(options.threads)
@@ -203,19 +199,9 @@ def _curves(axes: Any, values: NDArray[Any], tasks: int) -> None:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.gradnorm_toy", description=SUMMARY)
-    parser.add_argument("--steps", type=_positive, default=1200, help="of each run (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="figure folder (%(default)s)")
-    parser.add_argument("--threads", type=_positive, default=2, help="CPU threads (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights, batches (%(default)s)")
+    parser = command_line.parser("gradnorm_toy", SUMMARY, seeded="data, weights, batches")
+    parser.add_argument("--steps", type=command_line.positive, default=1200, help="of each run (%(default)s)")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ as a Python loop, and with ``fastpcgrad.PCGrad`` in its place. Prints what each 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from examples import command_line
 
 if TYPE_CHECKING:
     from examples.digits_experiment import Experiment
@@ -26,9 +25,7 @@ QUICK = {"epochs": 3, "train_size": 1280, "test_size": 500, "batch": 64, "width"
 def main(arguments: list[str] | None = None) -> Experiment:
     """Run the demo; returns what was measured."""
     options = _options(arguments)
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        sys.exit(f"missing: {', '.join(missing)}. Install with: pip install 'fastpcgrad[examples]'")
+    command_line.exit_if_missing(NEEDED)
     # Imported only now, so that a missing package is answered by the line above.
     import torch
     from rich.console import Console
@@ -56,20 +53,12 @@ def main(arguments: list[str] | None = None) -> Experiment:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.multidigits", description=SUMMARY)
-    parser.add_argument("--epochs", type=_positive, help="passes over the training images (10; 3 with --quick)")
+    parser = command_line.parser("multidigits", SUMMARY, seeded="data, weights, batches, task orders")
+    parser.add_argument(
+        "--epochs", type=command_line.positive, help="passes over the training images (10; 3 with --quick)"
+    )
     parser.add_argument("--quick", action="store_true", help="a small network, few steps: a look in seconds")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="figure folder (%(default)s)")
-    parser.add_argument("--threads", type=_positive, default=2, help="CPU threads (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights, batches, task orders (%(default)s)")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
 
 
 if __name__ == "__main__":

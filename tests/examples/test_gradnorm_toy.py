@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("rich", reason="pip install 'fastpcgrad[examples]'")
 pytest.importorskip("matplotlib", reason="pip install 'fastpcgrad[examples]'")
 
-from examples import gradnorm_toy
+from examples import command_line, gradnorm_toy
 from examples.gradnorm_toy import EQUAL, GRADNORM, ToyNet, scales, toy_data
 
 
@@ -75,7 +75,7 @@ def test_gradnorm_brings_the_rates_together(kept_state):
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
-    monkeypatch.setattr(gradnorm_toy, "find_spec", lambda name: None if name == "rich" else object())
+    monkeypatch.setattr(command_line, "find_spec", lambda name: None if name == "rich" else object())
     with pytest.raises(SystemExit, match=r"rich.*pip install 'fastpcgrad\[examples\]'"):
         gradnorm_toy.main([])
 

@@ -11,7 +11,7 @@ pytest.importorskip("sklearn", reason="the example's digits come with scikit-lea
 
 from sklearn.datasets import load_digits
 
-from examples import multidigits
+from examples import command_line, multidigits
 from examples.digits_data import CANVAS, JITTER, SIDE, TASKS, TwoDigits, two_digits
 from examples.digits_runs import FAST, LOOP, PLAIN, Network, Run, Settings
 
@@ -117,6 +117,6 @@ def test_quick_run_draws_its_figure_and_both_surgeries_agree(tmp_path: Path, cap
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
-    monkeypatch.setattr(multidigits, "find_spec", lambda name: None if name == "rich" else object())
+    monkeypatch.setattr(command_line, "find_spec", lambda name: None if name == "rich" else object())
     with pytest.raises(SystemExit, match=r"rich.*pip install 'fastpcgrad\[examples\]'"):
         multidigits.main(["--quick"])

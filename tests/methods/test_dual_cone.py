@@ -1,12 +1,14 @@
-"""The quadratic program of UPGrad and DualProj: its optimality conditions, on what block pivoting cannot do too."""
+"""The quadratic program of UPGrad and DualProj, on what block pivoting cannot do too, and what both of them share."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpcgrad.methods import _dual_cone
-from tests.methods.random_rows import gram, random_rows
+from fastpcgrad.methods import DualProj, UPGrad, _dual_cone
+from tests.methods.random_rows import check_batch, check_broken, check_scales, error, gram, random_rows
+
+for_both_methods = pytest.mark.parametrize("method", [UPGrad, DualProj])
 
 
 def violation(matrix, lower, values):
@@ -81,3 +83,99 @@ def test_task_gradients_that_are_almost_opposite(distance):
     assert violation(prepared(gram(rows), 0.0), lower, exact) <= (1e-10 if distance >= 1e-6 else 2e-7)
     regular = _dual_cone.project(gram(rows), lower, 0.0, 1e-4)
     assert violation(prepared(gram(rows), 1e-4), lower, regular) <= 1e-10
+
+
+@for_both_methods
+@pytest.mark.parametrize("with_preferences", [False, True])
+def test_the_methods_are_torchjds(method, with_preferences):
+    """All random matrices but those of zeros alone: without its norm_eps TorchJD divides by their norm."""
+    pytest.importorskip("quadprog")
+    torchjd = pytest.importorskip("torchjd.linalg")
+    weighting = getattr(pytest.importorskip("torchjd.aggregation"), f"{method.__name__}Weighting")
+    compared = 0
+    for seed in range(230):
+        rows = random_rows(seed)
+        if not rows.any():
+            continue
+        preferences = torch.rand(len(rows), dtype=torch.float64) if with_preferences else None
+        expected = weighting(preferences, torchjd.QuadprogProjector(norm_eps=0.0))(gram(rows))
+        weights = method(preferences).weights(gram(rows))
+        assert error(weights @ rows, expected @ rows, weights, rows) <= 1e-9, seed
+        compared += 1
+    assert compared >= 200
+
+
+@for_both_methods
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_the_methods_conflict_with_no_task(method, seed):
+    rows = random_rows(seed)
+    weights = method(reg_eps=0.0).weights(gram(rows))
+    scale = float((weights.abs() * rows.norm(dim=1)).sum())
+    assert ((rows @ (weights @ rows)) >= -1e-10 * scale * rows.norm(dim=1)).all()
+
+
+@for_both_methods
+def test_zero_gradients_keep_their_preferences(method):
+    weights = method([0.2, 0.8]).weights(torch.zeros(2, 2, dtype=torch.float64))
+    torch.testing.assert_close(weights, torch.tensor([0.2, 0.8], dtype=torch.float64))
+
+
+@for_both_methods
+def test_norm_eps_takes_small_gradients_for_zero(method):
+    conflict = 1e-6 * torch.tensor([[1.0, -2.0], [-2.0, 8.0]], dtype=torch.float64)
+    assert method(norm_eps=1e-4).weights(conflict).tolist() == [0.5, 0.5]
+    assert method().weights(conflict).tolist() != [0.5, 0.5]
+
+
+@for_both_methods
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_batch(method, tasks):
+    check_batch(method(), tasks)
+
+
+@for_both_methods
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_what_is_not_finite_stays_in_its_problem(method, tasks):
+    check_broken(method(), tasks)
+
+
+@for_both_methods
+def test_scales(method):
+    check_scales(method(), 5)
+
+
+@for_both_methods
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"pref_vector": "equal"}, TypeError, ["pref_vector", "equal"]),
+        ({"pref_vector": 3}, ValueError, ["pref_vector", "[]"]),
+        ({"pref_vector": [[1.0]]}, ValueError, ["pref_vector", "[1, 1]"]),
+        ({"pref_vector": []}, ValueError, ["pref_vector", "[0]"]),
+        ({"pref_vector": [1.0, float("nan")]}, ValueError, ["pref_vector", "nan"]),
+        ({"pref_vector": [1.0, float("inf")]}, ValueError, ["pref_vector", "inf"]),
+        ({"norm_eps": -1.0}, ValueError, ["norm_eps", "-1.0"]),
+        ({"norm_eps": float("nan")}, ValueError, ["norm_eps", "nan"]),
+        ({"reg_eps": -1e-9}, ValueError, ["reg_eps", "-1e-09"]),
+        ({"reg_eps": float("nan")}, ValueError, ["reg_eps", "nan"]),
+    ],
+)
+def test_bad_arguments(method, arguments, error, words):
+    with pytest.raises(error) as caught:
+        method(**arguments)
+    assert all(word in str(caught.value) for word in words)
+
+
+@for_both_methods
+def test_preferences_of_another_number_of_tasks(method):
+    with pytest.raises(ValueError, match=r"pref_vector has 2 .* found 3"):
+        method([1.0, 1.0]).weights(torch.eye(3, dtype=torch.float64))
+
+
+@for_both_methods
+def test_preferences_are_copied(method):
+    preferences = torch.ones(2, dtype=torch.float64)
+    made = method(preferences)
+    preferences.zero_()
+    assert made.weights(torch.eye(2, dtype=torch.float64)).tolist() == [1.0, 1.0]

@@ -1,0 +1,33 @@
+"""What the examples' commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def parser(module: str, summary: str, seeded: str) -> argparse.ArgumentParser:
+    """Options of ``python -m examples.<module>``; ``seeded`` says of what the seed is."""
+    made = argparse.ArgumentParser(prog=f"python -m examples.{module}", description=summary)
+    made.add_argument("--out", type=Path, default=Path("demo-output"), help="figure folder (%(default)s)")
+    made.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help=f"of {seeded} (%(default)s)")
+    return made
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def exit_if_missing(packages: Sequence[str]) -> None:
+    """End the process with a line that says how to install what is missing, if anything is."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        sys.exit(f"missing: {', '.join(missing)}. Install with: pip install 'fastpcgrad[examples]'")
