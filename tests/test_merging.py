@@ -143,3 +143,26 @@ def test_a_non_finite_gradient_stays_at_its_place(variant):
         _, found = merged(grads, methods.PCGrad(variant))
         finite = torch.cat(found).isfinite()
         assert finite.logical_not().nonzero().flatten().tolist() == [5]
+
+
+class Witness(methods.Mean):
+    """Notes which tasks it was told of."""
+
+    tasks = None
+
+    def solve_for(self, gram, tasks):
+        self.tasks = tuple(tasks)
+        return super().solve_for(gram, tasks)
+
+
+@pytest.mark.parametrize("scope", ["all", "shared", "parameter"])
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_method_is_told_which_tasks_there_are(scope, partial):
+    parameters = [torch.zeros(2), torch.zeros(3)]
+    grads = TaskGradients(parameters)
+    for t in (4, 1):
+        grads.put(t, [torch.ones(2), None if partial and t == 4 else torch.ones(3)])
+    method = Witness()
+    method.scope = scope
+    report, _ = merged(grads, method)
+    assert method.tasks == (1, 4) == report.tasks
