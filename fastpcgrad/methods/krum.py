@@ -48,7 +48,7 @@ class Krum(Method):
                 f"{max(self.n_byzantine + 3, self.n_selected)} task gradients; found {tasks}"
             )
         norms = gram.diagonal(dim1=-2, dim2=-1)
-        distances = (norms[..., :, None] + norms[..., None, :] - 2 * gram).clamp_min_(0)
+        distances = (norms.unsqueeze(-1) + norms.unsqueeze(-2)).sub_(gram, alpha=2).clamp_min_(0)
         if not self.squared:
             distances.sqrt_()
         # The nearest of all is the task itself, at distance 0.
@@ -56,8 +56,7 @@ class Krum(Method):
         selected = scores.argsort(dim=-1, stable=True)[..., : self.n_selected]
         weights = torch.zeros_like(scores).scatter_(-1, selected, 1 / self.n_selected)
         # A sum over an entry that is not finite is not finite.
-        weights += 0 * gram.sum(dim=(-2, -1))[..., None]
-        return Solution(weights, coefficients=None)
+        return Solution(weights.add_(gram.sum(dim=(-2, -1)).unsqueeze(-1), alpha=0), None)
 
     def __repr__(self) -> str:
         return f"Krum(n_byzantine={self.n_byzantine}, n_selected={self.n_selected}, squared={self.squared})"
