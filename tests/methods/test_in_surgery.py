@@ -29,6 +29,9 @@ def all_methods():
 
 
 for_every_method = pytest.mark.parametrize("make", list(all_methods()))
+for_every_method_on_grams = pytest.mark.parametrize(
+    "make", [one for one in all_methods() if one.id not in ("GradDrop", "TrimmedMean")]
+)
 for_elementwise_methods = pytest.mark.parametrize(
     "make", [methods.GradDrop, lambda: methods.TrimmedMean(1)], ids=["GradDrop", "TrimmedMean"]
 )
@@ -76,15 +79,12 @@ NO_GRAMS = [torch.eye(3), torch.eye(3).long(), [[1.0]], torch.zeros(0, 0).double
 NO_GRAMS += [torch.ones(shape).double() for shape in ((), (3,), (2, 3), (1, 1, 3, 3))]
 
 
-@for_every_method
+@for_every_method_on_grams
 @pytest.mark.parametrize("gram", NO_GRAMS, ids=str)
 def test_what_is_no_gram_matrix_is_refused(make, gram):
-    method = make()
-    if isinstance(method, methods.Elementwise):
-        pytest.skip("has no weights")
     found = list(gram.shape) if isinstance(gram, torch.Tensor) else "list"
     with pytest.raises((TypeError, ValueError), match=f"gram must be .*found .*{re.escape(str(found))}"):
-        method.weights(gram)
+        make().weights(gram)
 
 
 @for_elementwise_methods
