@@ -42,7 +42,7 @@ class Piece:
             return
         incoming = [gradients.pop(edge) for edge in entries]
         if self.alone is not None:
-            found = _call(self.alone, dict(zip(entries, incoming, strict=True)))
+            found = _call(self.alone, dict(zip(entries, incoming, strict=True)), self.exits)
         else:
             outgoing = torch.autograd.grad(entries, self.exits, incoming, retain_graph=True, allow_unused=True)
             found = zip(self.exits, outgoing, strict=True)
@@ -59,7 +59,7 @@ class Graph:
         parameters: leaves, each once.
     Attributes:
         roots: the edge of each loss.
-        leaves: for each parameter the edge of its gradient; None for one that no loss depends on.
+        leaves: for each parameter that some loss depends on, by its index, the edge of its gradient.
         dtypes: of all gradients on the way.
     Raises:
         RuntimeError: a reentrant checkpoint hides what lies behind it.
@@ -69,9 +69,7 @@ class Graph:
         self.roots = [get_gradient_edge(loss) for loss in losses]
         indices = {id(p): index for index, p in enumerate(parameters)}
         nodes, leaf_of = _walk([root.node for root in self.roots], indices)
-        self.leaves: list[GradientEdge | None] = [None] * len(parameters)
-        for node, index in leaf_of.items():
-            self.leaves[index] = GradientEdge(node, 0)
+        self.leaves = {index: GradientEdge(node, 0) for node, index in leaf_of.items()}
         self._widths = [p.numel() for p in parameters]
         self._leaf_of = leaf_of
         self._nodes = _on_the_way(nodes, leaf_of)
@@ -85,8 +83,10 @@ class Graph:
             ]
             for node in self._nodes
         ]
-        self._sizes = [[prod(meta.shape) for meta in node._input_metadata] for node in self._nodes]
-        self.dtypes = {meta.dtype for node in known for meta in node._input_metadata}
+        # Of what comes in by an edge; a node may have outputs of the forward pass that have no gradient.
+        metadata = {e: e.node._input_metadata[e.output_nr] for edges in self._edges for e in edges}
+        self._sizes = {edge: prod(meta.shape) for edge, meta in metadata.items()}
+        self.dtypes = {meta.dtype for meta in metadata.values()} | {loss.dtype for loss in losses}
         self._find_joins()
         new = [0] * (len(self._nodes) + 1)
         for node, index in leaf_of.items():
@@ -98,6 +98,11 @@ class Graph:
     def width(self) -> int:
         """Elements of all parameters that some loss depends on."""
         return sum(self._widths[index] for index in self._leaf_of.values())
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest of these parameters."""
+        return max((self._widths[index] for index in self._leaf_of.values()), default=0)
 
     def pieces(self, budget: int) -> Iterator[Piece]:
         """Consecutive pieces, each with up to about ``budget`` elements of parameters where the graph allows it."""
@@ -120,9 +125,7 @@ class Graph:
                 return
 
     def _last_use(self, index: int) -> int:
-        edge = self.leaves[index]
-        assert edge is not None
-        return self._before.get(edge.node, [-1])[-1]
+        return self._before.get(self.leaves[index].node, [-1])[-1]
 
     def _stop(self, start: int, budget: int, held_already: Collection[int]) -> tuple[int, bool]:
         """Where the piece that begins at ``start`` ends, and whether it is one node that must be called by itself.
@@ -130,24 +133,25 @@ class Graph:
         Of the ends that leave at least half of the parameters which could be in the piece, the one where the fewest
         elements cross; of equal ones the last.
         """
-        exits: dict[Node, set[int]] = {}
+        exits: dict[Node, set[GradientEdge]] = {}
         leaves = set[Node]()
         held, bits, wall = 0, 0, start
         fitting: list[tuple[int, int, int]] = []
         for place in range(start, len(self._nodes)):
             exits.pop(self._nodes[place], None)
-            for node, number, _ in self._edges[place]:
-                if node in self._place:
-                    exits.setdefault(node, set()).add(number)
-                elif node not in leaves:
-                    leaves.add(node)
-                    bits |= self._joins.get(node, 0)
-                    index = self._leaf_of[node]
+            for edge in self._edges[place]:
+                if edge.node in self._place:
+                    exits.setdefault(edge.node, set()).add(edge)
+                elif edge.node not in leaves:
+                    leaves.add(edge.node)
+                    bits |= self._joins.get(edge.node, 0)
+                    index = self._leaf_of[edge.node]
                     held += 0 if index in held_already else self._widths[index]
             if place >= wall:
                 wall = self._wall(exits, bits, place)
                 if wall == place and held <= budget:
-                    fitting.append((held, self._crossing(exits), place + 1))
+                    crossing = sum(self._sizes[edge] for edges in exits.values() for edge in edges)
+                    fitting.append((held, crossing, place + 1))
                 elif wall == place and not fitting and (place == start or not callable(self._nodes[start])):
                     return place + 1, False
             over = max(held, self._until[wall] - self._until[start]) > budget
@@ -186,9 +190,6 @@ class Graph:
                 return bool(self._joins[node] & reached)
             place = self._before[node][0] if node in self._before else -1
         return False
-
-    def _crossing(self, exits: dict[Node, set[int]]) -> int:
-        return sum(self._sizes[self._place[node]][number] for node, numbers in exits.items() for number in numbers)
 
     def _find_joins(self) -> None:
         """Joins have several edges into them. Each has a bit, a deeper one a higher bit; for each node the bits of the
@@ -262,14 +263,14 @@ def _on_the_way(nodes: Sequence[Node], leaf_of: dict[Node, int]) -> list[Node]:
     return [node for node in nodes if node in known]
 
 
-def _call(node: Node, gradients: Open) -> Iterator[tuple[GradientEdge, Tensor | None]]:
+def _call(node: Node, gradients: Open, exits: Collection[GradientEdge]) -> Iterator[tuple[GradientEdge, Tensor | None]]:
     """What the engine does with one node, without going on from there."""
     incoming = [gradients.get(GradientEdge(node, number)) for number in range(len(node._input_metadata))]
     with torch.no_grad():
         found = node(*incoming)  # type: ignore[operator]
     outgoing = found if isinstance(found, tuple) else (found,)
     for (child, number), grad in zip(node.next_functions, outgoing, strict=True):
-        if child is not None and grad is not None:
+        if child is not None and grad is not None and (edge := GradientEdge(child, number)) in exits:
             meta = child._input_metadata[number]
             # Broadcasting is undone between nodes, not in them.
-            yield GradientEdge(child, number), grad.sum_to_size(meta.shape).to(meta.dtype)
+            yield edge, grad.sum_to_size(meta.shape).to(meta.dtype)

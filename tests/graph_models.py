@@ -201,6 +201,39 @@ class Custom(MLP):
         return losses_of(h, tasks)
 
 
+class Indexed(torch.autograd.Function):
+    """Two outputs, of which one has no gradient."""
+
+    @staticmethod
+    def forward(ctx, a):
+        index = a.argsort(dim=1)
+        ctx.mark_non_differentiable(index)
+        return index, a.clone()
+
+    @staticmethod
+    def backward(ctx, _, grad):
+        return grad
+
+
+class SeveralOutputs(MLP):
+    """Nodes with several outputs, of which some are not used or have no gradient."""
+
+    def forward(self, tasks):
+        h = self.x
+        for n, layer in enumerate(self.layers):
+            h = layer(h).tanh()
+            if n == 1:
+                values, index = h.sort(dim=1)
+                h = h + values * index
+            elif n == 2:
+                index, same = Indexed.apply(h)
+                h = h + same.gather(1, index)
+            elif n == 3:
+                first, _, last = h.chunk(3, dim=1)
+                h = torch.cat([first, last, last], dim=1) + h.max(dim=1, keepdim=True).values
+        return losses_of(h, tasks)
+
+
 class SeveralGraphs(MLP):
     """Losses of graphs that have nothing in common but parameters, one that is a parameter, and one twice."""
 
@@ -228,5 +261,6 @@ MODELS = (
     EncoderDecoder,
     Checkpointed,
     Custom,
+    SeveralOutputs,
     SeveralGraphs,
 )

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastpcgrad import methods, reference
 from fastpcgrad.merging import merge
@@ -237,7 +238,30 @@ class TestRefusals:
 
     def test_hooks_that_want_a_tasks_gradient(self):
         self.parameters[3].register_post_accumulate_grad_hook(lambda p: None)
-        self.refuses(ValueError, "parameters[3]")
+        self.refuses(ValueError, "parameters[3]", "hook")
+
+    def test_reentrant_checkpoints(self):
+        h = checkpoint(self.model.layers[0], self.model.x.requires_grad_(), use_reentrant=True)
+        self.refuses(RuntimeError, "reentrant", losses=[h.sum(), h.mean()])
+
+    def test_a_graph_that_cannot_be_kept(self):
+        class Donating(torch.autograd.Function):
+            """Says what a compiled graph with donated buffers says where the graph is retained."""
+
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, grad):
+                if torch._C._autograd._get_current_graph_task_keep_graph():
+                    raise RuntimeError("This backward function was compiled with non-empty donated buffers which ...")
+                return grad
+
+        h = self.model.x
+        for layer in self.model.layers:
+            h = Donating.apply(layer(h))
+        self.refuses(RuntimeError, "donated_buffer = False", losses=graph_models.losses_of(h, 2))
 
     def test_losses_that_are_none(self):
         self.refuses(ValueError, "losses[0]", losses=[torch.zeros(3, requires_grad=True)])
