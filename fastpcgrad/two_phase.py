@@ -18,7 +18,9 @@ from .report import ConflictReport
 from .task_gradients import Row, TaskGradients
 
 # What becomes of a parameter: all tasks touch it, only some do, or its gradients are summed.
+# Problem k of piece p, for which G is kept by itself, is number p·_KINDS + k.
 _WHOLE, _PARTIAL, _SUMMED = range(3)
+_KINDS = 3
 
 
 def two_phase(
@@ -55,21 +57,21 @@ def two_phase(
     Time: T + 1 backward passes, and reading each task gradient once. Parameters that need other weights than the rest
         (summed ones, or for some methods those that only some tasks touch) take one more pass, no deeper than they
         lie. Checkpointed blocks are recomputed once in each of these passes.
-    Numerics: w is rounded to the dtype of each loss. What comes out is checked: ‖m‖² must be wᵀ G w up to a
-        thousandth of (Σ |w_t| ‖g_t‖)², or four units of the coarsest dtype on the way. It is not where a hook or a
-        custom function changes gradients in a way that is not linear. A hook on an activation at which the graph is
-        cut runs twice, and is found out the same way unless it changes nothing.
+    Numerics: w is rounded to the dtype of each loss. What comes out is checked piece by piece: ‖m‖² must be wᵀ G w up
+        to a thousandth of (Σ |w_t| ‖g_t‖)², or four units of the coarsest dtype on the way, and rounding. It is not
+        where a hook or a custom function changes gradients in a way that is not linear. A hook on an activation at
+        which the graph is cut runs twice, and is found out the same way unless it changes nothing.
     """
     tasks = check_losses(losses)
     _check_method(method)
     _check_parameters(parameters)
     graph = Graph(tasks, parameters)
-    kinds, grams = _gram_of_each_kind(graph, tasks, parameters, method, shared)
-    gram = grams[_WHOLE] + grams[_PARTIAL]
+    problems, grams = _gram_of_each_problem(graph, tasks, parameters, method, shared)
+    gram = grams[_WHOLE::_KINDS].sum(dim=0) + grams[_PARTIAL::_KINDS].sum(dim=0)
     solution = method.checked_solve(gram)
     weights = [solution.weights, method.partial_weights(solution.weights), torch.ones_like(solution.weights)]
-    merged = _weighted_backward(tasks, parameters, kinds, weights, retain_graph)
-    _check_linear(parameters, kinds, grams, torch.stack(weights), merged, graph.dtypes)
+    merged = _weighted_backward(tasks, parameters, problems, weights, retain_graph)
+    _check_linear(parameters, problems, grams, torch.stack(weights), merged, graph.dtypes)
     return ConflictReport(tuple(range(len(tasks))), gram, solution.weights, solution.coefficients, None), merged
 
 
@@ -91,37 +93,40 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
             )
 
 
-def _gram_of_each_kind(
+def _gram_of_each_problem(
     graph: Graph,
     losses: Sequence[Tensor],
     parameters: Sequence[Tensor],
     method: Method,
     shared: Sequence[bool] | None,
-) -> tuple[list[int | None], Tensor]:
-    """The kind of each parameter, None without a gradient, and G over those of each kind: ``[3, T, T]``."""
+) -> tuple[list[int], Tensor]:
+    """The problem of each parameter, -1 without a gradient, and G of each: ``[problems, T, T]``."""
     count = len(losses)
     pieces = list(graph.pieces(max(graph.largest, graph.width // count)))
     _check_held(max(piece.held for piece in pieces), graph.width, count)
-    kinds: list[int | None] = [None] * len(parameters)
+    problems = [-1] * len(parameters)
     device = parameters[0].device if parameters else losses[0].device
-    grams = torch.zeros(3, count, count, dtype=torch.float64, device=device)
+    grams = torch.zeros(len(pieces) * _KINDS, count, count, dtype=torch.float64, device=device)
     gradients: list[Open] = [{root: torch.ones_like(loss)} for root, loss in zip(graph.roots, losses, strict=True)]
     # The pieces of one task do not overlap: a checkpointed block that was cut in two is recomputed only once.
     groups = [GraphExecGroup() for _ in losses]
     rows: list[Row] = [[] for _ in losses]
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
         for t, (group, there) in enumerate(zip(groups, gradients, strict=True)):
             rows[t] = []  # frees those of the last piece just before their memory is needed again
             with group, _donated_buffers_explained():
                 piece.run(there)
             rows[t] = [there.pop(graph.leaves[index], None) for index in piece.complete]
+        kinds = []
         for index, column in zip(piece.complete, zip(*rows, strict=True), strict=True):
             everywhere = all(grad is not None for grad in column)
             chosen = everywhere or method.scope != "shared" if shared is None else shared[index]
+            kinds.append(_SUMMED if not chosen else _WHOLE if everywhere else _PARTIAL)
             if any(grad is not None for grad in column):
-                kinds[index] = _SUMMED if not chosen else _WHOLE if everywhere else _PARTIAL
-        _add_products(grams, [parameters[i] for i in piece.complete], rows, [kinds[i] for i in piece.complete])
-    return kinds, grams
+                problems[index] = number * _KINDS + kinds[-1]
+        own = grams[number * _KINDS : (number + 1) * _KINDS]
+        _add_products(own, [parameters[index] for index in piece.complete], rows, kinds)
+    return problems, grams
 
 
 def _check_held(held: int, width: int, tasks: int) -> None:
@@ -147,10 +152,8 @@ def _donated_buffers_explained() -> Iterator[None]:
         ) from error
 
 
-def _add_products(
-    grams: Tensor, parameters: Sequence[Tensor], rows: Sequence[Row], kinds: Sequence[int | None]
-) -> None:
-    """Add the products of some parameters' gradients to the Gram matrix of each kind."""
+def _add_products(grams: Tensor, parameters: Sequence[Tensor], rows: Sequence[Row], problems: Sequence[int]) -> None:
+    """Add the products of some parameters' gradients to the Gram matrix of each one's problem."""
     dtypes = [next((grad.dtype for grad in column if grad is not None), None) for column in zip(*rows, strict=True)]
     for dtype in dict.fromkeys(dtypes):
         chosen = [index for index, found in enumerate(dtypes) if dtype is not None and found == dtype]
@@ -158,21 +161,22 @@ def _add_products(
             grads = TaskGradients([parameters[index] for index in chosen], dtype)
             for t, row in enumerate(rows):
                 grads.put(t, [row[index] for index in chosen])
-            grams += KERNELS["gram_blocks"](grads.blocks(), [kinds[index] for index in chosen], len(grams))
+            grams += KERNELS["gram_blocks"](grads.blocks(), [problems[index] for index in chosen], len(grams))
 
 
 def _weighted_backward(
     losses: Sequence[Tensor],
     parameters: Sequence[Tensor],
-    kinds: Sequence[int | None],
+    problems: Sequence[int],
     weights: Sequence[Tensor],
     retain_graph: bool,
 ) -> Row:
     """The sum of the task gradients with each parameter's weights: one backward pass for all that share them."""
     passes: dict[int, tuple[Tensor, list[int]]] = {}
-    for index, kind in enumerate(kinds):
-        if kind is not None:
-            passes.setdefault(id(weights[kind]), (weights[kind], []))[1].append(index)
+    for index, problem in enumerate(problems):
+        if problem >= 0:
+            w = weights[problem % _KINDS]
+            passes.setdefault(id(w), (w, []))[1].append(index)
     merged: Row = [None] * len(parameters)
     for number, (w, chosen) in enumerate(passes.values(), start=1):
         inputs = [parameters[index] for index in chosen]
@@ -199,30 +203,35 @@ def _grad_set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 def _check_linear(
     parameters: Sequence[Tensor],
-    kinds: Sequence[int | None],
+    problems: Sequence[int],
     grams: Tensor,
     weights: Tensor,
     merged: Row,
     dtypes: set[torch.dtype],
 ) -> None:
-    """RuntimeError where ‖m‖² is not wᵀ G w.
+    """RuntimeError where ‖m‖² is not wᵀ G w in some problem.
 
     Where G is not finite but m is, what overflowed in a task gradient did not in the weighted pass; m becomes NaN, for
     it must be seen.
     """
-    squares = torch.zeros(3, 1, 1, dtype=grams.dtype, device=grams.device)
-    _add_products(squares, parameters, [merged], kinds)
-    expected = torch.einsum("ki,kij,kj->k", weights, grams, weights)
-    scale = (weights.abs() * grams.diagonal(dim1=-2, dim2=-1).sqrt()).sum(dim=-1).square()
-    tolerance = max([1e-3, *(4 * torch.finfo(dtype).eps for dtype in dtypes)])
-    figures = torch.stack([squares.flatten(), expected, scale, grams.sum(dim=(1, 2))], dim=1).tolist()
-    for kind, (square, wanted, whole, entries) in enumerate(figures):
-        if abs(square - wanted) > tolerance * whole:
+    squares = grams.new_zeros(len(grams), 1, 1)
+    _add_products(squares, parameters, [merged], problems)
+    weights = weights.repeat(len(grams) // _KINDS, 1)
+    expected = torch.einsum("pi,pij,pj->p", weights, grams, weights)
+    lengths = weights.abs() * grams.diagonal(dim1=-2, dim2=-1).sqrt()
+    scale = lengths.sum(dim=-1).square()
+    unit = max(torch.finfo(dtype).eps for dtype in dtypes)
+    # Where exact gradients would be zero (a bias before a normalisation) they are rounding errors of the others.
+    allowed = max(1e-3, 4 * unit) * scale + (8 * unit) ** 2 * lengths.norm(dim=0).sum().square()
+    figures = torch.stack([squares.flatten(), expected, allowed, grams.sum(dim=(1, 2))], dim=1).tolist()
+    for problem, (square, wanted, tolerance, entries) in enumerate(figures):
+        if abs(square - wanted) > tolerance:
             raise RuntimeError(
-                f"the squared norm of the merged gradient is {square:.6g}; the Gram matrix of the task gradients wants "
-                f"{wanted:.6g}: a hook or a custom function makes the backward pass not linear in what comes in, or a "
-                "hook on an activation ran twice; merge in one phase"
+                f"the squared norm of a part of the merged gradient is {square:.6g}; the Gram matrix of the task "
+                f"gradients wants {wanted:.6g}: a hook or a custom function makes the backward pass not linear in what "
+                "comes in, or a hook on an activation ran twice; merge in one phase"
             )
         if isfinite(square) and not isfinite(entries):
-            for own in (grad for grad, found in zip(merged, kinds, strict=True) if found == kind and grad is not None):
-                own.mul_(torch.nan)
+            for own in (grad for grad, found in zip(merged, problems, strict=True) if found == problem):
+                if own is not None:
+                    own.mul_(torch.nan)

@@ -304,6 +304,37 @@ class TestRefusals:
         self.refuses(ValueError, "252 of 252", "3", losses=[whole, whole * 2, -whole])
 
 
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("where", range(6))
+def test_a_hook_on_an_activation_is_obeyed_or_found_out(where, inner):
+    """One at a cut runs twice, and must not change what comes out, however little of it lies behind the cut."""
+    model = graph_models.MLP()
+    parameters = list(model.parameters())
+    h = model.x
+    for place, layer in enumerate(model.layers):
+        a = layer(h)
+        h = a.tanh()
+        if place == where:
+            (a if inner else h).register_hook(lambda g: g * 0.5)
+    losses = graph_models.losses_of(h, 3)
+    _, expected = ordinary(losses, parameters, methods.PCGrad("tensorflow"))
+    try:
+        _, found = two_phase(losses, parameters, methods.PCGrad("tensorflow"))
+    except RuntimeError as error:
+        assert "linear" in str(error)
+    else:
+        torch.testing.assert_close(flat(found), flat(expected), rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_that_are_only_rounding_errors_pass():
+    """A bias before a normalisation."""
+    model = graph_models.Conv()
+    parameters = [layer.bias for layer in model.layers]
+    two_phase(model(3), list(model.parameters()), methods.Mean(), retain_graph=False)
+    largest = max(p.numel() for p in parameters)
+    assert largest == 4
+
+
 def test_a_hook_on_a_parameter_that_is_linear_is_obeyed():
     model = graph_models.Tied().double()
     parameters = list(model.parameters())
