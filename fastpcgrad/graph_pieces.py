@@ -66,7 +66,8 @@ class Graph:
     """
 
     def __init__(self, losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-        self.roots = [get_gradient_edge(loss) for loss in losses]
+        edges = map(get_gradient_edge, losses)
+        self.roots = [GradientEdge(edge.node, edge.output_nr) for edge in edges]
         indices = {id(p): index for index, p in enumerate(parameters)}
         nodes, leaf_of = _walk([root.node for root in self.roots], indices)
         self.leaves = {index: GradientEdge(node, 0) for node, index in leaf_of.items()}
@@ -130,12 +131,15 @@ class Graph:
     def _stop(self, start: int, budget: int, held_already: Collection[int]) -> tuple[int, bool]:
         """Where the piece that begins at ``start`` ends, and whether it is one node that must be called by itself.
 
-        Of the ends that leave at least half of the parameters which could be in the piece, the one where the fewest
-        elements cross; of equal ones the last.
+        Of the ends within the budget that leave at least half of what could be in the piece, the one where the fewest
+        elements cross; of equal ones the last. Where there is none, because the first node alone already has exits
+        that can be reached from others (a skip connection), that node is called by itself; one that cannot be called,
+        of Python's custom functions, makes the piece larger than the budget.
         """
         exits: dict[Node, set[GradientEdge]] = {}
         leaves = set[Node]()
         held, bits, wall = 0, 0, start
+        can_call = callable(self._nodes[start])
         fitting: list[tuple[int, int, int]] = []
         for place in range(start, len(self._nodes)):
             exits.pop(self._nodes[place], None)
@@ -152,10 +156,10 @@ class Graph:
                 if wall == place and held <= budget:
                     crossing = sum(self._sizes[edge] for edges in exits.values() for edge in edges)
                     fitting.append((held, crossing, place + 1))
-                elif wall == place and not fitting and (place == start or not callable(self._nodes[start])):
+                elif wall == place and not fitting and (place == start or not can_call):
                     return place + 1, False
             over = max(held, self._until[wall] - self._until[start]) > budget
-            if over and (fitting or callable(self._nodes[start])):  # nodes of Python's custom functions are not
+            if over and (fitting or can_call):
                 break
         if not fitting:
             return start + 1, True
@@ -166,7 +170,8 @@ class Graph:
     def _wall(self, exits: Collection[Node], bits: int, place: int) -> int:
         """``place`` where the piece may end after it, else the next place after which it might.
 
-        It may where no exit can be reached from another: the engine would run on from that one.
+        It may where no exit can be reached from another, for there the engine would run on. ``bits`` are those of the
+        parameters among the exits.
         """
         reached = 0
         for node in exits:
@@ -197,8 +202,8 @@ class Graph:
         """
         self._before: dict[Node, list[int]] = {}
         for place, edges in enumerate(self._edges):
-            for node, _, _ in edges:
-                self._before.setdefault(node, []).append(place)
+            for edge in edges:
+                self._before.setdefault(edge.node, []).append(place)
         self._join_of = sorted(
             (node for node, places in self._before.items() if len(places) > 1),
             key=lambda node: self._place.get(node, -1),
@@ -206,9 +211,9 @@ class Graph:
         self._joins = {node: 1 << bit for bit, node in enumerate(self._join_of)}
         self._reach = [0] * len(self._nodes)
         for place in reversed(range(len(self._nodes))):
-            for node, _, _ in self._edges[place]:
-                below = self._place.get(node)
-                self._reach[place] |= self._joins.get(node, 0) | (0 if below is None else self._reach[below])
+            for edge in self._edges[place]:
+                below = self._place.get(edge.node)
+                self._reach[place] |= self._joins.get(edge.node, 0) | (0 if below is None else self._reach[below])
 
 
 def _walk(roots: Iterable[Node], indices: dict[int, int]) -> tuple[list[Node], dict[Node, int]]:

@@ -60,7 +60,7 @@ def two_phase(
     Numerics: w is rounded to the dtype of each loss. What comes out is checked piece by piece: ‖m‖² must be wᵀ G w up
         to a thousandth of (Σ |w_t| ‖g_t‖)², or four units of the coarsest dtype on the way, and rounding. It is not
         where a hook or a custom function changes gradients in a way that is not linear. A hook on an activation at
-        which the graph is cut runs twice, and is found out the same way unless it changes nothing.
+        which the graph is cut does not run exactly once, and is found out the same way unless it changes nothing.
     """
     tasks = check_losses(losses)
     _check_method(method)
@@ -117,12 +117,12 @@ def _gram_of_each_problem(
             with group, _donated_buffers_explained():
                 piece.run(there)
             rows[t] = [there.pop(graph.leaves[index], None) for index in piece.complete]
+        touched = [[row[column] is not None for row in rows] for column in range(len(piece.complete))]
         kinds = []
-        for index, column in zip(piece.complete, zip(*rows, strict=True), strict=True):
-            everywhere = all(grad is not None for grad in column)
-            chosen = everywhere or method.scope != "shared" if shared is None else shared[index]
-            kinds.append(_SUMMED if not chosen else _WHOLE if everywhere else _PARTIAL)
-            if any(grad is not None for grad in column):
+        for index, tasks in zip(piece.complete, touched, strict=True):
+            chosen = all(tasks) or method.scope != "shared" if shared is None else shared[index]
+            kinds.append(_SUMMED if not chosen else _WHOLE if all(tasks) else _PARTIAL)
+            if any(tasks):
                 problems[index] = number * _KINDS + kinds[-1]
         own = grams[number * _KINDS : (number + 1) * _KINDS]
         _add_products(own, [parameters[index] for index in piece.complete], rows, kinds)
@@ -229,7 +229,7 @@ def _check_linear(
             raise RuntimeError(
                 f"the squared norm of a part of the merged gradient is {square:.6g}; the Gram matrix of the task "
                 f"gradients wants {wanted:.6g}: a hook or a custom function makes the backward pass not linear in what "
-                "comes in, or a hook on an activation ran twice; merge in one phase"
+                "comes in, or there is a hook on an activation at which the graph was cut; merge in one phase"
             )
         if isfinite(square) and not isfinite(entries):
             for own in (grad for grad, found in zip(merged, problems, strict=True) if found == problem):
