@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import GraphExecGroup
 
-from ._ops import KERNELS
+from ._ops import KERNELS, Figures
 from .functional import check_losses, check_tensors
 from .graph_pieces import Graph, Open
 from .methods import Elementwise, Method
@@ -28,6 +28,7 @@ def two_phase(
     parameters: Sequence[Tensor],
     method: Method,
     *,
+    tasks: Sequence[int] | None = None,
     shared: Sequence[bool] | None = None,
     retain_graph: bool = False,
 ) -> tuple[ConflictReport, Row]:
@@ -41,6 +42,7 @@ def two_phase(
         losses: T scalar losses, or one tensor ``[T]``; of one graph or of several.
         parameters: leaves, each once, on one device; may be of several dtypes.
         method: makes weights of the Gram matrix.
+        tasks: the index of each loss's task, ascending; None: its place.
         shared: for each parameter whether it undergoes surgery; the others are summed. None: the method's scope.
         retain_graph: keep the graph for another backward pass.
     Returns:
@@ -62,17 +64,18 @@ def two_phase(
         where a hook or a custom function changes gradients in a way that is not linear. A hook on an activation at
         which the graph is cut does not run exactly once, and is found out the same way unless it changes nothing.
     """
-    tasks = check_losses(losses)
+    found = check_losses(losses)
     _check_method(method)
     _check_parameters(parameters)
-    graph = Graph(tasks, parameters)
-    problems, grams = _gram_of_each_problem(graph, tasks, parameters, method, shared)
+    graph = Graph(found, parameters)
+    problems, grams = _gram_of_each_problem(graph, found, parameters, method, shared)
     gram = grams[_WHOLE::_KINDS].sum(dim=0) + grams[_PARTIAL::_KINDS].sum(dim=0)
-    solution = method.checked_solve(gram)
+    indices = tuple(range(len(found)) if tasks is None else tasks)
+    solution = method.checked_solve(gram, indices)
     weights = [solution.weights, method.partial_weights(solution.weights), torch.ones_like(solution.weights)]
-    merged = _weighted_backward(tasks, parameters, problems, weights, retain_graph)
+    merged = _weighted_backward(found, parameters, problems, weights, retain_graph)
     _check_linear(parameters, problems, grams, torch.stack(weights), merged, graph.dtypes)
-    return ConflictReport(tuple(range(len(tasks))), gram, solution.weights, solution.coefficients, None), merged
+    return ConflictReport(indices, lambda: Figures(gram, *solution)), merged
 
 
 def _check_method(method: Method) -> None:
