@@ -111,13 +111,12 @@ importing_inductor = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWa
 @importing_inductor
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
-def test_the_remedy_works_and_half_of_it_is_refused(monkeypatch, method):
+def test_the_remedy_works_and_half_of_it_is_refused(method):
     """Half of it is torch's own advice: with a cached backward pass it gives wrong gradients and no error."""
     import torch._functorch.config
     import torch._inductor.config
 
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
-    with torch._functorch.config.patch(donated_buffer=False):
+    with torch._functorch.config.patch(donated_buffer=False), torch._inductor.config.patch(compile_threads=1):
         with torch._inductor.config.patch(fx_graph_cache=False):
             setting = Setting("inductor")
             pc_backward(setting, method)

@@ -6,8 +6,10 @@ the oracle runs under the same autocast, so that only the surgery differs.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -125,7 +127,7 @@ def shared_graphs() -> Iterator[None]:
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    with functorch.patch(donated_buffer=False), inductor.patch(fx_graph_cache=False):
+    with functorch.patch(donated_buffer=False), inductor.patch(fx_graph_cache=False, compile_threads=1):
         yield
 
 
@@ -247,7 +249,7 @@ class Surgery:
                             self.training.losses(k)[t].backward()
         self.surgery.merge()
 
-    def _pc_backward(self) -> None:
+    def _pc_backward(self):
         self.optimizer.pc_backward(self.training.losses(0))
 
     def _backward(self) -> None:
@@ -256,7 +258,7 @@ class Surgery:
             losses = self.training.losses(k)
             fastpcgrad.backward([losses[t] for t in self.training._present(k)], method=self.method)
 
-    def step(self) -> None:
+    def step(self):
         """Scale, surgery, unscale, clip, step; the merged gradient is compared before it is clipped."""
         training = self.training
         expected, scale = training.expected()
@@ -282,3 +284,110 @@ def test_a_step_gives_the_oracles_gradient(case):
         surgery = Surgery(Training(case))
         for _ in range(2):  # on rows that were used before, at other parameters
             surgery.step()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, from importing inductor
+@pytest.mark.parametrize("mode", ["streaming", "pc_backward"])
+def test_a_step_of_a_model_that_inductor_compiled(mode):
+    case = Case(mode, Dtypes(torch.float32), None, "no checkpoint", True, False)
+    with shared_graphs():
+        Surgery(Training(case, "inductor")).step()
+
+
+FP16 = Case("streaming", Dtypes(torch.float32), torch.float16, "no checkpoint", False, True)
+
+
+@pytest.mark.parametrize("task", range(TASKS))
+def test_an_overflow_in_one_task_skips_the_step_and_halves_the_scale(task):
+    training = Training(FP16)
+    surgery = Surgery(training)
+    before = [p.detach().clone() for p in training.parameters]
+    for t in range(TASKS):
+        with surgery.surgery.task(t):
+            (training.losses(0)[t] * (torch.inf if t == task else 1.0)).backward()
+    surgery.surgery.merge()
+    training.scaler.unscale_(surgery.optimizer)
+    training.scaler.step(surgery.optimizer)
+    training.scaler.update()
+    assert training.scaler.get_scale() == 2.0**9
+    assert all(torch.equal(p, b) for p, b in zip(training.parameters, before, strict=True))
+    surgery.step()
+    assert training.scaler.get_scale() == 2.0**9
+    assert all((p != b).any() for p, b in zip(training.parameters, before, strict=True))
+
+
+def test_a_schedule_sets_the_rate_of_each_step():
+    training = Training(Case("streaming", Dtypes(torch.float32), None, "no checkpoint", False, False))
+    surgery = Surgery(training)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(surgery.optimizer, gamma=0.5)
+    for step in range(3):
+        before = [p.detach().clone() for p in training.parameters]
+        surgery.merge()
+        surgery.optimizer.step()
+        scheduler.step()
+        for p, b in zip(training.parameters, before, strict=True):
+            torch.testing.assert_close(p, b.add(p.grad, alpha=-LR * 0.5**step))
+
+
+class Run:
+    """A training run with state everywhere: momentum, loss scale, a generator, the method's own."""
+
+    def __init__(self, method: Literal["PCGrad", "GradVac"]) -> None:
+        self.training = Training(FP16)
+        self.training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        self.generator = torch.Generator().manual_seed(11)
+        self.method = getattr(methods, method)(generator=self.generator)
+        self.optimizer = torch.optim.AdamW(self.training.parameters, lr=LR)
+        self.surgery = fastpcgrad.GradientSurgery(self.optimizer, TASKS, self.method)
+
+    def steps(self, count: int) -> None:
+        scaler = self.training.scaler
+        for _ in range(count):
+            for t in range(TASKS):
+                with self.surgery.task(t):
+                    self.training.losses(0)[t].backward()
+            self.surgery.merge()
+            scaler.unscale_(self.optimizer)
+            scaler.step(self.optimizer)
+            scaler.update()
+
+    def saved(self) -> bytes:
+        file = io.BytesIO()
+        state = {part: self._part(part).state_dict() for part in ("model", "optimizer", "scaler", "method")}
+        torch.save({**state, "generator": self.generator.get_state()}, file)
+        return file.getvalue()
+
+    def resume(self, saved: bytes) -> None:
+        state = torch.load(io.BytesIO(saved))
+        self.generator.set_state(state.pop("generator"))
+        for part, values in state.items():
+            self._part(part).load_state_dict(values)
+
+    def _part(self, name):
+        return {
+            "model": self.training.model,
+            "optimizer": self.optimizer,
+            "scaler": self.training.scaler,
+            "method": self.method,
+        }[name]
+
+
+@pytest.mark.parametrize("method", ["PCGrad", "GradVac"])
+def test_a_killed_run_goes_on_with_the_same_numbers(method):
+    whole = Run(method)
+    whole.steps(4)
+    saved = whole.saved()
+    whole.steps(4)
+
+    resumed = Run(method)
+    with torch.no_grad():  # a new process begins elsewhere
+        for p in resumed.training.parameters:
+            p.zero_()
+    resumed.resume(saved)
+    resumed.steps(4)
+    assert resumed.training.scaler.get_scale() == whole.training.scaler.get_scale() > 2.0**10
+    for found, expected in zip(resumed.training.parameters, whole.training.parameters, strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(resumed.generator.get_state(), whole.generator.get_state())

@@ -24,49 +24,63 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import rows
-from benchmarks.large import cases, memory, steps, targets
+from benchmarks.large import RESULTS, cases, memory, steps, targets
+from benchmarks.large.modes import mode_named
 from benchmarks.measure import Plan
 from benchmarks.rows import Row
 from benchmarks.run import Session, show_targets
 
-RESULTS = rows.ROOT / "benchmarks" / "results" / "large.jsonl"
-QUICK, FULL = Plan(1.0, least=3, most=5, cold=60.0), Plan(6.0, least=7, most=40, slow=1.0, slow_least=3, cold=60.0)
+QUICK, FULL = Plan(1.0, least=3, most=5, cold=60.0), Plan(1.5, least=5, most=40, slow=1.0, slow_least=3, cold=60.0)
+MINUTES = 9.0
+"""After these what is left is skipped, and the rows say so."""
 
 
 def measure(session: Session, parts: Sequence[str]) -> list[Row]:
     measured: list[Row] = []
+    session.allow(MINUTES)
+
+    def late() -> bool:
+        return session.late
+
     timed = cases.timed_cases(session.quick) if "step" in parts else []
     with session.progress("steps", len(timed)) as starts:
         for case in timed:
             starts(case.label)
-            measured += steps.rows(case, session.environment, QUICK if session.quick else FULL)
+            measured += steps.rows(case, session.environment, QUICK if session.quick else FULL, late)
     peaks = cases.memory_cases(session.quick) if "memory" in parts else []
-    with session.progress("memory", len(peaks)) as starts:
-        for case in peaks:
-            starts(case.label)
-            measured += memory.rows(case, session.environment)
+    sizes = {case.size: [other.tasks for other in peaks if other.size == case.size] for case in peaks}
+    with session.progress("memory", len(sizes)) as starts:
+        for size, tasks in sizes.items():
+            starts(f"{size.name}, T = {tasks}")
+            measured += memory.rows(size, tasks, session.environment, late)
     return measured
 
 
 def show(console: Console, measured: Sequence[Row]) -> None:
-    table = Table("case", "mode", title="large models: fp32, whole step and peak", box=box.SIMPLE_HEAD)
-    for column in ("rounds", "step ms", "/ plain", "merge()", "peak MB", "/ T·N·itemsize"):
-        table.add_column(column, justify="right")
+    timed = Table("case", "mode", title="whole step, fp32", box=box.SIMPLE_HEAD)
+    for column in ("rounds", "p50 ms", "/ plain passes", "merge()"):
+        timed.add_column(column, justify="right")
+    peaks = Table("case", "mode", title="peak beyond model and activations", box=box.SIMPLE_HEAD)
+    for column in ("MB", "/ T·N·itemsize"):
+        peaks.add_column(column, justify="right")
     for row in measured:
-        table.add_row(f"{row.kind} {row.case}", escape(row.subject), *(_cells(row) if row.ok else [escape(row.status)]))
-    console.print(table)
-
-
-def _cells(row: Row) -> list[str]:
-    if row.peak_bytes is not None:
-        return ["", "", "", "", f"{row.peak_bytes / 1e6:.1f}", f"{row.peak_ratio:.3f}"]
-    plain, share = row.whole_ratios.get("plain"), row.ratios.get(steps.WHOLE)
-    return [
-        str(row.rounds),
-        f"{row.whole_p50_ms:.1f}",
-        "" if plain is None else f"{plain:.3f}",
-        "" if share is None else f"{share:.1%}",
-    ]
+        if row.whole_p50_ms is not None:
+            floor, share = row.whole_ratios.get(mode_named(row.subject).floor), row.ratios.get(steps.WHOLE)
+            timed.add_row(
+                row.case,
+                escape(row.subject),
+                str(row.rounds),
+                f"{row.whole_p50_ms:.1f}",
+                "" if floor is None else f"{floor:.3f}",
+                "" if share is None else f"{share:.1%}",
+            )
+        if row.peak_bytes is not None:
+            peaks.add_row(row.case, escape(row.subject), f"{row.peak_bytes / 1e6:.1f}", f"{row.peak_ratio:.3f}")
+    for table in (timed, peaks):
+        console.print(table)
+    for row in measured:
+        if not row.ok:
+            console.print(f"{row.kind} {row.case} {row.subject}: {row.status}", markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

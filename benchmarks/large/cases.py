@@ -11,22 +11,37 @@ PARAMETER_BYTES = 4  # fp32
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Sequences, and tokens of each."""
+
+    sequences: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.sequences} x {self.length} tokens"
+
+
+MEMORY_BATCH = Batch(1, 32)
+"""Activations are no part of the figure: few of them save time."""
+
+
+@dataclass(frozen=True)
 class Size:
-    """A GPT-style transformer and its batch.
+    """A GPT-style transformer.
 
     Attributes:
+        batch: of a timed step.
         timed: the numbers of tasks for which steps are timed.
         measured: those for which peaks are measured.
-        slow_modes: whether the slow peers are affordable.
     """
 
     name: str
     vocabulary: int
     width: int
     layers: int
+    batch: Batch = Batch(4, CONTEXT)
     timed: tuple[int, ...] = TASKS
     measured: tuple[int, ...] = TASKS
-    slow_modes: bool = False
 
     @property
     def parameters(self) -> int:
@@ -38,25 +53,12 @@ SMALL = Size("tiny", 100, 64, 2)
 """For warm-ups and for the check that precedes the timing."""
 
 SIZES = (
-    # Its peak would show the granularity of the allocator.
-    Size("1M", 2048, 128, 4, measured=(), slow_modes=True),
-    Size("10M", 4096, 320, 7, slow_modes=True),
-    Size("100M", 16384, 768, 12, timed=(4,)),
+    # A peak would show the granularity of the allocator.
+    Size("1M", 2048, 128, 4, measured=()),
+    Size("10M", 4096, 320, 7),
+    Size("100M", 16384, 768, 12, batch=Batch(2, CONTEXT), timed=(4,)),
     Size("1G", 32768, 2048, 18, timed=(), measured=(2, 4)),
 )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences, and tokens of each."""
-
-    sequences: int
-    length: int
-
-
-TIMED_BATCH = Batch(4, CONTEXT)
-MEMORY_BATCH = Batch(1, 32)
-"""Activations are no part of the figure: few of them save time."""
 
 
 @dataclass(frozen=True)

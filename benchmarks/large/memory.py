@@ -10,43 +10,45 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from benchmarks import memory
 from benchmarks.large import cases, models
-from benchmarks.large.cases import MEMORY_BATCH, PARAMETER_BYTES, SMALL, Case
+from benchmarks.large.cases import MEMORY_BATCH, PARAMETER_BYTES, SMALL, Case, Size
 from benchmarks.large.modes import Mode, mode_named, modes, step_phases
 from benchmarks.memory import ACTIVATIONS, NOTE, STEPS, Measured
 from benchmarks.models import clear_gradients
 from benchmarks.rows import Environment, Row
-from benchmarks.run import available_bytes
+from benchmarks.run import SKIPPED_LATE, available_bytes
 
-FITS = 0.85
+FITS = 0.8
 """Of the available memory: more is not asked for."""
 SIDE_BY_SIDE = 200e6
 """Parameters up to which two processes run at a time."""
 
 
-def rows(case: Case, environment: Environment) -> list[Row]:
-    """A row a mode: its peak, or why there is none."""
-    chosen = [mode for mode in modes() if case.size.slow_modes or not mode.slow]
-    refused = {mode.name: _refusal(case, mode) for mode in chosen}
-    measured = [mode for mode in chosen if not refused[mode.name]]
-    with ThreadPoolExecutor(2 if case.size.parameters < SIDE_BY_SIDE else 1) as pool:
+def rows(size: Size, tasks: Iterable[int], environment: Environment, late: Callable[[], bool]) -> list[Row]:
+    """A row for each number of tasks and each mode: its peak, or why there is none."""
+    chosen = [mode for mode in modes() if mode.is_affordable(size) and size.parameters <= mode.measured_up_to]
+    jobs = [(Case(size, count), mode) for count in tasks for mode in chosen]
+    refused = [_refusal(case, mode) for case, mode in jobs]
 
-        def run(mode: Mode, only: str = "") -> Measured:
-            return _in_fresh_process(case, mode, environment.threads, only)
+    def run(case: Case, mode: Mode, only: str = "") -> Measured:
+        return Measured(error=SKIPPED_LATE) if late() else _in_fresh_process(case, mode, environment.threads, only)
 
-        graphs = {mode.graph: mode for mode in measured}
-        common = {graph: pool.submit(run, mode, ACTIVATIONS) for graph, mode in graphs.items()}
-        peaks = {mode.name: pool.submit(run, mode) for mode in measured}
+    with ThreadPoolExecutor(2 if size.parameters < SIDE_BY_SIDE else 1) as pool:
+        # Of each kind of graph one: the heads, of which there are as many as tasks, weigh nothing.
+        graphs = {mode.graph: (case, mode) for (case, mode), why in zip(jobs, refused, strict=True) if not why}
+        common = {graph: pool.submit(run, *job, ACTIVATIONS) for graph, job in graphs.items()}
+        peaks = [None if why else pool.submit(run, *job) for job, why in zip(jobs, refused, strict=True)]
         return [
-            _row(case, environment, mode, refused[mode.name])
-            if mode.name not in peaks
-            else _with_peak(_row(case, environment, mode), common[mode.graph].result(), peaks[mode.name].result())
-            for mode in chosen
+            _row(case, environment, mode, why)
+            if peak is None
+            else _with_peak(_row(case, environment, mode), common[mode.graph].result(), peak.result())
+            for (case, mode), why, peak in zip(jobs, refused, peaks, strict=True)
         ]
 
 
@@ -70,7 +72,7 @@ def _row(case: Case, environment: Environment, mode: Mode, status: str = "") -> 
         status=status or "ok",
         T=case.tasks,
         dtype="float32",
-        note=f"{NOTE}, batch {MEMORY_BATCH.sequences} x {MEMORY_BATCH.length} tokens",
+        note=f"{NOTE}, batch {MEMORY_BATCH}",
     )
 
 

@@ -13,8 +13,11 @@ from torch.optim import Optimizer
 
 import fastpcgrad
 from benchmarks import subjects
+from benchmarks.large.cases import Size
 from benchmarks.large.models import TaskedGpt
 from benchmarks.models import Forward, clear_gradients
+
+SLOW_UP_TO = 2e7
 
 Phases = Mapping[str, Callable[[], object]]
 """What a step does, in sequence; ``merge`` is ``GradientSurgery.merge()`` where it is called by itself."""
@@ -33,7 +36,8 @@ class Mode:
             which what cannot fit is skipped.
         build: the step's phases without the optimizer's; or why there are none.
         ours: whether it is the library's: checked with the oracle.
-        slow: affordable on small models alone.
+        slow: affordable up to ``SLOW_UP_TO`` parameters.
+        measured_up_to: parameters beyond which its peak is of no further interest.
     """
 
     name: str
@@ -42,6 +46,10 @@ class Mode:
     build: Build | str
     ours: bool = False
     slow: bool = False
+    measured_up_to: float = float("inf")
+
+    def is_affordable(self, size: Size) -> bool:
+        return not self.slow or size.parameters <= SLOW_UP_TO
 
     @property
     def floor(self) -> str:
@@ -124,11 +132,11 @@ def _peer(name: str) -> Build | str:
 def modes() -> tuple[Mode, ...]:
     bf16_rows = functools.partial(_streaming, row_dtype=torch.bfloat16)
     return (
-        Mode("plain", "own", lambda tasks: 4, _plain),
-        Mode("plain[shared graph]", "shared", lambda tasks: 4, _plain_shared),
+        Mode("plain", "own", lambda tasks: 4, _plain, measured_up_to=SLOW_UP_TO),
+        Mode("plain[shared graph]", "shared", lambda tasks: 4, _plain_shared, measured_up_to=SLOW_UP_TO),
         Mode("streaming", "own", lambda tasks: 4 * tasks, _streaming, ours=True),
         Mode("streaming[bf16 rows]", "own", lambda tasks: 2 * tasks + 4, bf16_rows, ours=True),
-        Mode("pc_backward", "shared", lambda tasks: 4 * tasks, _pc_backward, ours=True),
+        Mode("pc_backward", "shared", lambda tasks: 4 * tasks, _pc_backward, ours=True, measured_up_to=2e8),
         Mode("two_phase", "shared", lambda tasks: 8, _two_phase_or_why_not(), ours=True),
         Mode("torchjd", "shared", lambda tasks: 12 * tasks, _peer("torchjd"), slow=True),
         Mode("loop", "shared", lambda tasks: 16 * tasks, _peer("loop"), slow=True),

@@ -7,16 +7,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
 from benchmarks import check
 from benchmarks.large import models
-from benchmarks.large.cases import PARAMETER_BYTES, SMALL, TIMED_BATCH, Batch, Case
+from benchmarks.large.cases import PARAMETER_BYTES, SMALL, Batch, Case
 from benchmarks.large.modes import Mode, modes, step_phases
 from benchmarks.measure import Plan, Samples, Subject, in_turn, paired_ratio, percentile, total
 from benchmarks.rows import Environment, Row, version_of
-from benchmarks.run import available_bytes
+from benchmarks.run import SKIPPED_LATE, available_bytes
 from fastpcgrad import reference
 
 WHOLE = "whole step"
@@ -24,20 +25,20 @@ FITS = 0.85
 """Of the available memory: all modes of a case lie there at a time."""
 
 
-def rows(case: Case, environment: Environment, plan: Plan) -> list[Row]:
+def rows(case: Case, environment: Environment, plan: Plan, late: Callable[[], bool]) -> list[Row]:
     """A row a mode: its times, or why there are none."""
-    chosen = [mode for mode in modes() if case.size.slow_modes or not mode.slow]
+    chosen = [mode for mode in modes() if mode.is_affordable(case.size)]
     refused: dict[str, str] = {}
     left = FITS * available_bytes()
     for mode in chosen:
         needed = (PARAMETER_BYTES + mode.beyond(case.tasks)) * case.size.parameters
-        refused[mode.name] = mode.build if isinstance(mode.build, str) else _objection(mode)
+        refused[mode.name] = SKIPPED_LATE if late() else _objection(mode)
         if not refused[mode.name] and needed > left:
             refused[mode.name] = f"skipped: memory ({needed / 2**30:.0f} GiB predicted, {left / 2**30:.0f} GiB left)"
         if not refused[mode.name]:
             left -= needed
     competitors = [
-        Subject(mode.name, step_phases(mode, models.build(case.size, case.tasks, TIMED_BATCH)))
+        Subject(mode.name, step_phases(mode, models.build(case.size, case.tasks, case.size.batch)))
         for mode in chosen
         if not refused[mode.name]
     ]
@@ -82,17 +83,19 @@ def _row(case: Case, environment: Environment, mode: Mode, status: str) -> Row:
         T=case.tasks,
         N=width,
         dtype="float32",
-        note=f"whole step, batch {TIMED_BATCH.sequences} x {TIMED_BATCH.length} tokens",
+        note=f"whole step, batch {case.size.batch}",
     )
 
 
 def _on_meta(case: Case) -> models.TaskedGpt:
     with torch.device("meta"):
-        return models.build(case.size, case.tasks, TIMED_BATCH)
+        return models.build(case.size, case.tasks, case.size.batch)
 
 
 def _objection(mode: Mode) -> str:
-    """Why one of ours gets no numbers: off the float64 oracle on a tiny model; empty where it is right."""
+    """Why a mode gets no numbers: ours may be off the float64 oracle on a tiny model; empty where it is right."""
+    if isinstance(mode.build, str):
+        return mode.build
     if not mode.ours:
         return ""  # the peers are checked where they are compared with each other: benchmarks.run
     error = error_of(mode)
