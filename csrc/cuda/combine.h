@@ -76,13 +76,12 @@ __device__ inline void combine_whole(const J& rows, const double* weights, int64
 
 // Any step, with the roundings of a whole one if Acc is the rows' accumulator.
 template <class Row, class Acc, class J>
-__device__ FPG_RARE void combine_some(const J& rows, const double* weights, int64_t column, int64_t count,
-                                      Range columns) {
+__device__ FPG_RARE void combine_some(J rows, const double* weights, int64_t column, int64_t count, Range columns) {
   for_columns(column, count, columns, [&](int64_t n) {
     Acc sum = 0;
 #pragma unroll 8
     for (int t = 0; t < rows.tasks; ++t) {
-      sum = fused(static_cast<Acc>(weights[t]), element_of<Row, Acc>(rows, t, n), sum);
+      sum = fused(static_cast<Acc>(weights[t]), static_cast<Acc>(element_of<Row>(rows, t, n)), sum);
     }
     round_to(static_cast<Row*>(rows.out) + n, sum);
   });

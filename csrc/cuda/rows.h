@@ -217,16 +217,23 @@ __device__ inline void for_columns(int64_t first, int64_t count, Range columns, 
   }
 }
 
-template <class Row, class Acc, class J>
-__device__ inline Acc element_of(const J& rows, int64_t t, int64_t column) {
-  return rows.has(t) ? static_cast<Acc>(widened(rows.template row<Row>(t)[column])) : 0;
+// One element of a row t < T.
+template <class Row>
+__device__ inline Accumulator<Row> element_of(const Rows& rows, int64_t t, int64_t column) {
+  return widened(rows.row<Row>(t)[column]);
+}
+template <class Row>
+__device__ inline Accumulator<Row> element_of(const RowsOfBlock& rows, int64_t t, int64_t column) {
+  return rows.has(t) ? widened(rows.row<Row>(t)[column]) : 0;
 }
 
 // One column of R rows.
 template <class Row, class Acc, int R, class J>
 __device__ inline void load_column(const J& rows, int64_t first_row, int64_t column, Acc (&x)[R]) {
 #pragma unroll
-  for (int r = 0; r < R; ++r) x[r] = element_of<Row, Acc>(rows, first_row + r, column);
+  for (int r = 0; r < R; ++r) {
+    x[r] = first_row + r < rows.tasks ? static_cast<Acc>(element_of<Row>(rows, first_row + r, column)) : 0;
+  }
 }
 
 // Vectors of whole steps that a block keeps in shared memory from the first pass to the second: each thread reads back

@@ -196,11 +196,17 @@ def test_gram_holds_what_fp32_squares_do_not(tasks, scale):
 
 
 def test_one_problem_out_of_range_does_not_spoil_another():
-    problem, small = Scattered(3, torch.float32, (2000, 300)), Scattered(3, torch.float32, (700,), scale=1e-30)
-    tensors = [[a, c, b] for (a, b), (c,) in zip(problem.blocks.tensors, small.blocks.tensors, strict=True)]
-    found = cuda.gram_blocks(blocks_of(tensors, (2000, 700, 300), torch.float32), [1, 0, 1], 2)
-    assert gram_error(found[0], small.rows) <= 1e-6 and gram_error(found[1], problem.rows) <= 1e-6
-    assert torch.equal(found[1], cuda.gram_blocks(problem.blocks, None, 1)[0])
+    scales = {0: 1.0, 1: 1e-30, 2: 1.0}
+    parts = {n: Scattered(3, torch.float32, (2000, 300), seed=n, scale=scale) for n, scale in scales.items()}
+    owners = (0, 2, 1, 0, 1)
+    tensors: list[list[torch.Tensor | None]] = [[] for _ in range(3)]
+    for b, owner in enumerate(owners):
+        for task, row in zip(parts[owner].blocks.tensors, tensors, strict=True):
+            row.append(task[b > 2])
+    found = cuda.gram_blocks(blocks_of(tensors, (2000, 2000, 2000, 300, 300), torch.float32), owners, 3)
+    assert gram_error(found[1], parts[1].rows) <= 1e-6
+    assert torch.equal(found[0], cuda.gram_blocks(parts[0].blocks, None, 1)[0])
+    assert gram_error(found[2], parts[2].columns(0)) <= 1e-6
 
 
 @pytest.mark.parametrize("tasks", [3, 11])
