@@ -199,7 +199,7 @@ def test_one_problem_out_of_range_does_not_spoil_another():
     scales = {0: 1.0, 1: 1e-30, 2: 1.0}
     parts = {n: Scattered(3, torch.float32, (2000, 300), seed=n, scale=scale) for n, scale in scales.items()}
     owners = (0, 2, 1, 0, 1)
-    tensors: list[list[torch.Tensor | None]] = [[] for _ in range(3)]
+    tensors = [[] for _ in range(3)]
     for b, owner in enumerate(owners):
         for task, row in zip(parts[owner].blocks.tensors, tensors, strict=True):
             row.append(task[b > 2])
