@@ -232,7 +232,7 @@ def block_lists() -> dict[str, list[int]]:
         transformer = models.MeanPooledEncoder(32_000, 768, 12)
     return {
         "transformer": [parameter.numel() for parameter in transformer.parameters()],
-        "300 tiny blocks": [64, 1, 4096] * 100,
+        "300 tiny blocks": [64, 8, 4096] * 100,
     }
 
 

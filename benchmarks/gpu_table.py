@@ -36,6 +36,12 @@ def table(latest: Sequence[Row]) -> str:
     for (backend, dtype, tasks), found in sorted(shares.items()):
         cells = [f"{found[op].bandwidth_fraction or 0:.0%}" if op in found else "" for op in OPS]
         lines.append(f"| {backend}, {dtype}, {tasks} | " + " | ".join(cells) + " |")
+    times = {(r.op, r.T, r.N, r.dtype, r.backend): r.p50_ms for r in ours if r.op in OPS and r.p50_ms}
+    both = {key[:-1] for key in times if (*key[:-1], "cuda") in times and (*key[:-1], "triton") in times}
+    if both:
+        faster = sorted(key for key in both if times[(*key, "triton")] < 0.97 * times[(*key, "cuda")])
+        where = "; ".join(f"`{op}` T={tasks} N={width} {dtype}" for op, tasks, width, dtype in faster) or "none"
+        lines += ["", f"The automatic choice is the compiled library. Triton was over 3 % faster at: {where}."]
     in_blocks = [r for r in ours if "packed" in r.ratios]
     if in_blocks:
         lines += ["", "Surgery on task gradients in blocks, one a parameter (packing: packed anew for each pass):", ""]

@@ -39,6 +39,13 @@ def test_the_table_shows_blocks_beside_packed_rows():
     assert "| transformer, cuda, float32, 4 | 1.000 | 1.06 |" in text and "90%" not in text
 
 
+def test_the_table_names_where_triton_was_faster():
+    slow, fast = (dataclasses.replace(kernel_row("gram", 8, 0.9, "triton"), p50_ms=time) for time in (1.0, 0.5))
+    assert "over 3 % faster at: none." in gpu_table.table([*ROWS, slow])
+    assert "over 3 % faster at: `gram` T=8 N=1000 float32." in gpu_table.table([*ROWS, fast])
+    assert "Triton was" not in gpu_table.table(ROWS)
+
+
 def test_without_rows_the_page_says_so():
     page = f"a\n{gpu_table.START}\nold\n{gpu_table.END}\nb\n"
     assert gpu_table.written(page, []) == f"a\n{gpu_table.START}\nNot yet measured.\n{gpu_table.END}\nb\n"
