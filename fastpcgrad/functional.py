@@ -366,7 +366,7 @@ def check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
         TypeError: no sequence of tensors, or complex or integer losses.
         ValueError: empty, not scalar, without grad, or on several devices; the message shows what was found.
     """
-    if isinstance(losses, Tensor):
+    if not isinstance(losses, list | tuple) and isinstance(losses, Tensor):
         if losses.dim() != 1:
             raise ValueError(f"losses must be scalars, or one tensor [T]; found a tensor {list(losses.shape)}")
         losses = losses.unbind()

@@ -78,7 +78,7 @@ class TaskGradients:
             self._stays[task] = self._stays.get(task, 1) + 1
             places = [grad.data_ptr() for grad in row if grad is not None]
             # Autograd will add in place, for each parameter by itself.
-            return row if len(set(places)) == len(places) else _apart(row)[0]
+            return row if len(set(places)) == len(places) else _apart(row)
         if self._stays:
             self._stays.pop(task, None)
         if self._spent:
@@ -109,26 +109,16 @@ class TaskGradients:
         Raises:
             RuntimeError: a task's gradient lies where another task's lies: a backward pass has overwritten that one.
         """
-        tensors, pointers = [], []
-        taken: set[int] = set()
-        for task in self.tasks:
-            row = list(map(self._plain, self._rows[task], self._own))
-            where = [0 if grad is None else grad.data_ptr() for grad in row]
-            distinct = set(where)
-            if len(distinct) < len(where):
-                row, where = _apart(row)
-                distinct = set(where)
-            distinct.discard(0)
-            if not taken.isdisjoint(distinct):
-                raise RuntimeError(
-                    f"task {task}'s gradient lies in the memory of another task's: a backward pass returned a buffer "
-                    "that it uses again; let it return a clone"
-                )
-            taken |= distinct
-            self._rows[task] = row
-            tensors.append(row)
-            pointers.append(where)
-        return Blocks(tensors, pointers, self.widths, self.dtype, self.device)
+        tasks = self.tasks
+        rows = [list(map(self._plain, self._rows[task], self._own)) for task in tasks]
+        pointers = [_pointers(row) for row in rows]
+        taken = [pointer for where in pointers for pointer in where if pointer]
+        if len(set(taken)) < len(taken):
+            rows = [_apart(row) for row in rows]
+            pointers = [_pointers(row) for row in rows]
+            _check_apart(tasks, pointers)
+        self._rows = dict(zip(tasks, rows, strict=True))
+        return Blocks(rows, pointers, self.widths, self.dtype, self.device)
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -157,8 +147,25 @@ def dense(grad: Tensor) -> Tensor:
     return grad if grad.layout == torch.strided else grad.to_dense()
 
 
-def _apart(row: Row) -> tuple[Row, list[int]]:
-    """A row whose parameters share a gradient (views of one tensor), with one for each; and where they lie."""
+def _pointers(row: Row) -> list[int]:
+    """Where each gradient lies; 0 for none."""
+    return [0 if grad is None else grad.data_ptr() for grad in row]
+
+
+def _check_apart(tasks: Sequence[int], pointers: Sequence[list[int]]) -> None:
+    taken: set[int] = set()
+    for task, where in zip(tasks, pointers, strict=True):
+        distinct = set(where) - {0}
+        if not taken.isdisjoint(distinct):
+            raise RuntimeError(
+                f"task {task}'s gradient lies in the memory of another task's: a backward pass returned a buffer "
+                "that it uses again; let it return a clone"
+            )
+        taken |= distinct
+
+
+def _apart(row: Row) -> Row:
+    """A row whose parameters share a gradient (views of one tensor), with one for each."""
     seen: set[int] = {0}
     result: Row = []
     for grad in row:
@@ -167,7 +174,7 @@ def _apart(row: Row) -> tuple[Row, list[int]]:
             own = own.clone()
         result.append(own)
         seen.add(0 if own is None else own.data_ptr())
-    return result, [0 if grad is None else grad.data_ptr() for grad in result]
+    return result
 
 
 def _common_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

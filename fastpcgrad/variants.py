@@ -70,14 +70,14 @@ class Variant:
         return torch.stack(rows)
 
     def _draw_with_shuffle(self, tasks: int, source: Shuffler) -> Tensor:
-        rows: list[list[int]] = []
+        rows: list[tuple[int, ...]] = []
+        items = list(range(tasks))
         for _ in range(tasks):
-            items = rows[-1].copy() if rows and self.order == "cumulative" else list(range(tasks))
+            if self.order == "fresh":
+                items = list(range(tasks))
             source.shuffle(items)
-            rows.append(items)
-        if tasks > 3:
-            return torch.tensor(rows, dtype=torch.int64, device="cpu")
-        return _small_order(tuple(map(tuple, rows)))
+            rows.append(tuple(items))
+        return _small_order(tuple(rows)) if tasks <= 3 else torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def draw_orders(self, tasks: int, count: int | None, generator: Generator | None = None) -> Tensor:
         """One order ``[T, T]``, or for ``count`` independent problems one each: ``[count, T, T]``."""
