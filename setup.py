@@ -26,7 +26,7 @@ REQUIRED = {"auto": [], "cpu": ["cpu"], "cuda": ["cpu", "cuda"], "none": []}
 CPU_FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Icsrc".split()
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-CUDA_FLAGS = "-O3 -std=c++17 --threads=3 -Xcompiler=-fPIC,-fvisibility=hidden -Icsrc".split()
+CUDA_FLAGS = "-O3 -std=c++17 --threads=3 -Xfatbin=-compress-all -Xcompiler=-fPIC,-fvisibility=hidden -Icsrc".split()
 
 MODE = os.environ.get("FASTPCGRAD_BUILD", "auto")
 CXX = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ["g++", "clang++", "c++"]))[:1]

@@ -17,7 +17,7 @@
 
 #include <stdint.h>
 
-#define FPG_ABI_VERSION 2
+#define FPG_ABI_VERSION 3
 #define FPG_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus

@@ -106,11 +106,15 @@ class Graph:
         return max((self._widths[index] for index in self._leaf_of.values()), default=0)
 
     def pieces(self, budget: int) -> Iterator[Piece]:
-        """Consecutive pieces, each with up to about ``budget`` elements of parameters where the graph allows it."""
+        """Consecutive pieces, each with up to about ``budget`` elements of parameters where the graph allows it.
+
+        What earlier pieces have left unfinished (tied weights) counts too, but leaves at least a quarter to the piece.
+        """
         start, begun = 0, dict.fromkeys(self.roots)
         unfinished = {index for node, index in self._leaf_of.items() if node in {root.node for root in self.roots}}
         while True:
-            stop, alone = self._stop(start, budget, unfinished) if self._nodes else (0, False)
+            room = max(budget - sum(self._widths[index] for index in unfinished), budget // 4)
+            stop, alone = self._stop(start, room, unfinished) if self._nodes else (0, False)
             inside = range(start, stop)
             leaving = (e for place in inside for e in self._edges[place] if self._place.get(e.node, stop) >= stop)
             exits = list(dict.fromkeys(leaving))
@@ -128,7 +132,7 @@ class Graph:
     def _last_use(self, index: int) -> int:
         return self._before.get(self.leaves[index].node, [-1])[-1]
 
-    def _stop(self, start: int, budget: int, held_already: Collection[int]) -> tuple[int, bool]:
+    def _stop(self, start: int, budget: int, unfinished: Collection[int]) -> tuple[int, bool]:
         """Where the piece that begins at ``start`` ends, and whether it is one node that must be called by itself.
 
         Of the ends within the budget that leave at least half of what could be in the piece, the one where the fewest
@@ -150,7 +154,7 @@ class Graph:
                     leaves.add(edge.node)
                     bits |= self._joins.get(edge.node, 0)
                     index = self._leaf_of[edge.node]
-                    held += 0 if index in held_already else self._widths[index]
+                    held += 0 if index in unfinished else self._widths[index]
             if place >= wall:
                 wall = self._wall(exits, bits, place)
                 if wall == place and held <= budget:

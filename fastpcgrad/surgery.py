@@ -22,7 +22,7 @@ from .moved_gradients import MovedGradients, check_accumulate_dtype
 from .parameters import Granularity, check_granularity, check_parameters, parameter_source, problem_of_each
 from .report import ConflictReport
 from .task_gradients import TaskGradients
-from .two_phase import two_phase as run_in_two_phases
+from .two_phase import merge_in_two_phases
 
 _KIND = attrgetter("dtype", "device", "shape")
 
@@ -310,7 +310,7 @@ class GradientSurgery:
         capture.rows.free()
         aside = capture.set_aside()
         try:
-            report, merged = run_in_two_phases(
+            report, merged = merge_in_two_phases(
                 list(losses.values()),
                 capture.parameters,
                 self.method,

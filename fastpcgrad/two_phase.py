@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import isfinite
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import GraphExecGroup
+from torch.utils import checkpoint
 
 from ._ops import KERNELS, Figures
 from .functional import check_losses, check_tensors
@@ -22,8 +22,11 @@ from .task_gradients import Row, TaskGradients
 _WHOLE, _PARTIAL, _SUMMED = range(3)
 _KINDS = 3
 
+# Within one, a checkpointed block is recomputed once; without one, once in each piece that it is part of.
+_Recomputed = getattr(checkpoint, "GraphExecGroup", nullcontext)
 
-def two_phase(
+
+def merge_in_two_phases(
     losses: Sequence[Tensor] | Tensor,
     parameters: Sequence[Tensor],
     method: Method,
@@ -55,7 +58,8 @@ def two_phase(
             graph cannot be kept.
     Memory: N elements for the merged gradient, and before it T times what a piece holds: N / T elements, or its
         largest parameter if that is larger; besides T gradients of the activations where pieces meet. A parameter
-        that several pieces use (tied weights) is held T times until the last of them has run.
+        that several pieces use (tied weights) is held T times until the last of them has run, and a checkpointed block
+        that was cut keeps what is left of its activations for each task.
     Time: T + 1 backward passes, and reading each task gradient once. Parameters that need other weights than the rest
         (summed ones, or for some methods those that only some tasks touch) take one more pass, no deeper than they
         lie. Checkpointed blocks are recomputed once in each of these passes.
@@ -112,7 +116,7 @@ def _gram_of_each_problem(
     grams = torch.zeros(len(pieces) * _KINDS, count, count, dtype=torch.float64, device=device)
     gradients: list[Open] = [{root: torch.ones_like(loss)} for root, loss in zip(graph.roots, losses, strict=True)]
     # The pieces of one task do not overlap: a checkpointed block that was cut in two is recomputed only once.
-    groups = [GraphExecGroup() for _ in losses]
+    groups = [_Recomputed() for _ in losses]
     rows: list[Row] = [[] for _ in losses]
     for number, piece in enumerate(pieces):
         for t, (group, there) in enumerate(zip(groups, gradients, strict=True)):

@@ -1,5 +1,7 @@
 """Pieces of a graph: run one after the other they give each task's gradient, however small they are."""
 
+import random
+
 import pytest
 import torch
 
@@ -46,6 +48,37 @@ def test_pieces_give_each_tasks_gradient(kind, share, tasks):
     assert share > 0.2 or len(pieces) > 2
     finished = [index for piece in pieces for index in piece.complete]
     assert sorted(finished) == sorted(set(finished))
+
+
+def random_losses(seed):
+    """Losses of a random graph: activations are used again at any distance, parameters anywhere."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    parameters = [torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(draw.randint(1, 8))]
+    made = [torch.randn(2, 3, dtype=torch.float64) @ parameters[0]]
+    for _ in range(draw.randint(3, 40)):
+        old = [draw.choice(made[-draw.choice((1, 1, 1, 3, 100)) :]) for _ in range(3)]
+        kind = draw.randrange(6)
+        if kind <= 1:
+            made.append((old[0] @ draw.choice(parameters)).tanh())
+        elif kind == 2:
+            made.append(old[0] + old[1])
+        elif kind == 3:
+            made.append(old[0] * old[1].mean(dim=0))
+        elif kind == 4:
+            made += torch.cat(old).chunk(3)[: draw.randint(1, 3)]
+        else:
+            made.append(graph_models.Scaled.apply(old[0], old[1]) / 4)
+    losses = [(draw.choice(made[-draw.choice((1, 5)) :]) * torch.randn(2, 3)).sum() for _ in range(draw.randint(1, 4))]
+    return losses, parameters
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_pieces_of_random_graphs(seed):
+    losses, parameters = random_losses(seed)
+    expected = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
+    for budget in (0, 9, 20, 40):
+        assert_rows_equal(run_in_pieces(losses, parameters, budget)[0], expected)
 
 
 @for_every_model

@@ -16,7 +16,7 @@ from benchmarks import memory
 from fastpcgrad import methods, reference
 from fastpcgrad.merging import merge
 from fastpcgrad.task_gradients import TaskGradients
-from fastpcgrad.two_phase import two_phase
+from fastpcgrad.two_phase import merge_in_two_phases
 from tests import graph_models
 from tests.linear_problems import random_problem
 
@@ -66,7 +66,7 @@ def test_it_is_the_ordinary_way(kind, name, any_share):
     for tasks in (1, 2, 3, 5):
         losses = model(tasks)
         expected_report, expected = ordinary(losses, parameters, METHODS[name]())
-        report, found = two_phase(losses, parameters, METHODS[name]())
+        report, found = merge_in_two_phases(losses, parameters, METHODS[name]())
         torch.testing.assert_close(report.gram, expected_report.gram)
         torch.testing.assert_close(report.weights, expected_report.weights)
         assert report.tasks == expected_report.tasks
@@ -82,7 +82,7 @@ def test_single_precision_is_within_the_common_tolerance_of_the_oracle(kind, any
     parameters = list(model.parameters())
     losses = model(4)
     single = rows_of(losses, parameters)
-    report, found = two_phase(losses, parameters, methods.PCGrad("tensorflow"))
+    report, found = merge_in_two_phases(losses, parameters, methods.PCGrad("tensorflow"))
     double = kind().double()
     double.load_state_dict(model.state_dict())
     double_parameters = list(double.parameters())
@@ -99,7 +99,7 @@ def test_any_presence_is_the_oracles(variant, any_share):
         problem = random_problem(seed)
         parameters = problem.parameters(torch.float64)
         method = methods.PCGrad(variant, generator=random.Random(seed))
-        _, found = two_phase(problem.losses(parameters), parameters, method)
+        _, found = merge_in_two_phases(problem.losses(parameters), parameters, method)
         expected = reference.merge(problem.gradients, parameters, variant, random.Random(seed))
         assert [g is None for g in found] == [g is None for g in expected]
         for f, e in zip(found, expected, strict=True):
@@ -114,7 +114,7 @@ def test_parameters_that_are_not_shared_are_summed(name):
     shared = [index % 3 != 0 for index in range(len(parameters))]
     losses = model(3)
     expected_report, expected = ordinary(losses, parameters, METHODS[name](), shared)
-    report, found = two_phase(losses, parameters, METHODS[name](), shared=shared)
+    report, found = merge_in_two_phases(losses, parameters, METHODS[name](), shared=shared)
     torch.testing.assert_close(report.gram, expected_report.gram)
     torch.testing.assert_close(flat(found), flat(expected))
 
@@ -124,7 +124,7 @@ def test_half_precision_parameters():
     parameters = list(model.parameters())
     losses = model(3)
     rows = rows_of(losses, parameters)
-    report, found = two_phase(losses, parameters, methods.UPGrad(), retain_graph=True)
+    report, found = merge_in_two_phases(losses, parameters, methods.UPGrad(), retain_graph=True)
     _, expected = ordinary(losses, parameters, methods.UPGrad())
     assert all(g.dtype == torch.bfloat16 for g in found)
     assert_merged_close(found, expected, report.weights, rows, 2e-2)
@@ -137,7 +137,7 @@ def test_parameters_of_several_dtypes(any_share):
     for layer in model.layers:
         h = layer(h.to(layer.weight.dtype)).tanh()
     losses, parameters = graph_models.losses_of(h, 3), list(model.parameters())
-    report, found = two_phase(losses, parameters, methods.Sum(), retain_graph=True)
+    report, found = merge_in_two_phases(losses, parameters, methods.Sum(), retain_graph=True)
     rows = rows_of(losses, parameters)
     exact = torch.stack([flat(row) for row in rows])
     torch.testing.assert_close(report.gram, exact @ exact.T, rtol=1e-6, atol=0)
@@ -149,7 +149,7 @@ def test_sparse_gradients(any_share):
     embedding = nn.Embedding(5, 3, sparse=True, dtype=torch.float64)
     losses = [embedding(torch.tensor([0, 1])).sum(), -embedding(torch.tensor([1, 4])).sum()]
     rows = [[g.to_dense() for g in row] for row in rows_of(losses, [embedding.weight])]
-    _, (merged,) = two_phase(losses, [embedding.weight], methods.PCGrad("tensorflow"))
+    _, (merged,) = merge_in_two_phases(losses, [embedding.weight], methods.PCGrad("tensorflow"))
     expected = reference.merge(rows, [embedding.weight], "tensorflow")[0]
     torch.testing.assert_close(merged.to_dense(), expected)
 
@@ -159,7 +159,7 @@ def test_grad_and_hooks_of_others_are_left_alone():
     parameters = list(model.parameters())
     parameters[0].grad = kept = torch.ones_like(parameters[0])
     frozen = model.layers[5].bias
-    two_phase(model(3), [p for p in parameters if p is not frozen], methods.Mean())
+    merge_in_two_phases(model(3), [p for p in parameters if p is not frozen], methods.Mean())
     assert parameters[0].grad is kept and (kept == 1).all()
     assert all(p.grad is None for p in parameters[1:])
 
@@ -179,7 +179,7 @@ def test_the_result_is_no_memory_of_the_graph():
         def backward(ctx, grad):
             return Constant.kept.mul_(0).add_(2 * grad)
 
-    _, (merged,) = two_phase([Constant.apply(weight)], [weight], methods.Sum())
+    _, (merged,) = merge_in_two_phases([Constant.apply(weight)], [weight], methods.Sum())
     merged.zero_()
     assert (Constant.kept == 2).all()
 
@@ -187,11 +187,11 @@ def test_the_result_is_no_memory_of_the_graph():
 def test_the_graph_is_freed_unless_it_is_retained():
     model = graph_models.MLP()
     losses, parameters = model(3), list(model.parameters())
-    _, first = two_phase(losses, parameters, methods.Mean(), retain_graph=True)
-    _, again = two_phase(losses, parameters, methods.Mean())
+    _, first = merge_in_two_phases(losses, parameters, methods.Mean(), retain_graph=True)
+    _, again = merge_in_two_phases(losses, parameters, methods.Mean())
     torch.testing.assert_close(flat(first), flat(again), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="second time"):
-        two_phase(losses, parameters, methods.Mean())
+        merge_in_two_phases(losses, parameters, methods.Mean())
 
 
 @pytest.mark.parametrize("method", [methods.PCGrad("tensorflow"), methods.MGDA(), methods.Krum(1)])
@@ -201,7 +201,7 @@ def test_what_is_not_finite_is_seen(method):
     parameters = list(model.parameters())
     losses = model(4)
     losses[3] = losses[3] * torch.inf
-    _, found = two_phase(losses, parameters, method)
+    _, found = merge_in_two_phases(losses, parameters, method)
     assert not flat(found).isfinite().any() or not all(g.isfinite().all() for g in found)
 
 
@@ -228,7 +228,7 @@ class TestRefusals:
 
     def refuses(self, kind, *words, losses=None, parameters=None, method=None):
         with pytest.raises(kind, match=".*".join(map(re.escape, words))):
-            two_phase(losses or self.model(3), parameters or self.parameters, method or methods.Mean())
+            merge_in_two_phases(losses or self.model(3), parameters or self.parameters, method or methods.Mean())
 
     def test_a_method_that_needs_rows(self):
         self.refuses(TypeError, "GradDrop", method=methods.GradDrop())
@@ -322,7 +322,7 @@ def test_a_hook_on_an_activation_is_obeyed_or_found_out(where, inner):
     losses = graph_models.losses_of(h, 3)
     _, expected = ordinary(losses, parameters, methods.PCGrad("tensorflow"))
     try:
-        _, found = two_phase(losses, parameters, methods.PCGrad("tensorflow"))
+        _, found = merge_in_two_phases(losses, parameters, methods.PCGrad("tensorflow"))
     except RuntimeError as error:
         assert "linear" in str(error)
     else:
@@ -334,7 +334,7 @@ def test_gradients_that_are_only_rounding_errors_pass(dtype, any_share):
     """Biases before a normalisation, each in a piece of its own."""
     model = graph_models.Conv().to(dtype)
     parameters = [layer.bias for layer in model.layers] + [model.norms[4].weight]
-    report, _ = two_phase(model(5), parameters, methods.Mean())
+    report, _ = merge_in_two_phases(model(5), parameters, methods.Mean())
     assert (report.norms > 0).all()
 
 
@@ -342,7 +342,7 @@ MEASURE = """
 import torch
 from benchmarks import memory
 from fastpcgrad import methods
-from fastpcgrad.two_phase import two_phase
+from fastpcgrad.two_phase import merge_in_two_phases
 
 def step(width):
     layers = [torch.nn.Linear(width, width) for _ in range(8)]
@@ -353,7 +353,7 @@ def step(width):
         for layer in layers:
             h = layer(h).tanh()
         losses = [(h - t).square().mean() for t in range(4)]
-        for p, g in zip(parameters, two_phase(losses, parameters, methods.PCGrad())[1]):
+        for p, g in zip(parameters, merge_in_two_phases(losses, parameters, methods.PCGrad())[1]):
             p.grad = g
     return parameters, run
 
@@ -389,5 +389,5 @@ def test_a_hook_on_a_parameter_that_is_linear_is_obeyed():
     parameters[0].register_hook(lambda g: g * 0.5)
     losses = model(3)
     _, expected = ordinary(losses, parameters, methods.PCGrad("tensorflow"))
-    _, found = two_phase(losses, parameters, methods.PCGrad("tensorflow"))
+    _, found = merge_in_two_phases(losses, parameters, methods.PCGrad("tensorflow"))
     torch.testing.assert_close(flat(found), flat(expected))
