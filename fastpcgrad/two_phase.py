@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
+from ._graph import check_kept, explain
 from ._ops import KERNELS, Figures
 from .functional import check_losses, check_tensors
 from .graph_pieces import Graph, Open
@@ -71,8 +72,13 @@ def merge_in_two_phases(
     found = check_losses(losses)
     _check_method(method)
     _check_parameters(parameters)
+    check_kept(found)
     graph = Graph(found, parameters)
-    problems, grams = _gram_of_each_problem(graph, found, parameters, method, shared)
+    try:
+        problems, grams = _gram_of_each_problem(graph, found, parameters, method, shared)
+    except RuntimeError as error:
+        explain(error)
+        raise
     gram = grams[_WHOLE::_KINDS].sum(dim=0) + grams[_PARTIAL::_KINDS].sum(dim=0)
     indices = tuple(range(len(found)) if tasks is None else tasks)
     solution = method.checked_solve(gram, indices)
@@ -121,7 +127,7 @@ def _gram_of_each_problem(
     for number, piece in enumerate(pieces):
         for t, (group, there) in enumerate(zip(groups, gradients, strict=True)):
             rows[t] = []  # frees those of the last piece just before their memory is needed again
-            with group, _donated_buffers_explained():
+            with group:
                 piece.run(there)
             rows[t] = [there.pop(graph.leaves[index], None) for index in piece.complete]
         touched = [[row[column] is not None for row in rows] for column in range(len(piece.complete))]
@@ -144,19 +150,6 @@ def _check_held(held: int, width: int, tasks: int) -> None:
             "for the graph cannot be cut into smaller pieces: one parameter is that large or used all over the "
             "graph, or the whole model was compiled as one; merge in one phase"
         )
-
-
-@contextmanager
-def _donated_buffers_explained() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "donated buffers" not in str(error):
-            raise
-        raise RuntimeError(
-            "the graph of a compiled model was asked for more than one backward pass: set "
-            "torch._functorch.config.donated_buffer = False before the model is compiled"
-        ) from error
 
 
 def _add_products(grams: Tensor, parameters: Sequence[Tensor], rows: Sequence[Row], problems: Sequence[int]) -> None:

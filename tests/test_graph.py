@@ -74,6 +74,10 @@ def grad(setting, method):
     fastpcgrad.grad(setting.losses(), setting.parameters, method=method)
 
 
+def in_two_phases(setting, method):
+    fastpcgrad.GradientSurgery(setting.parameters, 2, method).backward(setting.losses(), two_phase=True)
+
+
 @pytest.mark.parametrize("call", [pc_backward, task, backward, grad])
 def test_a_shared_graph_is_refused_with_the_remedy(setting, method, call):
     before = snapshot(setting)
@@ -122,7 +126,7 @@ def test_the_remedy_works_and_half_of_it_is_refused(method):
             pc_backward(setting, method)
             setting.assert_merged()
         before = snapshot(setting)
-        for call in (pc_backward, backward, grad):
+        for call in (pc_backward, backward, grad, in_two_phases):
             with pytest.raises(RuntimeError, match=REMEDY):
                 call(setting, method)
         assert all(
