@@ -117,10 +117,11 @@ def test_peaks_are_beyond_model_and_activations(peaks):
 
 def test_targets_read_the_rows(timed, peaks):
     found = {verdict.target.text: verdict for verdict in verdicts([*timed, *peaks], targets.TARGETS)}
-    step, share, peak, narrow, _ = found.values()
+    step, share, peak, narrow, two_phase = found.values()
     assert step.worst.value == by_subject(timed)["streaming"].whole_ratios["plain"]
     assert share.worst.value == by_subject(timed)["streaming"].ratios[steps.WHOLE]
-    assert peak.met and narrow.worst.value == 1.0 and not narrow.met
+    assert peak.worst.value == 1 and narrow.worst.value == 0.5
+    assert two_phase.worst.value == 2 and two_phase.met
 
 
 def test_everything_is_shown_and_drawn(timed, peaks, tmp_path):
