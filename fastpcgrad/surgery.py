@@ -367,11 +367,12 @@ class _Stay:
     ) -> None:
         surgery = self._surgery
         surgery._inside = False
-        if kind is not None:  # what there is is no whole gradient: the open task is absent unless it is opened again
+        if error is not None:  # what there is is no whole gradient: the open task is absent unless it is opened again
             surgery._capture.drop()
         for p, grad in self._aside:
             p.grad = grad
-        explain(error)
+        if error is not None:
+            explain(error)
 
 
 class _Task(_Stay):
