@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import host_rows
-from ._graph import check_kept, explain
+from ._graph import check_kept, explain, run_backward
 from .capture import Capture, MovedCapture
 from .functional import check_loss, check_losses, check_tensors
 from .memory import MemoryPlan, plan_memory, plan_two_phase
@@ -290,7 +290,7 @@ class GradientSurgery:
             for index, loss in zip(indices or range(left), losses, strict=True):
                 left -= 1
                 capture.open(index)
-                loss.backward(retain_graph=retain_graph or left > 0)
+                run_backward(loss, retain_graph or left > 0)
                 capture.close()
 
     def _in_two_phases(
@@ -342,7 +342,7 @@ class GradientSurgery:
                             "let it return the loss, without running it backward"
                         )
                     continue
-                check_loss(f"losses[{index}]()", loss).backward(retain_graph=retain_graph)
+                run_backward(check_loss(f"losses[{index}]()", loss), retain_graph)
                 del loss  # and with it the graph, before the next forward
                 capture.close()
 

@@ -1,6 +1,7 @@
 """Compiled models whose losses share a graph: what torch refuses is refused with the remedy, and the remedy works."""
 
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import fastpcgrad
 from fastpcgrad import methods, reference
+from fastpcgrad._graph import run_backward
 
 REMEDY = r"torch\._functorch\.config\.donated_buffer = False.*fx_graph_cache = False"
 
@@ -152,3 +154,48 @@ def test_eager_models_are_none_of_its_concern(method):
     with torch._functorch.config.patch(donated_buffer=False):
         fastpcgrad.backward([x[0] - x[1], x[1]], method=method)
     torch.testing.assert_close(x.grad, torch.tensor([1.5, 0.5]))
+
+
+class Overridden(torch.Tensor):
+    """A tensor that wants to know of what is done with it."""
+
+    called: ClassVar[list] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.called.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_running_backward_is_the_losses_own_backward(shape):
+    weight = torch.randn(3, 4, requires_grad=True)
+    seen = []
+    weight.register_hook(seen.append)
+    loss = (weight.square().sum() * weight[0, 0]).reshape(shape)
+    loss.backward(retain_graph=True)
+    expected, weight.grad = weight.grad, None
+    run_backward(loss, retain_graph=True)
+    run_backward(loss, retain_graph=False)
+    torch.testing.assert_close(weight.grad, 2 * expected)
+    assert len(seen) == 3
+    with pytest.raises(RuntimeError, match="second time"):
+        run_backward(loss, retain_graph=False)
+
+
+def test_a_tensor_with_a_backward_of_its_own_is_asked():
+    weight = torch.randn(3, requires_grad=True)
+    loss = weight.square().sum().as_subclass(Overridden)
+    Overridden.called.clear()
+    run_backward(loss, retain_graph=False)
+    assert torch.Tensor.backward in Overridden.called
+    torch.testing.assert_close(weight.grad, 2 * weight.detach())
+
+
+def test_a_function_transform_is_refused_as_torch_refuses_it():
+    def inside(x):
+        run_backward(x.square().sum(), retain_graph=False)
+        return x.sum()
+
+    with pytest.raises(RuntimeError, match="functorch transform"):
+        torch.func.grad(inside)(torch.ones(2))
