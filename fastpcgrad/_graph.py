@@ -37,6 +37,17 @@ def nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
         queue.extend(fresh)
 
 
+def refuse_reentrant(node: Any) -> None:
+    """RuntimeError at a checkpoint behind which the graph does not show what it depends on.
+
+    Autograd itself would give None for what lies there, without a word.
+    """
+    if node.name() == "CheckpointFunctionBackward":
+        raise RuntimeError(
+            "a reentrant checkpoint hides its parameters from the graph; use checkpoint(..., use_reentrant=False)"
+        )
+
+
 def run_backward(loss: Tensor, retain_graph: bool) -> None:
     """``loss.backward(retain_graph)`` of a scalar that requires grad.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import methods
-from ._graph import check_kept, explain, nodes
+from ._graph import check_kept, explain, nodes, refuse_reentrant
 from .functional import check_losses, check_tensors
 from .merging import merge
 from .task_gradients import TaskGradients
@@ -116,16 +116,10 @@ def _check_inputs(inputs: Iterable[Any]) -> list[Tensor]:
 
 
 def _leaves(losses: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves that the losses depend on; RuntimeError where a reentrant checkpoint hides some.
-
-    Autograd itself would give None for what lies behind such a checkpoint, without a word.
-    """
+    """The leaves that the losses depend on; RuntimeError where a reentrant checkpoint hides some."""
     found: dict[int, Tensor] = {id(loss): loss for loss in losses if loss.is_leaf}
     for node in nodes(losses):
-        if node.name() == "CheckpointFunctionBackward":
-            raise RuntimeError(
-                "a reentrant checkpoint hides its parameters from the graph; use checkpoint(..., use_reentrant=False)"
-            )
+        refuse_reentrant(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             found[id(leaf)] = leaf

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from ._graph import refuse_reentrant
+
 Open = dict[GradientEdge, Tensor]
 """One task's gradients at the edges where the next pieces take them up; at a parameter's edge, its gradient."""
 
@@ -231,10 +233,7 @@ def _walk(roots: Iterable[Node], indices: dict[int, int]) -> tuple[list[Node], d
     queue = list(seen)
     while queue:
         node = queue.pop()
-        if node.name() == "CheckpointFunctionBackward":
-            raise RuntimeError(
-                "a reentrant checkpoint hides its parameters from the graph; use checkpoint(..., use_reentrant=False)"
-            )
+        refuse_reentrant(node)
         if node.name() == "torch::autograd::AccumulateGrad":
             index = indices.get(id(node.variable))  # type: ignore[attr-defined]
             if index is not None:
