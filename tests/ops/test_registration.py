@@ -222,9 +222,11 @@ def test_compiled_code_is_differentiable():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, from importing inductor
-def test_inductor_calls_the_ops(monkeypatch):
+def test_inductor_calls_the_ops():
+    # not monkeypatch: what it puts back, the configuration counts as deleted
+    from torch._inductor import config
+
     torch.compiler.reset()
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
 
     def step(j, order):
         # Calls alone: inductor needs no C++ compiler for them, and they are what this is about.
@@ -235,5 +237,7 @@ def test_inductor_calls_the_ops(monkeypatch):
     j, places = rows(), order()
     compiled = j.clone()
     expected = step(j, places)
-    torch.testing.assert_close(torch.compile(step, fullgraph=True)(compiled, places), expected)
+    with config.patch(compile_threads=1):
+        found = torch.compile(step, fullgraph=True)(compiled, places)
+    torch.testing.assert_close(found, expected)
     assert torch.equal(compiled, j)
