@@ -2,7 +2,8 @@
 
 All competitors of a case run in one process and take turns: each round calls every one of them once, in an
 order shuffled anew for each round. A ratio is the median over rounds of (time of one) / (time of the other in
-the same round), so a machine that slows down for a second slows both sides of the ratios it touches.
+the same round), so a machine that slows down for a second slows both sides of the ratios it touches. Where one is so
+slow that they share one round or two, a single hiccup would be the ratio: there it is that of their medians.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ def percentile(values: Iterable[float], percent: float) -> float:
 
 
 def paired_ratio(samples: Samples, other: Samples) -> float:
-    """Median over common rounds of ``samples / other``; of the medians where they share no round."""
+    """Median over common rounds of ``samples / other``; of the medians where they share fewer than three."""
     common = sorted(samples.by_round.keys() & other.by_round.keys())
-    if not common:
+    if len(common) < 3:
         return statistics.median(samples.values) / statistics.median(other.values)
     return statistics.median(samples.by_round[r] / other.by_round[r] for r in common)
 

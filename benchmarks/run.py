@@ -169,7 +169,7 @@ class KernelPart:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._plan = Plan(0.15, least=5, most=20) if session.quick else Plan(0.35, least=5, most=40)
+        self._plan = Plan(0.15, least=5, most=20) if session.quick else Plan(0.35, least=5, most=40, slow=1.0)
         self._budget = Budget(10.0, 20.0) if session.quick else Budget(60.0, 170.0)
         session.allow(minutes=6.0)
         self._cases = cases.kernel_cases(session.quick)

@@ -35,8 +35,10 @@ def test_ratio_is_the_median_of_paired_rounds_and_not_the_ratio_of_medians():
     assert paired_ratio(peer, ours) == 1.0
 
 
-def test_ratio_without_common_rounds_is_that_of_the_medians():
+def test_ratio_with_few_common_rounds_is_that_of_the_medians():
     assert paired_ratio(Samples({-1: 8.0}, cold=True), Samples({0: 1.0, 1: 2.0, 2: 3.0})) == 4.0
+    # The fast one was held up in the only round of the slow one.
+    assert paired_ratio(Samples({0: 8.0}), Samples({0: 4.0, 1: 2.0, 2: 2.0})) == 4.0
 
 
 def test_total_adds_phases_round_by_round():
