@@ -308,8 +308,7 @@ class GradientSurgery:
                 f"{self.row_dtype}, {self.row_device}, {self.accumulate_dtype}"
             )
         capture.rows.free()
-        aside = capture.set_aside()
-        try:
+        with _Stay(self):
             report, merged = merge_in_two_phases(
                 list(losses.values()),
                 capture.parameters,
@@ -318,10 +317,6 @@ class GradientSurgery:
                 shared=self._shared_ones(),
                 retain_graph=retain_graph,
             )
-        except BaseException:
-            for p, grad in aside:
-                p.grad = grad
-            raise
         capture.give(merged)
         return report
 
