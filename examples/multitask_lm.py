@@ -13,9 +13,10 @@ import os
 import sys
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from examples import command_line
 
 if TYPE_CHECKING:
     from examples.lm_runs import Run, Settings
@@ -29,9 +30,7 @@ QUICK_MODEL = {"context": 32, "width": 32, "layers": 2, "heads": 2}
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
     """Train both; returns the runs by their names."""
     options = _options(arguments)
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        sys.exit(f"missing: {', '.join(missing)}. Install with: pip install 'fastpcgrad[examples]'")
+    command_line.exit_if_missing(NEEDED)
     # The cores may be shared: a thread that waits for another must sleep, not spin. Read when torch loads OpenMP.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Imported only now, so that a missing package is answered by the line above.
@@ -80,23 +79,14 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.multitask_lm", description=SUMMARY)
-    parser.add_argument("--steps", type=_positive, help="optimizer steps in each run (160; 24 with --quick)")
+    parser = command_line.parser("multitask_lm", SUMMARY, seeded="weights, batches, task orders")
+    parser.set_defaults(out=Path("demo-output/multitask_lm"))  # checkpoints too
+    parser.add_argument(
+        "--steps", type=command_line.positive, help="optimizer steps in each run (160; 24 with --quick)"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model, few steps: a look in seconds")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in the output folder")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-output/multitask_lm"), help="checkpoints and figure (%(default)s)"
-    )
-    parser.add_argument("--threads", type=_positive, default=2, help="CPU threads (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches, task orders (%(default)s)")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
 
 
 if __name__ == "__main__":

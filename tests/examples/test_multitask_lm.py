@@ -11,7 +11,7 @@ pytest.importorskip("sklearn", reason="the example's digits come with scikit-lea
 
 from sklearn.datasets import load_digits
 
-from examples import lm_text, multitask_lm
+from examples import command_line, lm_text, multitask_lm
 from examples.lm_model import LanguageModel, ModelConfig
 from examples.lm_runs import PLAIN, SURGERY, Run, Settings, windows
 
@@ -175,6 +175,6 @@ def test_quick_run_interrupted_and_resumed_writes_its_outputs(tmp_path, capsys, 
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
-    monkeypatch.setattr(multitask_lm, "find_spec", lambda name: None if name == "rich" else object())
+    monkeypatch.setattr(command_line, "find_spec", lambda name: None if name == "rich" else object())
     with pytest.raises(SystemExit, match=r"rich.*pip install 'fastpcgrad\[examples\]'"):
         multitask_lm.main(["--quick"])
