@@ -17,12 +17,10 @@ comes too late on a busy machine gets a row that says so. Rows are appended to b
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -34,7 +32,7 @@ from benchmarks import rows
 from benchmarks.measure import Plan, Samples, Subject, in_turn, paired_ratio, percentile
 from benchmarks.peers import gradnorm_double_backward
 from benchmarks.rows import Environment, Row
-from benchmarks.run import SKIPPED_LATE, Session
+from benchmarks.session import SKIPPED_LATE, Session, command
 from fastpcgrad.gradnorm import gradNorm
 
 RESULTS = rows.ROOT / "benchmarks" / "results" / "gradnorm.jsonl"
@@ -212,19 +210,13 @@ def show(console: Console, measured: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gradnorm", description="Time GradNorm's training step.")
-    parser.add_argument("--quick", action="store_true", help="the toy problem's own width alone, few rounds")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--append", action="store_true", help="append the rows to the results file")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where --append writes")
+    parser = command(
+        "gradnorm", "Time GradNorm's training step.", "the toy problem's own width alone, few rounds", RESULTS
+    )
     options = parser.parse_args(arguments)
 
-    torch.set_num_threads(options.threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    session = Session(rows.environment(options.threads), options.quick, console)
-    console.print(session.environment)
+    session = Session.begin(options, columns=140)
+    console = session.console
     session.allow(MINUTES)
     plan = Plan(2.0, least=5, most=20) if options.quick else Plan(3.0, least=5, most=60, slow=1.0, slow_least=2)
     cases = CASES[:2] if options.quick else CASES
@@ -234,9 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             starts(case.label)
             measured += measure(case, session, plan)
     show(console, measured)
-    if options.append:
-        rows.append(measured, options.results)
-        console.print(f"{len(measured)} rows appended to {options.results}")
+    session.keep(measured, options)
     return measured
 
 

@@ -14,12 +14,10 @@ machine is left out, and a line says what. Rows go to benchmarks/results/methods
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +31,7 @@ import fastpcgrad
 from benchmarks import method_cases, rows, subjects
 from benchmarks.measure import Plan, Samples, Subject, in_turn, paired_ratio, percentile
 from benchmarks.rows import Row
-from benchmarks.run import Session
+from benchmarks.session import Session, command
 from fastpcgrad.methods.elementwise import Elementwise
 
 RESULTS = rows.ROOT / "benchmarks" / "results" / "methods.jsonl"
@@ -174,24 +172,16 @@ def _cell(own: Row | None, other: Row | None, scale: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description="Time the methods.")
-    parser.add_argument("--quick", action="store_true", help="N=2^18 instead of 2^22, fewer rounds: about a minute")
+    parser = command("methods", "Time the methods.", "N=2^18 instead of 2^22, fewer rounds: about a minute", RESULTS)
     parser.add_argument("--only", action="append", metavar="METHOD", help="one method alone; may be repeated")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--append", action="store_true", help="append the rows to the results file")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where --append writes")
     options = parser.parse_args(arguments)
     if unknown := set(options.only or ()) - set(method_cases.names()):
         parser.error(f"--only must be one of {', '.join(method_cases.names())}; found {', '.join(sorted(unknown))}")
 
-    torch.set_num_threads(options.threads)
     # A peer's warnings would be printed into the progress bar; they change no number.
     warnings.filterwarnings("ignore", category=UserWarning)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    session = Session(rows.environment(options.threads), options.quick, console)
-    console.print(session.environment)
+    session = Session.begin(options, columns=140)
+    console = session.console
     started = time.monotonic()
     width, plan = (1 << 18, Plan(0.1, least=5, most=50)) if options.quick else (1 << 22, Plan(0.5, least=7, most=500))
     chosen = {tasks: [n for n in method_cases.names(tasks) if n in (options.only or [n])] for tasks in TASKS}
@@ -210,9 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show(console, measured)
     if late:
         console.print(f"not begun within {MINUTES:g} minutes: {', '.join(late)}")
-    if options.append:
-        rows.append(measured, options.results)
-        console.print(f"{len(measured)} rows appended to {options.results}")
+    session.keep(measured, options)
     console.print(f"{time.monotonic() - started:.0f} s")
 
 

@@ -18,29 +18,18 @@ Competitors take turns in one process (``benchmarks.measure``). Each is compared
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import functools
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 
 from benchmarks import cases, check, memory, models, rows, subjects, targets
@@ -57,13 +46,12 @@ from benchmarks.measure import (
     total,
 )
 from benchmarks.models import Forward
-from benchmarks.rows import Environment, Row
+from benchmarks.rows import Row
+from benchmarks.session import SKIPPED_BUDGET, SKIPPED_LATE, Session, command
 from benchmarks.subjects import KernelContender, Missing, StepContender
 
 MACHINE = "machine"
-SKIPPED_BUDGET = "skipped: budget"
 SKIPPED_MEMORY = "skipped: memory"
-SKIPPED_LATE = f"{SKIPPED_BUDGET} (the time for this part was up)"
 
 # Ops that move less than this many bytes a call may find their data in a cache: no fraction of bandwidth for
 # them.
@@ -92,50 +80,6 @@ class Budget:
         # Beside the samples there was a warm-up, unless the warm-up is the sample.
         extra = 0.0 if samples.cold else percentile(samples.values, 50)
         self.all_calls -= (sum(samples.values) + extra) / 1e3
-
-
-@dataclasses.dataclass
-class Session:
-    """What every part of a run needs."""
-
-    environment: Environment
-    quick: bool
-    console: Console
-    _deadline: float = float("inf")
-
-    def allow(self, minutes: float) -> None:
-        """From now on: a busy machine must not turn a run into an afternoon."""
-        self._deadline = time.monotonic() + 60 * minutes
-
-    @property
-    def late(self) -> bool:
-        return time.monotonic() > self._deadline
-
-    @property
-    def threads(self) -> int:
-        return self.environment.threads
-
-    @contextlib.contextmanager
-    def progress(self, title: str, steps: int) -> Iterator[Callable[[str], None]]:
-        """Yields a function that names what starts now."""
-        columns = (
-            SpinnerColumn(),
-            TextColumn("[bold]{task.fields[title]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task("", total=steps, title=title)
-            started = False
-
-            def starts(what: str) -> None:
-                nonlocal started
-                progress.update(task, advance=1 if started else 0, description=what)
-                started = True
-
-            yield starts
 
 
 def _objection(error: Callable[[], float]) -> str:
@@ -565,22 +509,15 @@ PARTS: dict[str, tuple[type[KernelPart | StepPart | MemoryPart], Callable[[Conso
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Time fastpcgrad and its peers.")
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases: about two minutes")
+    parser = command(
+        "run", "Time fastpcgrad and its peers.", "fewer and smaller cases: about two minutes", rows.RESULTS
+    )
     parser.add_argument("--only", choices=sorted(PARTS), action="append", help="one part alone; may be repeated")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--append", action="store_true", help="append the rows to the results file")
-    parser.add_argument("--results", type=Path, default=rows.RESULTS, help="where --append writes")
     options = parser.parse_args(arguments)
-
-    torch.set_num_threads(options.threads)
     # A peer's warnings would be printed into the progress bar; they change no number.
     warnings.filterwarnings("ignore", category=UserWarning)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
-    session = Session(rows.environment(options.threads), options.quick, console)
-    console.print(session.environment)
+    session = Session.begin(options, columns=180)
+    console = session.console
     started = time.monotonic()
     measured: list[Row] = []
     for name, (part, show) in PARTS.items():
@@ -589,9 +526,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = part(session).run()
         show(console, found)
         measured += found
-        if options.append:
-            rows.append(found, options.results)
-            console.print(f"{len(found)} rows appended to {options.results}")
+        session.keep(found, options)
     show_targets(console, measured)
     console.print(f"{time.monotonic() - started:.0f} s")
 

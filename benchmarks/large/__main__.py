@@ -11,24 +11,21 @@ Rows go to benchmarks/results/large.jsonl with ``--append`` alone; ``python -m b
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import rows
 from benchmarks.large import RESULTS, cases, memory, steps, targets
 from benchmarks.large.modes import mode_named
 from benchmarks.measure import Plan
 from benchmarks.rows import Row
-from benchmarks.run import Session, show_targets
+from benchmarks.run import show_targets
+from benchmarks.session import Session, command
 
 QUICK, FULL = Plan(1.0, least=3, most=5, cold=60.0), Plan(1.5, least=5, most=40, slow=1.0, slow_least=3, cold=60.0)
 MINUTES = 8.5
@@ -84,29 +81,19 @@ def show(console: Console, measured: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description="Measure large models.")
-    parser.add_argument("--quick", action="store_true", help="10 M parameters at most, few rounds: about a minute")
+    parser = command("large", "Measure large models.", "10 M parameters at most, few rounds: about a minute", RESULTS)
     parser.add_argument("--only", choices=("step", "memory"), help="one part alone")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--append", action="store_true", help="append the rows to the results file")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where --append writes")
     options = parser.parse_args(arguments)
 
-    torch.set_num_threads(options.threads)
     # A peer's warnings would be printed into the progress bar; they change no number.
     warnings.filterwarnings("ignore", category=UserWarning)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    session = Session(rows.environment(options.threads), options.quick, console)
-    console.print(session.environment)
+    session = Session.begin(options, columns=160)
+    console = session.console
     started = time.monotonic()
     measured = measure(session, [options.only] if options.only else ["step", "memory"])
     show(console, measured)
     show_targets(console, measured, targets.TARGETS)
-    if options.append:
-        rows.append(measured, options.results)
-        console.print(f"{len(measured)} rows appended to {options.results}")
+    session.keep(measured, options)
     console.print(f"{time.monotonic() - started:.0f} s")
 
 

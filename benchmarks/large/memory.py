@@ -22,7 +22,8 @@ from benchmarks.large.modes import Mode, mode_named, modes, step_phases
 from benchmarks.memory import ACTIVATIONS, NOTE, STEPS, Measured
 from benchmarks.models import clear_gradients
 from benchmarks.rows import Environment, Row
-from benchmarks.run import SKIPPED_LATE, available_bytes
+from benchmarks.run import available_bytes
+from benchmarks.session import SKIPPED_LATE
 
 FITS = 0.8
 """Of the available memory: more is not asked for."""

@@ -17,7 +17,8 @@ from benchmarks.large.cases import PARAMETER_BYTES, SMALL, Batch, Case
 from benchmarks.large.modes import Mode, modes, step_phases
 from benchmarks.measure import Plan, Samples, Subject, in_turn, paired_ratio, percentile, total
 from benchmarks.rows import Environment, Row, version_of
-from benchmarks.run import SKIPPED_LATE, available_bytes
+from benchmarks.run import available_bytes
+from benchmarks.session import SKIPPED_LATE
 from fastpcgrad import reference
 
 WHOLE = "whole step"

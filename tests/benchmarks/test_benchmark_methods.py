@@ -9,17 +9,18 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from benchmarks import method_cases, run
+from benchmarks import method_cases
 from benchmarks import methods as benchmark
 from benchmarks.measure import Plan
 from benchmarks.rows import environment, from_json, to_json
+from benchmarks.session import Session
 from fastpcgrad import methods
 from fastpcgrad.methods.elementwise import Elementwise
 
 
 @pytest.fixture
 def session():
-    return run.Session(environment(threads=torch.get_num_threads()), quick=True, console=Console(quiet=True))
+    return Session(environment(threads=torch.get_num_threads()), quick=True, console=Console(quiet=True))
 
 
 def test_every_method_has_a_case():

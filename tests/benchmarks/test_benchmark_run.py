@@ -11,11 +11,12 @@ from benchmarks import memory, run, subjects
 from benchmarks.cases import KernelCase, StepCase, kernel_cases, memory_cases, step_cases
 from benchmarks.measure import BandwidthProbe, Plan, Samples
 from benchmarks.rows import environment, from_json, to_json
+from benchmarks.session import Session
 
 
 @pytest.fixture
 def session():
-    return run.Session(environment(threads=torch.get_num_threads()), quick=True, console=Console(quiet=True))
+    return Session(environment(threads=torch.get_num_threads()), quick=True, console=Console(quiet=True))
 
 
 @pytest.mark.parametrize("quick", [True, False])
