@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set
+from torch._C._autograd import _profiler_enabled
 
 LIBRARY = torch.library.Library("fastpcgrad", "DEF")
 
@@ -36,7 +40,8 @@ for _name, _schema in SCHEMAS.items():
 
 KERNELS: dict[str, Callable[..., Any]] = {}
 """The Python body of each op, by its name; and the three that work on ``Blocks``, which are no ops, for no schema can
-hold what they take: ``gram_blocks``, ``combine_blocks`` and ``pcgrad_blocks``."""
+hold what they take: ``gram_blocks``, ``combine_blocks`` and ``pcgrad_blocks``. Those of ``pcgrad`` and ``pcgrad_``
+leave out G, C and w, which the ops return: nobody who calls them here wants them."""
 
 
 class Figures(NamedTuple):
@@ -76,14 +81,63 @@ class Blocks(NamedTuple):
     device: torch.device
 
 
-gram = torch.ops.fastpcgrad.gram.default
-pcgrad_coefficients = torch.ops.fastpcgrad.pcgrad_coefficients.default
-combine = torch.ops.fastpcgrad.combine.default
+_UNWATCHED = reduce(
+    or_,
+    (
+        DispatchKeySet(key).raw_repr()
+        for key in (
+            *(DispatchKey.CPU, DispatchKey.AutogradCPU, DispatchKey.AutocastCPU),
+            *(DispatchKey.CUDA, DispatchKey.AutogradCUDA, DispatchKey.AutocastCUDA),
+            *(DispatchKey.ADInplaceOrView, DispatchKey.BackendSelect),
+        )
+    ),
+)
+"""The dispatch keys of plain tensors outside of every mode."""
+
+_NO_TENSORS = {type(None), bool, float}
+
+
+def is_watched(arguments: Sequence[object]) -> bool:
+    """Whether a call concerns more than the kernel: autograd, a transform, a mode, a tracer, the profiler.
+
+    Or the dispatcher itself, where a tensor is no plain one on a CPU or a CUDA device.
+    """
+    keys = _dispatch_tls_local_include_set().raw_repr()
+    differentiated = torch.is_grad_enabled()
+    for argument in arguments:
+        if type(argument) is Tensor:
+            if differentiated and argument.requires_grad:
+                return True
+            keys |= _dispatch_keys(argument).raw_repr()
+        elif type(argument) not in _NO_TENSORS:
+            return True
+    return bool(keys & ~_UNWATCHED) or _profiler_enabled()
+
+
+def _entry(name: str) -> Callable[..., Any]:
+    """Calls an op, or where nobody watches its kernel itself.
+
+    The dispatcher takes as long as the rest of a small call: a second Python function where there is a derivative, and
+    every result is wrapped anew.
+    """
+    op = getattr(torch.ops.fastpcgrad, name).default
+
+    def call(*arguments: object) -> Any:
+        if torch.compiler.is_compiling() or is_watched(arguments):
+            return op(*arguments)
+        return KERNELS[name](*arguments)
+
+    return call
+
+
+gram = _entry("gram")
+pcgrad_coefficients = _entry("pcgrad_coefficients")
+combine = _entry("combine")
+pcgrad = _entry("pcgrad")
+pcgrad_ = _entry("pcgrad_")
+# Without a derivative and a result the dispatcher costs no more than to look whether it is needed.
 combine_out = torch.ops.fastpcgrad.combine_out.default
 mix_ = torch.ops.fastpcgrad.mix_.default
-pcgrad = torch.ops.fastpcgrad.pcgrad.default
-pcgrad_out = torch.ops.fastpcgrad.pcgrad_out.default
-pcgrad_ = torch.ops.fastpcgrad.pcgrad_.default
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -96,6 +150,12 @@ def new_gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     tasks = grads.shape[0]
     shape = (tasks, tasks) if segments is None else (segments.shape[0] - 1, tasks, tasks)
     return grads.new_empty(shape, dtype=torch.float64)
+
+
+def new_figures(grads: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """An uninitialised G, C and w for ``grads``."""
+    gram = new_gram(grads, segments)
+    return gram, torch.empty_like(gram), gram.new_empty(gram.shape[:-1])
 
 
 @torch.library.register_fake("fastpcgrad::gram", lib=LIBRARY)
@@ -133,8 +193,7 @@ def _(
     scale: float,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gram = new_gram(grads, segments)
-    return grads.new_empty(grads.shape[1]), gram, torch.empty_like(gram), gram.new_empty(gram.shape[:-1])
+    return grads.new_empty(grads.shape[1]), *new_figures(grads, segments)
 
 
 @torch.library.register_fake("fastpcgrad::pcgrad_out", lib=LIBRARY)
@@ -148,8 +207,7 @@ def _(
     segments: Tensor | None,
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gram = new_gram(grads, segments)
-    return gram, torch.empty_like(gram), gram.new_empty(gram.shape[:-1])
+    return new_figures(grads, segments)
 
 
 @torch.library.register_fake("fastpcgrad::pcgrad_", lib=LIBRARY)
@@ -161,7 +219,7 @@ def _(
     min_squared_norm: float,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return new_gram(grads, segments), new_gram(grads, segments)
+    return new_figures(grads, segments)[:2]
 
 
 # The backward formulas are plain differentiable torch, so that second derivatives exist too.

@@ -329,15 +329,15 @@ def _offsets(segments: Segments | None, grads: Tensor) -> Tensor | None:
 
 def _check_order(order: Tensor, tasks: int, count: int | None, device: torch.device) -> Tensor:
     _check_tensor("order", order)
-    allowed = [(tasks, tasks)] if count is None else [(tasks, tasks), (count, tasks, tasks)]
-    if order.dtype != torch.int64 or tuple(order.shape) not in allowed:
+    shape = tuple(order.shape)
+    if order.dtype != torch.int64 or (shape != (tasks, tasks) and shape != (count, tasks, tasks)):
+        allowed = [[tasks, tasks]] if count is None else [[tasks, tasks], [count, tasks, tasks]]
         raise ValueError(
-            f"order must be int64 {' or '.join(str(list(shape)) for shape in allowed)}; "
-            f"found {order.dtype} {list(order.shape)}"
+            f"order must be int64 {' or '.join(map(str, allowed))}; found {order.dtype} {list(order.shape)}"
         )
     if order.device != device:
         raise ValueError(f"order must be on {device}, as the gradients; found {order.device}")
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if order.is_cpu and not torch.compiler.is_compiling():
         wanted = list(range(tasks))
         for row in order.reshape(-1, tasks).tolist():
             if sorted(row) != wanted:

@@ -46,7 +46,7 @@ def merge(
     if isinstance(method, Elementwise):
         return ConflictReport(tasks, _merge_columns(blocks, method, out, tasks, shared)), out
 
-    everywhere = [all(grad is not None for grad in column) for column in zip(*blocks.tensors, strict=True)]
+    everywhere = [True] * len(out) if complete else _everywhere(blocks)
     problems = _problems(method, everywhere, shared, groups)
     by_problem = groups is not None or method.scope == "parameter"
     count = 1 + max((p for p in problems if p is not None), default=-1)
@@ -72,6 +72,11 @@ def merge(
         place if whole or problem is None or not drop_partial else None
         for place, whole, problem in zip(out, everywhere, problems, strict=True)
     ]
+
+
+def _everywhere(blocks: Blocks) -> list[bool]:
+    """For each parameter whether every task has a gradient."""
+    return [all(grad is not None for grad in column) for column in zip(*blocks.tensors, strict=True)]
 
 
 def _first_of_each(blocks: Blocks) -> Row:

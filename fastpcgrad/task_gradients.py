@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import chain, compress
 from operator import attrgetter
 
 import torch
@@ -12,10 +13,7 @@ from torch import Tensor
 from ._ops import Blocks
 from .functional import ROW_DTYPES
 
-_KIND = attrgetter("dtype", "layout", "requires_grad")
-
-_Own = tuple[tuple[torch.dtype, torch.layout, bool], tuple[int, ...], int]
-"""What a gradient that needs no copy looks like: its ``_KIND``, strides, and the bytes of its storage."""
+_DTYPE = attrgetter("dtype")
 
 Row = list[Tensor | None]
 """One task's gradient of each parameter; None where it has none."""
@@ -45,10 +43,8 @@ class TaskGradients:
             if found not in ROW_DTYPES:
                 raise TypeError(f"gradients must be float16, bfloat16, float32 or float64; found {found}")
         self.widths = array("q", (p.numel() for p in parameters))
-        kind = (self.dtype, torch.strided, False)
         self._strides = [_gradient_stride(p) for p in parameters]
-        sizes = (width * self.dtype.itemsize for width in self.widths)
-        self._own = [(kind, *place) for place in zip(self._strides, sizes, strict=True)]
+        self._sizes = [width * self.dtype.itemsize for width in self.widths]
         self._rows: dict[int, Row] = {}
         self._spent: list[Row] = []
         self._stays: dict[int, int] = {}  # how often a task was entered, of those entered again
@@ -110,10 +106,9 @@ class TaskGradients:
             RuntimeError: a task's gradient lies where another task's lies: a backward pass has overwritten that one.
         """
         tasks = self.tasks
-        rows = [list(map(self._plain, self._rows[task], self._own)) for task in tasks]
+        rows = [self._plain(self._rows[task]) for task in tasks]
         pointers = [_pointers(row) for row in rows]
-        taken = [pointer for where in pointers for pointer in where if pointer]
-        if len(set(taken)) < len(taken):
+        if _coincide(pointers):
             rows = [_apart(row) for row in rows]
             pointers = [_pointers(row) for row in rows]
             _check_apart(tasks, pointers)
@@ -131,14 +126,35 @@ class TaskGradients:
         """Forget all rows, and give the memory back at once."""
         self._rows, self._stays, self._averaged, self._spent = {}, {}, False, []
 
-    def _plain(self, grad: Tensor | None, own: _Own) -> Tensor | None:
-        """The gradient itself if it is a dense tensor of its own with the rows' dtype, else a copy that is."""
-        kind, stride, nbytes = own
-        if grad is None or (
-            _KIND(grad) == kind and grad.stride() == stride and grad.untyped_storage().nbytes() == nbytes
-        ):
-            return grad
-        return torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(dense(grad))
+    def _plain(self, row: Row) -> Row:
+        """The row, but copies of what is no dense tensor of its own with the rows' dtype.
+
+        A row at a time, by functions that are not Python's: for many small parameters this is most of a surgery.
+        """
+        there = [grad for grad in row if grad is not None]
+        sizes, strides = self._sizes, self._strides
+        if len(there) < len(row):
+            present = [grad is not None for grad in row]
+            sizes, strides = list(compress(sizes, present)), list(compress(strides, present))
+        if _need_no_copy(there, self.dtype, sizes, strides):
+            return row
+        return [
+            grad
+            if grad is None or _need_no_copy([grad], self.dtype, [size], [stride])
+            else torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(dense(grad))
+            for grad, size, stride in zip(row, self._sizes, self._strides, strict=True)
+        ]
+
+
+def _need_no_copy(
+    grads: Sequence[Tensor], dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[tuple[int, ...]]
+) -> bool:
+    """Whether all are strided, of that dtype, and each fills a storage of so many bytes with those strides."""
+    try:
+        nbytes = list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, grads)))
+    except NotImplementedError:  # what is not strided has no storage
+        return False
+    return nbytes == sizes and set(map(_DTYPE, grads)) <= {dtype} and list(map(Tensor.stride, grads)) == strides
 
 
 def dense(grad: Tensor) -> Tensor:
@@ -150,6 +166,12 @@ def dense(grad: Tensor) -> Tensor:
 def _pointers(row: Row) -> list[int]:
     """Where each gradient lies; 0 for none."""
     return [0 if grad is None else grad.data_ptr() for grad in row]
+
+
+def _coincide(pointers: Sequence[Sequence[int]]) -> bool:
+    """Whether two gradients lie at the same place."""
+    taken = list(filter(None, chain.from_iterable(pointers)))
+    return len(set(taken)) < len(taken)
 
 
 def _check_apart(tasks: Sequence[int], pointers: Sequence[list[int]]) -> None:

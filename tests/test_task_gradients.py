@@ -62,6 +62,21 @@ def test_gradients_with_other_strides_than_their_parameters_are_copied():
         assert found.stride() == stride and torch.equal(found, value)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [torch.ones(1).expand(6), torch.arange(9.0)[:6], torch.arange(6.0).double(), torch.eye(6)[0].to_sparse()],
+    ids=["expanded", "piece", "dtype", "sparse"],
+)
+def test_one_gradient_that_is_copied_leaves_the_others_as_they_are(odd):
+    grads = TaskGradients([torch.zeros(6) for _ in range(4)])
+    row = [torch.randn(6), None, odd, torch.randn(6)]
+    grads.put(0, list(row))
+    first, absent, copy, last = values_of(grads, 0)
+    assert first is row[0] and absent is None and last is row[3]
+    assert copy.stride() == (1,) and copy.untyped_storage().nbytes() == 24
+    assert torch.equal(copy, odd.to_dense().float())
+
+
 def test_a_gradient_that_is_a_piece_of_a_larger_tensor_is_copied():
     """What lies beside it is somebody else's, and stays alive as long as the piece."""
     whole = torch.arange(6.0)

@@ -2,7 +2,8 @@
 
 Every backend module offers the same six functions (``gram``, ``pcgrad_coefficients``, ``combine``, ``mix_``,
 ``pcgrad``, ``pcgrad_``) on inputs that ``functional`` has validated, and ``why_unavailable(device_type)``. An
-automatic choice takes the first backend that can run; a forced one that cannot run raises and says why.
+automatic choice takes the first backend that can run; a forced one that cannot run raises and says why. ``pcgrad`` and
+``pcgrad_`` return G, C and w, or nothing if told so: then these may lie in the workspace.
 
 For task gradients that lie where autograd put them (``_ops.Blocks``) it offers ``gram_blocks``, ``combine_blocks`` and
 ``pcgrad_blocks`` besides: its own, or those of ``stacked`` over its functions on packed rows.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 
 from torch import Tensor
@@ -102,12 +104,11 @@ def _pcgrad(
     min_squared_norm: float,
     scale: float,
     segments: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    figures: bool = True,
+) -> tuple[Tensor, ...]:
     out = _native.prefer_huge_pages(grads.new_empty(grads.shape[1]))
-    gram, coefficients, weights = select(grads.device.type).pcgrad(
-        grads, order, self_projection, eps, min_squared_norm, scale, segments, out
-    )
-    return out, gram, coefficients, weights
+    backend = select(grads.device.type)
+    return out, *backend.pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out, figures)
 
 
 def _pcgrad_out(
@@ -134,10 +135,11 @@ def _pcgrad_(
     eps: float,
     min_squared_norm: float,
     segments: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    figures: bool = True,
+) -> tuple[Tensor, ...]:
     _mark_written(grads)
-    result: tuple[Tensor, Tensor] = select(grads.device.type).pcgrad_(
-        grads, order, self_projection, eps, min_squared_norm, segments
+    result: tuple[Tensor, ...] = select(grads.device.type).pcgrad_(
+        grads, order, self_projection, eps, min_squared_norm, segments, figures
     )
     return result
 
@@ -194,4 +196,10 @@ for _name, _kernel in _ops.KERNELS.items():
     for _key in ("CPU", "CUDA"):
         _ops.LIBRARY.impl(_name, _kernel, _key)
 
-_ops.KERNELS.update(gram_blocks=_gram_blocks, combine_blocks=_combine_blocks, pcgrad_blocks=_pcgrad_blocks)
+_ops.KERNELS.update(
+    gram_blocks=_gram_blocks,
+    combine_blocks=_combine_blocks,
+    pcgrad_blocks=_pcgrad_blocks,
+    pcgrad=partial(_pcgrad, figures=False),
+    pcgrad_=partial(_pcgrad_, figures=False),
+)

@@ -112,8 +112,9 @@ def pcgrad(
     scale: float,
     segments: Tensor | None,
     out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out.data_ptr())
+    figures: bool = True,
+) -> tuple[Tensor, ...]:
+    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out.data_ptr(), figures)
 
 
 def pcgrad_(
@@ -123,8 +124,9 @@ def pcgrad_(
     eps: float,
     min_squared_norm: float,
     segments: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, 1.0, segments, None)[:2]
+    figures: bool = True,
+) -> tuple[Tensor, ...]:
+    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, 1.0, segments, None, figures)[:2]
 
 
 def _pcgrad(
@@ -136,44 +138,41 @@ def _pcgrad(
     scale: float,
     segments: Tensor | None,
     out: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    figures: bool,
+) -> tuple[Tensor, ...]:
     """G, C and w; without ``out`` the rows are mixed in place and w is not written."""
     order, segments = order.contiguous(), abi.dense(segments)
-    matrix, coefficients = _ops.new_gram(grads, segments), _ops.new_gram(grads, segments)
-    weights = matrix.new_empty(matrix.shape[:-1])
-    _call(
-        "fpg_cpu_pcgrad",
-        *abi.rows(grads, segments),
-        *abi.solve(order, self_projection, eps, min_squared_norm),
-        scale,
-        matrix.data_ptr(),
-        coefficients.data_ptr(),
-        weights.data_ptr(),
-        out,
-    )
-    return matrix, coefficients, weights
+    rows = abi.rows(grads, segments)
+    tasks, problems = grads.shape[0], rows[-1]
+    if figures:
+        found: tuple[Tensor, ...] = _ops.new_figures(grads, segments)
+        places = tuple(tensor.data_ptr() for tensor in found)
+    else:
+        found, memory = (), array("d", bytes(abi.figures_nbytes(tasks, problems)))
+        places = abi.figures(memory.buffer_info()[0], tasks, problems)
+    _call("fpg_cpu_pcgrad", *rows, *abi.solve(order, self_projection, eps, min_squared_norm), scale, *places, out)
+    return found
 
 
 def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     tasks = len(blocks.tensors)
     result = torch.empty((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
-    pointers, owners = abi.table(*blocks.pointers), abi.indices(problem_of)
-    _call("fpg_cpu_gram_blocks", *abi.blocks(blocks, pointers), abi.address(owners), problems, result.data_ptr())
+    owners = abi.indices(problem_of)
+    _call("fpg_cpu_gram_blocks", *abi.blocks(blocks), abi.address(owners), problems, result.data_ptr())
     return result
 
 
 def combine_blocks(
     blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
 ) -> None:
-    weights = weights.contiguous()
-    pointers, owners, places = abi.table(*blocks.pointers), abi.indices(weights_of), abi.places(out)
+    weights, owners = weights.contiguous(), abi.indices(weights_of)
     _call(
         "fpg_cpu_combine_blocks",
-        *abi.blocks(blocks, pointers),
+        *abi.blocks(blocks),
         abi.address(owners),
         weights.shape[0],
         weights.data_ptr(),
-        abi.address(places),
+        abi.places(out),
     )
 
 
@@ -187,26 +186,16 @@ def pcgrad_blocks(
     out: Sequence[Tensor | None],
 ) -> _ops.Later:
     order, tasks = order.contiguous(), len(blocks.tensors)
-    result = array("d", bytes(8 * (2 * tasks + 1) * tasks))
-    address, square = result.buffer_info()[0], 8 * tasks * tasks
-    pointers, places = abi.table(*blocks.pointers), abi.places(out)
+    result = array("d", bytes(abi.figures_nbytes(tasks, 1)))
     _call(
         "fpg_cpu_pcgrad_blocks",
-        *abi.blocks(blocks, pointers),
+        *abi.blocks(blocks),
         order.data_ptr(),
         self_projection,
         eps,
         min_squared_norm,
         scale,
-        address,
-        address + square,
-        address + 2 * square,
-        abi.address(places),
+        *abi.figures(result.buffer_info()[0], tasks, 1),
+        abi.places(out),
     )
-
-    def figures() -> _ops.Figures:
-        rows = torch.frombuffer(result, dtype=torch.float64).view(-1, tasks)
-        gram, coefficients, weights = rows.split((tasks, tasks, 1))
-        return _ops.Figures(gram, weights[0], coefficients)
-
-    return figures
+    return lambda: abi.read_figures(torch.frombuffer(result, dtype=torch.float64).view(-1, tasks))

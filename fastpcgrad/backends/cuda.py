@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,36 +83,50 @@ def _text(status: int) -> str:
     return text.decode()
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    # The library launches on the current device, which need not be the tensors'.
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def _index(device: torch.device) -> int | None:
+    """A CUDA device's number; None for the CPU, as the tests run these functions on an emulation."""
+    index = cast("int | None", device.index)
+    return torch.cuda.current_device() if index is None and device.type == "cuda" else index
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+_HERE = nullcontext()
+
+
+def _on(index: int | None) -> AbstractContextManager[Any]:
+    # The library launches on the current device, which need not be the tensors'; to change to the same one is a cost.
+    return _HERE if index is None or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+def _stream(index: int | None) -> int:
+    # Its number alone: torch.cuda.current_stream makes an object of it.
+    return 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
 
 
 def _call(name: str, device: torch.device, *arguments: object) -> None:
-    with _on(device):
-        status = _entry(name)(*arguments, _stream(device))
+    index = _index(device)
+    with _on(index):
+        status = _entry(name)(*arguments, _stream(index))
     if status:
         raise _ERRORS.get(status, RuntimeError)(f"{name}: {_text(status)} (status {status})")
 
 
-def _workspace(grads: Tensor, segments: Tensor | None) -> Tensor:
+def _workspace_nbytes(grads: Tensor, problems: int) -> int:
+    size: int = _entry("fpg_cuda_workspace")(*grads.shape, problems, DTYPES[grads.dtype])
+    return size + -size % 8
+
+
+def _workspace(nbytes: int, device: torch.device) -> Tensor:
     """For one call: the allocator hands its memory on in the order of the stream."""
-    tasks, width = grads.shape
-    count = 1 if segments is None else segments.shape[0] - 1
-    size = _entry("fpg_cuda_workspace")(tasks, width, count, DTYPES[grads.dtype])
-    return torch.empty(size, dtype=torch.uint8, device=grads.device)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     if grads.shape[0] > LARGEST_TASKS:
         return eager.gram(grads, segments)
-    segments = abi.dense(segments)
-    result, workspace = _ops.new_gram(grads, segments), _workspace(grads, segments)
-    _call("fpg_cuda_gram", grads.device, *abi.rows(grads, segments), result.data_ptr(), workspace.data_ptr())
+    segments, device = abi.dense(segments), grads.device
+    rows, result = abi.rows(grads, segments), _ops.new_gram(grads, segments)
+    workspace = _workspace(_workspace_nbytes(grads, rows[-1]), device)
+    _call("fpg_cuda_gram", device, *rows, result.data_ptr(), workspace.data_ptr())
     return result
 
 
@@ -163,10 +177,11 @@ def pcgrad(
     scale: float,
     segments: Tensor | None,
     out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    figures: bool = True,
+) -> tuple[Tensor, ...]:
     if grads.shape[0] > LARGEST_TASKS:
         return eager.pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out)
-    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out)
+    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out, figures)
 
 
 def pcgrad_(
@@ -176,10 +191,11 @@ def pcgrad_(
     eps: float,
     min_squared_norm: float,
     segments: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    figures: bool = True,
+) -> tuple[Tensor, ...]:
     if grads.shape[0] > LARGEST_TASKS:
         return eager.pcgrad_(grads, order, self_projection, eps, min_squared_norm, segments)
-    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, 1.0, segments, None)[:2]
+    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, 1.0, segments, None, figures)[:2]
 
 
 def _pcgrad(
@@ -191,25 +207,34 @@ def _pcgrad(
     scale: float,
     segments: Tensor | None,
     out: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    figures: bool,
+) -> tuple[Tensor, ...]:
     """G, C and w; without ``out`` the rows are mixed in place and w is not written."""
     order, segments = order.contiguous(), abi.dense(segments)
-    matrix, coefficients = _ops.new_gram(grads, segments), _ops.new_gram(grads, segments)
-    weights, workspace = matrix.new_empty(matrix.shape[:-1]), _workspace(grads, segments)
+    rows, device = abi.rows(grads, segments), grads.device
+    tasks, problems = grads.shape[0], rows[-1]
+    nbytes = _workspace_nbytes(grads, problems)
+    if figures:
+        found: tuple[Tensor, ...] = _ops.new_figures(grads, segments)
+        workspace = _workspace(nbytes, device)
+        matrix, coefficients, weights = (tensor.data_ptr() for tensor in found)
+    else:
+        found, workspace = (), _workspace(nbytes + abi.figures_nbytes(tasks, problems), device)
+        matrix, coefficients, weights = abi.figures(workspace.data_ptr() + nbytes, tasks, problems)
     _call(
         "fpg_cuda_pcgrad",
-        grads.device,
-        *abi.rows(grads, segments),
+        device,
+        *rows,
         *abi.solve(order, self_projection, eps, min_squared_norm),
         scale,
-        matrix.data_ptr(),
-        coefficients.data_ptr(),
-        None if out is None else weights.data_ptr(),
+        matrix,
+        coefficients,
+        None if out is None else weights,
         None if out is None else out.data_ptr(),
         workspace.data_ptr(),
         launches,
     )
-    return matrix, coefficients, weights
+    return found
 
 
 def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
@@ -217,12 +242,11 @@ def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems:
     if tasks > LARGEST_TASKS:
         return eager.gram_blocks(blocks, problem_of, problems)
     result = torch.empty((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
-    pointers, owners = abi.table(*blocks.pointers), abi.indices(problem_of)
-    workspace = _workspace_blocks(blocks, problems)
+    owners, workspace = abi.indices(problem_of), _workspace_blocks(blocks, problems)
     _call(
         "fpg_cuda_gram_blocks",
         blocks.device,
-        *abi.blocks(blocks, pointers),
+        *abi.blocks(blocks),
         abi.address(owners),
         problems,
         result.data_ptr(),
@@ -236,17 +260,16 @@ def combine_blocks(
 ) -> None:
     if len(blocks.tensors) > LARGEST_TASKS:
         return eager.combine_blocks(blocks, weights, weights_of, out)
-    weights, count = weights.contiguous(), weights.shape[0]
-    pointers, owners, places = abi.table(*blocks.pointers), abi.indices(weights_of), abi.places(out)
+    weights, count, owners = weights.contiguous(), weights.shape[0], abi.indices(weights_of)
     workspace = _workspace_blocks(blocks, count)
     _call(
         "fpg_cuda_combine_blocks",
         blocks.device,
-        *abi.blocks(blocks, pointers),
+        *abi.blocks(blocks),
         abi.address(owners),
         count,
         weights.data_ptr(),
-        abi.address(places),
+        abi.places(out),
         workspace.data_ptr(),
     )
     return None
@@ -265,25 +288,23 @@ def pcgrad_blocks(
     if tasks > LARGEST_TASKS:
         return eager.pcgrad_blocks(blocks, order, self_projection, eps, min_squared_norm, scale, out)
     order = order.contiguous()
-    gram = torch.empty((tasks, tasks), dtype=torch.float64, device=blocks.device)
-    coefficients, weights = torch.empty_like(gram), gram.new_empty(tasks)
-    pointers, places, workspace = abi.table(*blocks.pointers), abi.places(out), _workspace_blocks(blocks, 1)
+    # Apart from the workspace, which they would keep in memory.
+    figures = torch.empty((2 * tasks + 1, tasks), dtype=torch.float64, device=blocks.device)
+    workspace = _workspace_blocks(blocks, 1)
     _call(
         "fpg_cuda_pcgrad_blocks",
         blocks.device,
-        *abi.blocks(blocks, pointers),
+        *abi.blocks(blocks),
         order.data_ptr(),
         self_projection,
         eps,
         min_squared_norm,
         scale,
-        gram.data_ptr(),
-        coefficients.data_ptr(),
-        weights.data_ptr(),
-        abi.address(places),
+        *abi.figures(figures.data_ptr(), tasks, 1),
+        abi.places(out),
         workspace.data_ptr(),
     )
-    return lambda: _ops.Figures(gram, weights, coefficients)
+    return lambda: abi.read_figures(figures)
 
 
 def _workspace_blocks(blocks: _ops.Blocks, problems: int) -> Tensor:
@@ -291,4 +312,4 @@ def _workspace_blocks(blocks: _ops.Blocks, problems: int) -> Tensor:
     size = _entry("fpg_cuda_workspace_blocks")(
         abi.address(widths), len(widths), len(blocks.tensors), DTYPES[blocks.dtype], problems
     )
-    return torch.empty(size, dtype=torch.uint8, device=blocks.device)
+    return _workspace(size, blocks.device)

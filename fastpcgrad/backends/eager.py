@@ -90,6 +90,7 @@ def pcgrad(
     scale: float,
     segments: Tensor | None,
     out: Tensor,
+    figures: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     matrix = gram(grads, segments)
     coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
@@ -105,6 +106,7 @@ def pcgrad_(
     eps: float,
     min_squared_norm: float,
     segments: Tensor | None,
+    figures: bool = True,
 ) -> tuple[Tensor, Tensor]:
     matrix = gram(grads, segments)
     coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpcgrad import reference
+from fastpcgrad import _ops, reference
 from fastpcgrad.backends import cuda
 from tests.backends.cuda_emulated import CXX, DEVICE, GPU
 from tests.ops import cases
@@ -96,6 +96,25 @@ def test_pcgrad_is_the_same_in_one_launch_and_in_several(case, monkeypatch):
     assert_is_gram(gram, case)
     assert_is_product(out, case, 0.5 * exact.sum(dim=-2))
     assert_is_product(given.grads, case, exact)
+
+
+@pytest.mark.parametrize("case", [cases.SOME[1], cases.SOME[3]], ids=str)
+@pytest.mark.parametrize("launches", LAUNCHES)
+def test_without_figures_the_gradients_are_the_same(case, launches, monkeypatch):
+    monkeypatch.setattr(cuda, "launches", launches)
+    merged, rows = [], []
+    for figures in (True, False):
+        given, out = Given(case), torch.empty(case.width, dtype=case.dtype, device=DEVICE)
+        arguments = given.grads, given.order, False, 0.0, 0.0
+        assert bool(cuda.pcgrad(*arguments, 1.0, given.segments, out, figures)) == figures
+        assert bool(cuda.pcgrad_(*arguments, given.segments, figures)) == figures
+        merged.append(out)
+        rows.append(given.grads)
+    assert torch.equal(*merged) and torch.equal(*rows)
+
+
+def test_the_devices_plain_tensors_need_no_dispatcher():
+    assert not _ops.is_watched((torch.randn(3, 10, device=DEVICE), torch.zeros(3, 3, device=DEVICE), 0.0, None))
 
 
 def rows_with(bad, tasks=3, width=1000, dtype=torch.float32):

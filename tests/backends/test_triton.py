@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -48,6 +50,42 @@ def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+@pytest.fixture(autouse=True)
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies by NumPy in fp32; this is what Triton makes of "tf32x3" on a GPU.
+
+    The products of eight columns are added before they are rounded: one that leaves fp32's range is no inf by itself,
+    and a tile's sum may become an inf of either sign.
+    """
+    if DEVICE == "cuda":
+        return
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def cut(x: Any) -> Any:
+        return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+    def nearest(x: Any) -> Any:
+        return cut((x.view(np.uint32) + np.uint32(0x1000)).view(np.float32))
+
+    def add_products(total: Any, a: Any, b: Any) -> Any:
+        for k in range(0, a.shape[-1], 8):
+            products = a[..., k : k + 8].astype(np.float64) @ b[..., k : k + 8, :].astype(np.float64)
+            total = (total + products).astype(np.float32)
+        return total
+
+    def create_dot(builder: Any, a: Any, b: Any, total: Any, precision: Any, imprecise: Any) -> Any:
+        if "TF32x3" not in str(precision) or a.data.dtype != np.float32:
+            return plain(builder, a, b, total, precision, imprecise)
+        high_a, high_b = nearest(a.data), nearest(b.data)
+        small = add_products(np.zeros_like(total.data), cut(a.data - high_a), high_b)
+        small = add_products(small, high_a, cut(b.data - high_b))
+        products = add_products(np.where(np.isnan(small), np.float32(0), small), high_a, high_b)
+        return interpreter.TensorHandle(total.data + products, total.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def random_rows(tasks: int, width: int, dtype: torch.dtype = FP32, seed: int = 0) -> Tensor:
@@ -198,6 +236,15 @@ def test_gram_at_scales_whose_squares_fp32_cannot_hold(tasks: int, dtype: torch.
     grads[tasks // 2 - 1] = 0
     mixed = grads.to(dtype)
     check_gram(backend.gram(mixed, None), mixed)
+
+
+@pytest.mark.parametrize("tasks", [3, 17])
+def test_a_row_at_the_end_of_fp32s_range_beside_rows_of_zeros(tasks: int) -> None:
+    """Rounded to tf32 such a number is inf, and its products with zeros are NaN."""
+    grads = random_rows(tasks, 140)
+    grads[1] = torch.finfo(FP32).max * grads[1].sign()
+    grads[[0, -1]] = 0
+    check_gram(backend.gram(grads, None), grads)
 
 
 def test_scales_in_segments() -> None:

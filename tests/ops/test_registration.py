@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpcgrad
 from fastpcgrad import _ops
@@ -168,6 +171,68 @@ def test_differentiating_pcgrad_raises_and_says_what_to_do_instead(backend):
         with pytest.raises(RuntimeError, match=r"no derivative.*gram and combine"):
             result.sum().backward()
     assert j.grad is None
+
+
+class Ops(TorchDispatchMode):
+    """Writes down the ops that pass the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def test_plain_tensors_that_nobody_watches_need_no_dispatcher():
+    assert not _ops.is_watched((rows(), order(), *GUARDS, 1.0, None))
+    assert not _ops.is_watched((rows(torch.bfloat16), doubles(3, 3), segments()))
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert not _ops.is_watched((rows(requires_grad=True), None))
+    with torch.inference_mode():
+        assert not _ops.is_watched((rows(), rows().clone(), segments()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows.requires_grad_(),
+        lambda rows: rows.to("meta"),
+        lambda rows: rows.as_subclass(Marked),
+        torch._neg_view,
+        lambda rows: FakeTensorMode().from_tensor(rows),
+    ],
+    ids=["requires_grad", "meta", "subclass", "negative", "fake"],
+)
+def test_other_tensors_go_through_the_dispatcher(change):
+    assert _ops.is_watched((change(rows()), order())) and _ops.is_watched((rows(), change(doubles(3))))
+
+
+def test_a_negative_view_is_negative(backend):
+    j, w = rows(), doubles(3)
+    torch.testing.assert_close(fastpcgrad.combine(torch._neg_view(j), w), -fastpcgrad.combine(j, w))
+    torch.testing.assert_close(fastpcgrad.combine(j, torch._neg_view(w)), -fastpcgrad.combine(j, w))
+
+
+def test_modes_tracers_and_transforms_see_the_ops():
+    j = rows()
+    with Ops() as seen:
+        fastpcgrad.pcgrad(j, order=order())
+        fastpcgrad.pcgrad_(j, order=order())
+        fastpcgrad.combine(j, fastpcgrad.gram(j)[0])
+    names = [name for name in seen.names if name.startswith("fastpcgrad")]
+    assert names == [f"fastpcgrad::{name}" for name in ("pcgrad", "pcgrad_", "gram", "combine")]
+    assert "fastpcgrad.gram" in make_fx(lambda j: fastpcgrad.gram(j))(j).code
+    batched = torch.func.vmap(lambda weights: weights + _ops.is_watched((j, weights)))
+    assert bool((batched(torch.zeros(2, 3)) == 1).all())
+    with torch.profiler.profile() as profile:
+        fastpcgrad.gram(j)
+    assert "fastpcgrad::gram" in [event.name for event in profile.events()]
 
 
 COMPILED = {

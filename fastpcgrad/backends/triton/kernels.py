@@ -308,9 +308,10 @@ def gram_rescue(
             for tile in range(0, T, ROWS):
                 others = tile + tl.arange(0, ROWS)
                 sums = _wide_products(row, grads, others, stride, begin, step, lo, hi, T, BLOCK, ROWS, COLUMNS)
-                # A pair of flagged rows belongs to the later one.
+                # A pair of flagged rows belongs to the later one, unless that may be a row of zeros and left as it is:
+                # then both compute the pair, to the same bits.
                 other_flag = tl.load(flags + others, mask=others < T, other=0)
-                mask = (others <= t) | ((others < T) & (other_flag == 0))
+                mask = (others <= t) | ((others < T) & (other_flag != REDO))
                 i = tl.maximum(others, t)
                 j = tl.minimum(others, t)
                 tl.store(partials + k * (T * (T + 1) // 2) + i * (i + 1) // 2 + j, sums, mask=mask)
@@ -362,8 +363,9 @@ def gram_reduce(
     tl.store(gram + s * (T * T) + i * T + j, g, mask=mask)
     tl.store(gram + s * (T * T) + j * T + i, g, mask=mask)
     if GUARD:
-        out_of_range = (g < SMALLEST_SQUARE) | (g > LARGEST_SQUARE)
-        flag = tl.where(g == 0, REDO_UNLESS_ZERO, tl.where(out_of_range, REDO, 0))
+        # A NaN is out of range too: where squares overflow, the parts of a tf32x3 product are infs of either sign.
+        in_range = (g >= SMALLEST_SQUARE) & (g <= LARGEST_SQUARE)
+        flag = tl.where(g == 0, REDO_UNLESS_ZERO, tl.where(in_range, 0, REDO))
         tl.store(flags + s * T + i, flag, mask=mask & (i == j))
 
 

@@ -299,6 +299,7 @@ def pcgrad(
     scale: float,
     segments: Tensor | None,
     out: Tensor,
+    figures: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G, C and w = scale · (column sums of C), and out = w J."""
     matrix = gram(grads, segments)
@@ -315,6 +316,7 @@ def pcgrad_(
     eps: float,
     min_squared_norm: float,
     segments: Tensor | None,
+    figures: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """G and C, and J ← C J in place."""
     matrix = gram(grads, segments)
