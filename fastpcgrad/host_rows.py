@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from mmap import PAGESIZE
 from typing import NamedTuple, Protocol
 
 import torch
@@ -208,11 +208,15 @@ class HostRows:
 
 
 def _whole_pages(nbytes: int) -> Tensor:
-    """New memory of at least so many bytes that shares no page with other memory: pages are what is locked."""
-    nbytes = -(-nbytes // PAGESIZE) * PAGESIZE
-    memory = prefer_huge_pages(torch.empty(nbytes + PAGESIZE, dtype=torch.uint8, device="cpu"))
-    start = -memory.data_ptr() % PAGESIZE
-    return memory[start : start + nbytes]
+    """New memory of at least so many bytes that shares no page with other memory: pages are what is locked.
+
+    Its storage begins with the first page, which is where torch looks when it is asked whether a tensor is pinned.
+    """
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return prefer_huge_pages(torch.frombuffer(pages, dtype=torch.uint8))
 
 
 def row_width(width: int, dtype: torch.dtype) -> int:
