@@ -1,9 +1,10 @@
 """``python -m benchmarks.tune [--write]``: the values of csrc/cuda/tuned.h, found on the GPU at hand.
 
-Shapes: the CUDA library is built anew for each candidate (for this GPU alone, into a temporary folder) and gram,
-combine and the surgery in several launches are timed on 1 GiB of rows; the smallest sum of times wins. Crossover: the
-largest J up to which the one cooperative launch is faster than several, by the sum of times over a few T and row types.
-Prints the lines; ``--write`` puts them into the file, the crossover in the line of this GPU's architecture.
+Shapes: the CUDA library is built anew for each candidate (for this GPU alone, into a temporary folder); gram, combine
+and the surgery in several launches are timed on 1 GiB of rows, and the surgery in one launch on a million columns; the
+smallest sum of times wins. Crossovers: both forms of the surgery are timed by graph replay over sizes of J, and the
+size that loses least of the faster form's time, over all sizes, is taken; once for rows that a thread holds, once for
+more. Prints the lines; ``--write`` puts them into the file, the crossovers in the line of this GPU's architecture.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import timed
+from benchmarks.gpu_timing import replays_of, timed
 from benchmarks.rows import ROOT
 from fastpcgrad import variants
 from fastpcgrad.backends import cuda
@@ -30,9 +31,13 @@ TUNED = ROOT / "csrc" / "cuda" / "tuned.h"
 BYTES = 1 << 30
 VECTORS = ({2: 1, 4: 1}, {2: 2, 4: 2}, {2: 4, 4: 2})
 """Rows held -> vectors of each in flight. More than 32 products a lane and step would break the numerics."""
-SLOTS = ((256, 1024), (512, 1024), (512, 2048), (512, 4096), (1024, 4096))
-SIZES = [1 << power for power in range(20, 32)]
-CROSSOVER_ROWS = ((2, torch.float32), (8, torch.float32), (8, torch.bfloat16), (16, torch.float32))
+SLOTS = ((256, 1024), (256, 2048), (256, 4096), (512, 2048), (1024, 4096))
+SIZES = [1 << power for power in range(20, 31)]
+HELD_ROWS = ((2, torch.float32), (4, torch.bfloat16), (8, torch.float32), (8, torch.bfloat16))
+MORE_ROWS = ((16, torch.float32), (16, torch.bfloat16), (32, torch.float32))
+REPLAYS = 10
+SMALL_WIDTH, SMALL_WEIGHT = 10**6, 10
+"""A small surgery counts as often as that beside the large ones."""
 
 
 Values = dict[str, int]
@@ -76,10 +81,21 @@ def surgery(grads: Tensor, out: Tensor) -> Callable[[], object]:
     return lambda: cuda.pcgrad(grads, order, False, 0.0, 0.0, 1.0, None, out)
 
 
+def replayed(call: Callable[[], object]) -> float:
+    """Milliseconds of a call in a graph."""
+    return timed(replays_of(call, REPLAYS), calls_of_one=REPLAYS).p50
+
+
 def milliseconds(tasks: list[int]) -> float:
-    cuda.launches = cuda.SEVERAL_LAUNCHES
-    dtypes = (torch.float32, torch.bfloat16)
-    return sum(timed(call).p50 for t in tasks for dtype in dtypes for call in calls(t, dtype, BYTES))
+    total = 0.0
+    for t in tasks:
+        for dtype in (torch.float32, torch.bfloat16):
+            cuda.launches = cuda.SEVERAL_LAUNCHES
+            total += sum(timed(call).p50 for call in calls(t, dtype, BYTES))
+            cuda.launches = cuda.ONE_LAUNCH
+            grads = torch.randn(t, SMALL_WIDTH, device="cuda").to(dtype)
+            total += SMALL_WEIGHT * replayed(surgery(grads, grads.new_empty(SMALL_WIDTH)))
+    return total
 
 
 def fastest(candidates: list[Values], libraries: list[ctypes.CDLL], tasks: list[int]) -> Values:
@@ -103,26 +119,34 @@ def best_shapes() -> Values:
     return best
 
 
-def crossover() -> int:
-    """Bytes of the largest J up to which one launch was faster at each size."""
-    largest = 0
+def crossover(chosen: Sequence[tuple[int, torch.dtype]]) -> int:
+    """Bytes of J up to which one launch should be used: what loses least where the other form is faster."""
+    times = []
     for size in SIZES:
-        calls_of_size = []
-        for tasks, dtype in CROSSOVER_ROWS:
-            grads = torch.randn(tasks, size // (tasks * dtype.itemsize), device="cuda").to(dtype)
-            calls_of_size.append(surgery(grads, grads.new_empty(grads.shape[1])))
-        times = []
-        for launches in (cuda.ONE_LAUNCH, cuda.SEVERAL_LAUNCHES):
-            cuda.launches = launches
-            times.append(sum(timed(call).p50 for call in calls_of_size))
-        print(f"  {size >> 20} MiB: one launch {times[0]:.4f} ms, several {times[1]:.4f} ms", flush=True)
-        if times[0] > times[1]:
-            break
-        largest = size
-    return largest
+        both = [0.0, 0.0]
+        for tasks, dtype in chosen:
+            grads = torch.randn(tasks, size // (tasks * dtype.itemsize) // 64 * 64, device="cuda").to(dtype)
+            call = surgery(grads, grads.new_empty(grads.shape[1]))
+            for k, launches in enumerate((cuda.ONE_LAUNCH, cuda.SEVERAL_LAUNCHES)):
+                cuda.launches = launches
+                both[k] += replayed(call)
+        print(f"  {size >> 20} MiB: one launch {both[0]:.4f} ms, several {both[1]:.4f} ms", flush=True)
+        times.append((both[0], both[1]))
+    return best_crossover(SIZES, times)
 
 
-def written(text: str, values: Values, architecture: int, one_launch_bytes: int) -> str:
+def best_crossover(sizes: Sequence[int], times: Sequence[tuple[float, float]]) -> int:
+    """The size, or 0, up to which to take the first of two times so that the least is lost, relative to the smaller."""
+    losses = {
+        limit: sum(
+            (one if size <= limit else other) / min(one, other) for size, (one, other) in zip(sizes, times, strict=True)
+        )
+        for limit in (0, *sizes)
+    }
+    return min(losses, key=lambda limit: losses[limit])
+
+
+def written(text: str, values: Values, architecture: int, crossovers: tuple[int, int]) -> str:
     """tuned.h with other values; ValueError where it lacks one of them. A new architecture gets a line of its own."""
     for name, value in values.items():
         text, found = re.subn(rf"(#define {name}) \d+", rf"\1 {value}", text)
@@ -130,7 +154,8 @@ def written(text: str, values: Values, architecture: int, one_launch_bytes: int)
             raise ValueError(f"{TUNED} defines no {name}")
     start, table, rest = re.split(r"(?<=kCrossovers\[\] = \{\n)((?:    \{.*\},\n)+)", text)
     lines = {int(line.split(",")[0].strip(" {")): line for line in table.splitlines()}
-    lines[architecture] = f"    {{{architecture}, int64_t{{{one_launch_bytes >> 20}}} << 20}},"
+    held, more = (f"int64_t{{{size >> 20}}} << 20" for size in crossovers)
+    lines[architecture] = f"    {{{architecture}, {held}, {more}}},"
     return start + "".join(lines[key] + "\n" for key in sorted(lines, reverse=True)) + rest
 
 
@@ -142,7 +167,8 @@ def main() -> None:
     built = cuda._library
     values = best_shapes()
     cuda._library = built
-    text = written(TUNED.read_text(encoding="utf-8"), values, 10 * major + minor, crossover())
+    found = crossover(HELD_ROWS), crossover(MORE_ROWS)
+    text = written(TUNED.read_text(encoding="utf-8"), values, 10 * major + minor, found)
     if arguments.write:
         TUNED.write_text(text, encoding="utf-8")
     else:

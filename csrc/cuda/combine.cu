@@ -5,8 +5,15 @@
 namespace fpg {
 
 template <class Row, int R, class J>
-__global__ void __launch_bounds__(kThreads, 2) combine_kernel(const __grid_constant__ CombineJob<J> job) {
-  combine_all<Row, vectors_of(R), R>(job, reinterpret_cast<double*>(shared_memory()));
+__global__ void __launch_bounds__(kThreads, 3) combine_kernel(const __grid_constant__ CombineJob<J> job) {
+  combine_all<Row, vectors_of(R), R>(job, reinterpret_cast<Accumulator<Row>*>(shared_memory()));
+}
+
+// More rows than a thread holds. Each block reads so many rows that fewer blocks at a time are faster, and so are
+// weights that are converted where they are used.
+template <class Row, class J>
+__global__ void __launch_bounds__(kThreads, 2) combine_many_kernel(const __grid_constant__ CombineJob<J> job) {
+  combine_all<Row, 1, kMostRowsHeld>(job, reinterpret_cast<double*>(shared_memory()));
 }
 
 template <class J>
@@ -16,6 +23,9 @@ int start_combine(const Device& device, CombineJob<J> job, int dtype, void* stre
   const int64_t shared_bytes = shared_memory_of(job.rows, tasks * static_cast<int64_t>(sizeof(double)));
   return with_row_type(dtype, [&](auto type) {
     using Row = typename decltype(type)::type;
+    if (tasks > kMostRowsHeld) {
+      return run<combine_many_kernel<Row, J>>(device, job.plan.items, shared_bytes, false, stream, job);
+    }
     return with_rows_held(tasks, [&](auto held) {
       constexpr int kRows = decltype(held)::value;
       return run<combine_kernel<Row, kRows, J>>(device, job.plan.items, shared_bytes, false, stream, job);

@@ -20,9 +20,10 @@ struct SolveJob {
 
 enum Flag { kRight = 0, kRedo = 1, kRedoUnlessZero = 2 };
 
+// A NaN may be the difference of two products that overflowed.
 __device__ inline int flag_of(double squared_norm) {
   if (squared_norm == 0) return kRedoUnlessZero;  // a row of zeros, or an underflow
-  return squared_norm < kSafeSquaredNormMin || squared_norm > kSafeSquaredNormMax ? kRedo : kRight;
+  return squared_norm >= kSafeSquaredNormMin && squared_norm <= kSafeSquaredNormMax ? kRight : kRedo;
 }
 
 __device__ inline bool any_flag(const int* flags, int64_t count) {
@@ -77,7 +78,7 @@ __device__ inline bool has_nonzero(const Row* row, Range columns) {
 // Redoes an item's products of flagged rows in float64. A row that is all zeros in the item is right as it is: an
 // absent task costs one row's bytes.
 template <class Row, class J>
-__device__ FPG_RARE void rescue(const GramJob<J>& job, int64_t item) {
+__device__ inline void rescue(const GramJob<J>& job, int64_t item) {
   const Item found = job.rows.item(job.plan, item);
   const auto& rows = job.rows.of(found);
   const int64_t tasks = rows.tasks;
@@ -89,7 +90,7 @@ __device__ FPG_RARE void rescue(const GramJob<J>& job, int64_t item) {
     if (flags[t] == kRight || !rows.has(t) || (flags[t] == kRedoUnlessZero && !has_nonzero(row, found.columns)))
       continue;
     for (int64_t other = thread_index() / 32; other < tasks; other += kWarps) {
-      if (other > t && flags[other] != kRight) continue;  // a pair of flagged rows belongs to the later one
+      if (other > t && flags[other] == kRedo) continue;  // which does this pair itself
       if (!rows.has(other)) continue;
       const Row* beside = rows.template row<Row>(other);
       double sum = 0;
@@ -102,19 +103,21 @@ __device__ FPG_RARE void rescue(const GramJob<J>& job, int64_t item) {
   }
 }
 
-// Row i of one problem's C by a warp. Shared memory for each warp: T doubles.
-__device__ inline void solve_row(const SolveJob& job, int64_t s, int64_t i, double* coefficients, double* dots) {
-  const int64_t tasks = job.tasks;
-  const int64_t* order = job.order + (job.order_per_segment ? s * tasks * tasks : 0) + i * tasks;
+// One row of a problem's C by a warp; `gram` and `order` are the problem's. Shared memory for each warp: T doubles.
+__device__ inline void solve_row(const SolveJob& job, const double* gram, const int64_t* order, int64_t i,
+                                 double* coefficients, double* dots) {
   sync_warp();  // the row before is done with `dots`
-  project_row(job.gram + s * tasks * tasks, order, tasks, i, job.projection, coefficients, dots, thread_index() % 32,
-              32, [] { sync_warp(); });
+  project_row(gram, order + i * job.tasks, job.tasks, i, job.projection, coefficients, dots, thread_index() % 32, 32,
+              [] { sync_warp(); });
 }
 
 __device__ inline void solve(const SolveJob& job) {
-  double* dots = reinterpret_cast<double*>(shared_memory()) + thread_index() / 32 * job.tasks;
-  for (int64_t row = warp_of_grid(); row < job.segments * job.tasks; row += warps_of_grid()) {
-    solve_row(job, row / job.tasks, row % job.tasks, job.coefficients + row * job.tasks, dots);
+  const int64_t tasks = job.tasks, square = tasks * tasks;
+  double* dots = reinterpret_cast<double*>(shared_memory()) + thread_index() / 32 * tasks;
+  for (int64_t row = warp_of_grid(); row < job.segments * tasks; row += warps_of_grid()) {
+    const int64_t s = row / tasks;
+    const int64_t* order = job.order + (job.order_per_segment ? s * square : 0);
+    solve_row(job, job.gram + s * square, order, row % tasks, job.coefficients + row * tasks, dots);
   }
 }
 
@@ -125,17 +128,22 @@ __device__ inline void merge_weights(const SolveJob& job) {
   }
 }
 
+// Does flagged rows again and sums their problems anew, by all blocks.
+template <class Row, class J>
+__device__ FPG_RARE void redo_flagged(const GramJob<J>& job) {
+  for (int64_t item = block_index(); item < job.plan.items; item += blocks()) rescue<Row>(job, item);
+  sync_grid();
+  reduce(job, true);
+  sync_grid();
+}
+
 // From partial Gram matrices to G, by all blocks of a cooperative launch. At the end G is visible to all.
 template <class Row, class J>
 __device__ inline void finish_gram(const GramJob<J>& job) {
   reduce(job, false);
   sync_grid();
   if constexpr (!kIsDouble<Row>) {
-    if (!job.guarded || !any_flag(job.flags, job.rows.problems * job.rows.tasks)) return;
-    for (int64_t item = block_index(); item < job.plan.items; item += blocks()) rescue<Row>(job, item);
-    sync_grid();
-    reduce(job, true);
-    sync_grid();
+    if (job.guarded && any_flag(job.flags, job.rows.problems * job.rows.tasks)) redo_flagged<Row>(job);
   }
 }
 

@@ -1,23 +1,34 @@
 // gram: partial Gram matrices, then their sum with whatever fp32 could not hold done again, in a launch of its own.
 #include "blocks.h"
+#include "gram_tensor.h"
 #include "launch.h"
 
 namespace fpg {
 
+// Two rows ahead of time came slower than as they are asked for, by more threads; of more rows it is the other way.
+template <int R>
+constexpr bool kIsStreamed = R > 2;
+template <int R>
+constexpr int kGramColumnsBytes =
+    column_sums_bytes(R, 0) + (kIsStreamed<R> ? Ring<column_vectors(R, 0, vectors_of(R))>::kBytes : 0);
 template <class Row, int R, class J>
-__global__ void __launch_bounds__(kThreads, 2) gram_columns_kernel(const __grid_constant__ GramJob<J> job) {
-  gram_columns<Row, R, 0, vectors_of(R)>(job, block_index(), 0, 0, {nullptr, 0}, 0);
+__global__ void __launch_bounds__(kThreads, kIsStreamed<R> ? 2 : 4)
+    gram_columns_kernel(const __grid_constant__ GramJob<J> job) {
+  Packed* vectors = reinterpret_cast<Packed*>(shared_memory() + column_sums_bytes(R, 0));
+  gram_columns<Row, R, 0, vectors_of(R), kIsStreamed<R>>(job, block_index(), 0, 0,
+                                                         reinterpret_cast<double*>(shared_memory()), {vectors}, 0);
 }
 
-// Pairs of tiles change fastest: those that read the same columns run together, and one of them reads memory.
+// Tiles change fastest: those that read the same columns run together, and one of them reads memory.
 template <class J>
 struct GramTilesJob {
   GramJob<J> gram;
   int64_t tiles;
 };
-template <class Row, int G, class J>
-__global__ void __launch_bounds__(kThreads, 1) gram_tiles_kernel(const __grid_constant__ GramTilesJob<J> job) {
-  gram_tile<Row, G>(job.gram, block_index() / job.tiles, block_index() % job.tiles);
+template <class Row, int G, bool kMany, class J>
+__global__ void __launch_bounds__(kThreads, blocks_for_tiles(G))
+    gram_tiles_kernel(const __grid_constant__ GramTilesJob<J> job) {
+  gram_tile<Row, G, kMany>(job.gram, block_index() / job.tiles, block_index() % job.tiles);
 }
 
 template <class J>
@@ -40,16 +51,17 @@ int start_gram(const Device& device, GramJob<J> job, int dtype, void* stream) {
     if (tasks <= kMostRowsHeld) {
       return with_rows_held(tasks, [&](auto held) {
         constexpr int kRows = decltype(held)::value;
-        const int64_t shared_bytes = shared_memory_of(job.rows, column_tile_bytes(kRows, 0));
+        const int64_t shared_bytes = shared_memory_of(job.rows, kGramColumnsBytes<kRows>);
         return run<gram_columns_kernel<Row, kRows, J>>(device, job.plan.items, shared_bytes, false, stream, job);
       });
     }
-    return with_groups<Row>(tasks, [&](auto groups) {
+    return with_tiles<Row>(tasks, [&](auto groups, auto many) {
       constexpr int kGroups = decltype(groups)::value;
+      constexpr bool kMany = decltype(many)::value;
       const int64_t shared_bytes = shared_memory_of(job.rows, gram_tile_bytes<kGroups>());
-      const GramTilesJob<J> tiles = {job, tile_pairs(tasks, sizeof(Row))};
-      return run<gram_tiles_kernel<Row, kGroups, J>>(device, job.plan.items * tiles.tiles, shared_bytes, false, stream,
-                                                     tiles);
+      const GramTilesJob<J> tiles = {job, tiles_of_gram(tasks, sizeof(Row))};
+      return run<gram_tiles_kernel<Row, kGroups, kMany, J>>(device, job.plan.items * tiles.tiles, shared_bytes, false,
+                                                            stream, tiles);
     });
   });
 }

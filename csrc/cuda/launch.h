@@ -6,7 +6,7 @@
 
 #include "../fastpcgrad.h"
 #include "finish.h"
-#include "mix.h"
+#include "mix_tensor.h"
 
 namespace fpg {
 
@@ -90,13 +90,20 @@ inline int with_rows_held(int64_t tasks, Body body) {
     default: return body(Number<8>());
   }
 }
-// body(Number<G>()) for the groups of 8 rows of a tile; 0 for float64 rows.
+template <bool kValue>
+struct Truth {
+  static constexpr bool value = kValue;
+};
+// body(Number<G>(), Truth<kMany>()) for the groups of 8 rows of a tile, 0 for float64 rows, and whether there are many.
 template <class Row, class Body>
-inline int with_groups(int64_t tasks, Body body) {
+inline int with_tiles(int64_t tasks, Body body) {
   if constexpr (kIsDouble<Row>) {
-    return body(Number<0>());
+    return body(Number<0>(), Truth<true>());
   } else {
-    return tasks <= 16 ? body(Number<2>()) : body(Number<4>());
+    if (tasks <= 16) return body(Number<2>(), Truth<false>());
+    if (tasks <= 24) return body(Number<3>(), Truth<false>());
+    if (tasks <= 32) return body(Number<4>(), Truth<false>());
+    return tasks <= kRowsOfTile ? body(Number<8>(), Truth<false>()) : body(Number<8>(), Truth<true>());
   }
 }
 

@@ -5,13 +5,23 @@ namespace fpg {
 
 template <class Row, int R>
 __global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant__ MixJob job) {
-  mix_all<Row, vectors_of(R), R>(job, reinterpret_cast<double*>(shared_memory()));
+  mix_all<Row, vectors_of(R), R>(job, reinterpret_cast<Accumulator<Row>*>(shared_memory()));
 }
 
-template <class Row, int kColumns>
-__global__ void __launch_bounds__(kThreads, 2) mix_tiles_kernel(const __grid_constant__ MixJob job) {
-  mix_tiles<Row, kColumns>(job);
+template <class Row, int P>
+__global__ void __launch_bounds__(kThreads, 2) mix_tensor_kernel(const __grid_constant__ MixJob job) {
+  mix_tensor<Row, P>(job);
 }
+
+template <class Row>
+__global__ void __launch_bounds__(kThreads, 2) mix_tiles_kernel(const __grid_constant__ MixJob job) {
+  mix_tiles<Row>(job);
+}
+
+template <auto kKernel>
+struct Kernel {
+  static constexpr auto value = kKernel;
+};
 
 int start_mix(const Device& device, const MixJob& job, int dtype, void* stream) {
   const int64_t tasks = job.rows.tasks;
@@ -20,17 +30,20 @@ int start_mix(const Device& device, const MixJob& job, int dtype, void* stream) 
     if (tasks <= kMostRowsHeld) {
       return with_rows_held(tasks, [&](auto held) {
         constexpr int kRows = decltype(held)::value;
-        const int64_t shared_bytes = tasks * tasks * static_cast<int64_t>(sizeof(double));
+        const int64_t shared_bytes = tasks * tasks * static_cast<int64_t>(sizeof(Accumulator<Row>));
         return run<mix_kernel<Row, kRows>>(device, job.plan.items, shared_bytes, false, stream, job);
       });
     }
-    const int64_t shared_bytes = mix_tile_bytes(tasks, sizeof(Row));
+    const auto start_as = [&](auto kernel) {
+      return run<decltype(kernel)::value>(device, job.plan.items, mix_many_bytes(tasks, sizeof(Row)), false, stream,
+                                          job);
+    };
     if constexpr (!kIsDouble<Row>) {
-      if (mix_columns(tasks, sizeof(Row)) == 4) {
-        return run<mix_tiles_kernel<Row, 4>>(device, job.plan.items, shared_bytes, false, stream, job);
-      }
+      if (tasks <= 16) return start_as(Kernel<mix_tensor_kernel<Row, 16>>());
+      if (tasks <= 32) return start_as(Kernel<mix_tensor_kernel<Row, 32>>());
+      if (tasks <= kMostRowsOfMixTensor) return start_as(Kernel<mix_tensor_kernel<Row, 64>>());
     }
-    return run<mix_tiles_kernel<Row, 1>>(device, job.plan.items, shared_bytes, false, stream, job);
+    return start_as(Kernel<mix_tiles_kernel<Row>>());
   });
 }
 

@@ -2,6 +2,7 @@
 // columns in shared memory from the first pass to the second. Large J, and J in blocks: a launch for each pass and one
 // between them.
 #include "blocks.h"
+#include "gram_tensor.h"
 #include "launch.h"
 
 namespace fpg {
@@ -11,96 +12,122 @@ struct PcgradJob {
   SolveJob solve;
   Plan plan;      // of the second pass
   bool in_place;  // J <- C J; no weights and no out
-  int64_t kept;   // steps that a block keeps
 };
 
-// Shared memory of the kernel below, before the vectors it keeps: the tile of gram or the dots of the solve, C, w.
+// Shared memory of the kernel below: the sums of gram or the dots of the solve, then one problem, then the ring.
 constexpr int kHeldSquare = kMostRowsHeld * kMostRowsHeld;
-constexpr int kBeforeCoefficients = column_tile_bytes(kMostRowsHeld, 0);
-constexpr int kBeforeKept = kBeforeCoefficients + (kHeldSquare + kMostRowsHeld) * static_cast<int>(sizeof(double));
-static_assert(kBeforeCoefficients >= solve_bytes(kMostRowsHeld) && kBeforeKept % 16 == 0, "the parts do not overlap");
+struct Problem {
+  double gram[kHeldSquare];
+  int64_t order[kHeldSquare];
+  double coefficients[kHeldSquare];
+  double weights[kMostRowsHeld];
+  double narrow[kHeldSquare];  // coefficients or weights as they are multiplied
+};
+constexpr int kBeforeProblem = column_sums_bytes(kMostRowsHeld, 0);
+constexpr int kBeforeRing = kBeforeProblem + static_cast<int>(sizeof(Problem));
+static_assert(kBeforeProblem >= solve_bytes(kMostRowsHeld) && kBeforeRing % 16 == 0, "the parts do not overlap");
+
+__device__ inline Problem& own_problem() { return *reinterpret_cast<Problem*>(shared_memory() + kBeforeProblem); }
+
+template <int R>
+using RingOf = Ring<column_vectors(R, 0, vectors_of(R))>;
+template <int R>
+__device__ inline RingOf<R> own_ring() {
+  return {reinterpret_cast<Packed*>(shared_memory() + kBeforeRing)};
+}
+
+// Copies G and the order; whether a row of G was out of range.
+__device__ inline bool take_problem(const SolveJob& job, Problem& problem) {
+  const int64_t tasks = job.tasks;
+  bool flagged = false;
+  for (int64_t k = thread_index(); k < tasks * tasks; k += kThreads) {
+    const double product = job.gram[k];
+    problem.gram[k] = product;
+    problem.order[k] = job.order[k];
+    flagged = flagged || (k % (tasks + 1) == 0 && flag_of(product) != kRight);
+  }
+  return any_in_block(flagged);
+}
 
 // One problem's C and weights by each block for itself, which costs less than to wait for another's.
-__device__ inline void solve_alone(const SolveJob& job, double* coefficients, double* weights) {
+__device__ inline void solve_alone(const SolveJob& job, Problem& problem) {
   const int64_t tasks = job.tasks;
   double* dots = reinterpret_cast<double*>(shared_memory()) + thread_index() / 32 * tasks;
-  for (int64_t i = thread_index() / 32; i < tasks; i += kWarps) solve_row(job, 0, i, coefficients + i * tasks, dots);
+  for (int64_t i = thread_index() / 32; i < tasks; i += kWarps) {
+    solve_row(job, problem.gram, problem.order, i, problem.coefficients + i * tasks, dots);
+  }
   sync_block();
   for (int64_t k = thread_index(); k < tasks; k += kThreads) {
-    weights[k] = merged_weight(coefficients, tasks, k, job.scale);
+    problem.weights[k] = merged_weight(problem.coefficients, tasks, k, job.scale);
   }
   sync_block();
   if (block_index() != 0) return;
-  for (int64_t k = thread_index(); k < tasks * tasks; k += kThreads) job.coefficients[k] = coefficients[k];
+  for (int64_t k = thread_index(); k < tasks * tasks; k += kThreads) job.coefficients[k] = problem.coefficients[k];
   if (job.weights == nullptr) return;
-  for (int64_t k = thread_index(); k < tasks; k += kThreads) job.weights[k] = weights[k];
+  for (int64_t k = thread_index(); k < tasks; k += kThreads) job.weights[k] = problem.weights[k];
 }
 
-__device__ inline bool any_unsafe(const double* weights, int64_t count) {
-  bool unsafe = false;
-  for (int64_t k = thread_index(); k < count; k += kThreads) unsafe = unsafe || unsafe_weight(weights[k]);
-  return any_in_block(unsafe);
-}
+__device__ inline int steps_of_slot(const Plan& plan) { return static_cast<int>(plan.span / plan.step); }
 
-// The sum of the partial Gram matrices; one function for all kernels of a row type.
-template <class Row>
-__device__ FPG_RARE void finish_gram_together(const GramJob<Rows>& job) {
-  finish_gram<Row>(job);
-}
-
-__device__ inline double* own_coefficients() {
-  return reinterpret_cast<double*>(shared_memory() + kBeforeCoefficients);
-}
-__device__ inline double* own_weights() { return own_coefficients() + kHeldSquare; }
-__device__ inline Kept kept_by(const PcgradJob& job) {
-  return {reinterpret_cast<Packed*>(shared_memory() + kBeforeKept), job.kept};
-}
-__device__ inline int64_t steps_of_slot(const Plan& plan) { return plan.span / plan.step; }
-
-// The two second passes over the items of this block, last ones first. `alone`: with the weights or coefficients that
-// solve_alone left.
+// The two second passes over the items of this block, last ones first: the ring has their last steps. `alone`: with the
+// weights or coefficients that solve_alone left.
 template <class Row, int R>
-__device__ inline void combine_mine(const PcgradJob& job, int64_t mine, bool alone) {
+__device__ inline void combine_mine(const PcgradJob& job, int mine, bool alone) {
   const Rows& rows = job.gram.rows;
   const Plan& plan = job.gram.plan;
-  const int64_t tasks = rows.tasks;
-  double* weights = own_weights();
-  bool wide = alone && any_unsafe(weights, tasks);
+  const Kept<RingOf<R>::kVectors> kept = {own_ring<R>(), mine * steps_of_slot(plan) - RingOf<R>::kStages};
+  auto* weights = reinterpret_cast<Accumulator<Row>*>(own_problem().narrow);
+  const double* exact = nullptr;
+  const auto take = [&](const double* given) { exact = take_weights(given, rows.tasks, weights) ? given : nullptr; };
+  if (alone) take(own_problem().weights);
   while (mine-- > 0) {
     const Item item = rows.item(plan, block_index() + mine * blocks());
-    if (!alone) wide = take_weights(job.solve.weights + item.segment * tasks, tasks, weights);
-    combine_item<Row, vectors_of(R), R>(rows, plan, item, weights, wide, kept_by(job), mine * steps_of_slot(plan));
+    if (!alone) take(job.solve.weights + item.segment * rows.tasks);
+    combine_item<Row, vectors_of(R), R>(rows, plan, item, weights, exact, kept, mine * steps_of_slot(plan));
   }
 }
 
 template <class Row, int R>
-__device__ inline void mix_mine(const PcgradJob& job, int64_t mine, bool alone) {
+__device__ inline void mix_mine(const PcgradJob& job, int mine, bool alone) {
   const MixJob mix = {job.gram.rows, job.gram.plan, job.solve.coefficients};
   const int64_t square = static_cast<int64_t>(mix.rows.tasks) * mix.rows.tasks;
-  double* coefficients = own_coefficients();
-  bool wide = alone && any_unsafe(coefficients, square);
+  const Kept<RingOf<R>::kVectors> kept = {own_ring<R>(), mine * steps_of_slot(mix.plan) - RingOf<R>::kStages};
+  auto* coefficients = reinterpret_cast<Accumulator<Row>*>(own_problem().narrow);
+  const double* exact = nullptr;
+  const auto take = [&](const double* given) { exact = take_weights(given, square, coefficients) ? given : nullptr; };
+  if (alone) take(own_problem().coefficients);
   while (mine-- > 0) {
     const Item item = mix.rows.item(mix.plan, block_index() + mine * blocks());
-    if (!alone) wide = take_weights(mix.coefficients + item.segment * square, square, coefficients);
-    mix_item<Row, vectors_of(R), R>(mix, item, coefficients, wide, kept_by(job), mine * steps_of_slot(mix.plan));
+    if (!alone) take(mix.coefficients + item.segment * square);
+    mix_item<Row, vectors_of(R), R>(mix, item, coefficients, exact, kept, mine * steps_of_slot(mix.plan));
   }
 }
 
 template <class Row, int R>
 __global__ void __launch_bounds__(kThreads, kIsDouble<Row>&& R == 8 ? 1 : 2)
     pcgrad_kernel(const __grid_constant__ PcgradJob job) {
-  int64_t mine = 0;  // items of this block
+  int mine = 0;  // items of this block
   for (int64_t item = block_index(); item < job.gram.plan.items; item += blocks()) {
-    const int64_t first_kept = mine++ * steps_of_slot(job.gram.plan);
-    gram_columns<Row, R, 0, vectors_of(R)>(job.gram, item, 0, 0, kept_by(job), first_kept);
+    const int first_number = mine++ * steps_of_slot(job.gram.plan);
+    gram_columns<Row, R, 0, vectors_of(R), true>(job.gram, item, 0, 0, reinterpret_cast<double*>(shared_memory()),
+                                                 own_ring<R>(), first_number);
   }
   sync_grid();
-  finish_gram_together<Row>(job.gram);
 
   const bool alone = job.gram.rows.problems == 1;
   if (alone) {
-    solve_alone(job.solve, own_coefficients(), own_weights());
+    reduce(job.gram, false);
+    sync_grid();
+    const bool flagged = take_problem(job.solve, own_problem());
+    if constexpr (!kIsDouble<Row>) {
+      if (job.gram.guarded && flagged) {
+        redo_flagged<Row>(job.gram);
+        take_problem(job.solve, own_problem());
+      }
+    }
+    solve_alone(job.solve, own_problem());
   } else {
+    finish_gram<Row>(job.gram);
     finish_solve(job.solve);
     sync_grid();
   }
@@ -118,24 +145,22 @@ __device__ FPG_RARE void second_pass_of_tiles(const PcgradJob& job) {
   if (!job.in_place) {
     combine_all<Row, 1, kMostRowsHeld, Rows>({rows, job.plan, job.solve.weights},
                                              reinterpret_cast<double*>(shared_memory()));
-    return;
+  } else {
+    mix_many<Row>({rows, job.plan, job.solve.coefficients});
   }
-  if constexpr (!kIsDouble<Row>) {
-    if (mix_columns(rows.tasks, sizeof(Row)) == 4) return mix_tiles<Row, 4>({rows, job.plan, job.solve.coefficients});
-  }
-  mix_tiles<Row, 1>({rows, job.plan, job.solve.coefficients});
 }
 
 // Above 8 rows nothing is kept but what the cache holds.
-template <class Row, int G>
-__global__ void __launch_bounds__(kThreads, 1) pcgrad_tiles_kernel(const __grid_constant__ PcgradJob job) {
+template <class Row, int G, bool kMany>
+__global__ void __launch_bounds__(kThreads, G == 0 || G == 8 ? 1 : 2)
+    pcgrad_tiles_kernel(const __grid_constant__ PcgradJob job) {
   const Rows& rows = job.gram.rows;
-  const int64_t tiles = pair_index(divide_up(rows.tasks, G == 0 ? 8 : 8 * G), 0);
+  const int64_t tiles = tiles_of_gram(rows.tasks, sizeof(Row));
   for (int64_t k = block_index(); k < job.gram.plan.items * tiles; k += blocks()) {
-    gram_tile<Row, G>(job.gram, k / tiles, k % tiles);
+    gram_tile<Row, G, kMany>(job.gram, k / tiles, k % tiles);
   }
   sync_grid();
-  finish_gram_together<Row>(job.gram);
+  finish_gram<Row>(job.gram);
   finish_solve(job.solve);
   sync_grid();
   second_pass_of_tiles<Row>(job);
@@ -144,26 +169,18 @@ __global__ void __launch_bounds__(kThreads, 1) pcgrad_tiles_kernel(const __grid_
 inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class Row, int R>
-int start_held(const Device& device, PcgradJob job, void* stream) {
-  constexpr int64_t kBytesOfStep = vectors_of(R) * R * kThreads * static_cast<int64_t>(sizeof(Packed));
-  const Plan& plan = job.gram.plan;
-  const int64_t block_count = 2 * device.multiprocessors;
-  int64_t shared_bytes = device.shared_per_multiprocessor / 2 - 1024;  // a block's own kilobyte is taken by the system
-  if (shared_bytes > device.shared_per_block) shared_bytes = device.shared_per_block;
-  job.kept = (shared_bytes - kBeforeKept) / kBytesOfStep;
-  const int64_t needed = divide_up(plan.items, block_count) * (plan.span / plan.step);
-  if (job.kept > needed) job.kept = needed;
-  if (job.kept < 0) job.kept = 0;
-  return run<pcgrad_kernel<Row, R>>(device, plan.items, kBeforeKept + job.kept * kBytesOfStep, true, stream, job);
+int start_held(const Device& device, const PcgradJob& job, void* stream) {
+  return run<pcgrad_kernel<Row, R>>(device, job.gram.plan.items, kBeforeRing + RingOf<R>::kBytes, true, stream, job);
 }
 
-template <class Row, int G>
+template <class Row, int G, bool kMany>
 int start_tiles(const Device& device, const PcgradJob& job, void* stream) {
   const int64_t tasks = job.gram.rows.tasks;
   const int64_t gram_bytes = most_of(gram_tile_bytes<G>(), solve_bytes(tasks));
-  const int64_t mix_bytes = !job.in_place ? 0 : mix_tile_bytes(tasks, sizeof(Row));
-  const int64_t block_count = most_of(job.gram.plan.items * tile_pairs(tasks, sizeof(Row)), job.plan.items);
-  return run<pcgrad_tiles_kernel<Row, G>>(device, block_count, most_of(gram_bytes, mix_bytes), true, stream, job);
+  const int64_t mix_bytes = job.in_place ? mix_many_bytes(tasks, sizeof(Row)) : 0;
+  const int64_t block_count = most_of(job.gram.plan.items * tiles_of_gram(tasks, sizeof(Row)), job.plan.items);
+  return run<pcgrad_tiles_kernel<Row, G, kMany>>(device, block_count, most_of(gram_bytes, mix_bytes), true, stream,
+                                                 job);
 }
 
 int start_together(const Device& device, const PcgradJob& job, int dtype, void* stream) {
@@ -174,8 +191,9 @@ int start_together(const Device& device, const PcgradJob& job, int dtype, void* 
       return with_rows_held(tasks,
                             [&](auto held) { return start_held<Row, decltype(held)::value>(device, job, stream); });
     }
-    return with_groups<Row>(
-        tasks, [&](auto groups) { return start_tiles<Row, decltype(groups)::value>(device, job, stream); });
+    return with_tiles<Row>(tasks, [&](auto groups, auto many) {
+      return start_tiles<Row, decltype(groups)::value, decltype(many)::value>(device, job, stream);
+    });
   });
 }
 
@@ -187,9 +205,9 @@ int start_apart(const Device& device, const PcgradJob& job, int dtype, void* str
   return start_combine<Rows>(device, {job.gram.rows, job.plan, job.solve.weights}, dtype, stream);
 }
 
-int64_t one_launch_bytes(const Device& device) {
+int64_t one_launch_bytes(const Device& device, int64_t tasks) {
   for (const Crossover& line : kCrossovers) {
-    if (line.architecture <= device.architecture) return line.one_launch_bytes;
+    if (line.architecture <= device.architecture) return tasks <= kMostRowsHeld ? line.held_bytes : line.tiles_bytes;
   }
   return 0;
 }
@@ -207,10 +225,10 @@ int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_strid
                                tasks, segments, coefficients,           weights,
                                scale};
   const fpg::PcgradJob job = {fpg::gram_job(rows, dtype, gram, workspace), solve, fpg::columns_plan_of(rows, itemsize),
-                              weights == nullptr, 0};
+                              weights == nullptr};
   fpg::Device device = {};
   if (const int error = fpg::find_device(&device)) return fpg::status_of(error);
-  const bool small = tasks * width * itemsize <= fpg::one_launch_bytes(device);
+  const bool small = tasks * width * itemsize <= fpg::one_launch_bytes(device, tasks);
   const bool together = launches == FPG_ONE_LAUNCH || (launches == FPG_AUTOMATIC && small);
   return fpg::status_of(together ? fpg::start_together(device, job, dtype, stream)
                                  : fpg::start_apart(device, job, dtype, stream));

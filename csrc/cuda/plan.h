@@ -28,7 +28,7 @@ FPG_HOST_DEVICE constexpr int vectors_of(int rows_held) {
 FPG_HOST_DEVICE constexpr int rows_held_for(int64_t tasks) { return tasks <= 2 ? 2 : tasks <= 4 ? 4 : kMostRowsHeld; }
 
 // Rows of the largest tile, and addresses of a block's rows in shared memory: tiles may ask for rows from T on.
-constexpr int kRowsOfTile = 32;
+constexpr int kRowsOfTile = 64;
 FPG_HOST_DEVICE constexpr int addresses_of_block(int tasks) {
   return (tasks + kRowsOfTile - 1) / kRowsOfTile * kRowsOfTile;
 }
@@ -40,8 +40,11 @@ FPG_HOST_DEVICE constexpr int elements_of_vector(int64_t itemsize) { return stat
 // half of its last place with each further one, and 32 stay within 1e-6 of the sum of the squares.
 constexpr int kProductsOfLane = 32;
 
-// Slabs of 4 vectors that a warp of tensor-core products takes in a step.
-constexpr int kSlabs = 2;
+// Vectors of a row that the tensor cores take in a step, a line of the cache; four are a slab. Each block of 16 rows
+// has a warp of its own.
+constexpr int kLine = 8;
+constexpr int kSlabs = kLine / 4;
+FPG_HOST_DEVICE constexpr int warps_of_strip(int64_t tasks) { return tasks <= 16 ? 1 : tasks <= 32 ? 2 : 4; }
 
 // The lower triangle, row by row.
 FPG_HOST_DEVICE constexpr int64_t pair_index(int64_t i, int64_t j) { return i * (i + 1) / 2 + j; }
@@ -50,12 +53,14 @@ struct Pair {
   int64_t i;
   int64_t j;
 };
+// Of numbers below pair_index(2 kLargestTasks, 0).
 FPG_HOST_DEVICE inline Pair pair_of(int64_t index) {
-  int64_t i = 0;
-  for (int64_t step = int64_t{1} << 15; step > 0; step /= 2) {
-    if (pair_index(i + step, 0) <= index) i += step;
+  const int number = static_cast<int>(index);
+  int i = 0;
+  for (int step = kLargestTasks; step > 0; step /= 2) {
+    if ((i + step) * (i + step + 1) / 2 <= number) i += step;
   }
-  return {i, index - pair_index(i, 0)};
+  return {i, number - i * (i + 1) / 2};
 }
 
 struct Plan {
@@ -98,15 +103,25 @@ inline int64_t most_gram_slots(int64_t tasks) {
 inline Plan gram_plan(int64_t tasks, int64_t width, int64_t segments, int64_t itemsize) {
   if (tasks <= kMostRowsHeld) return columns_plan(tasks, width, segments, itemsize);
   const int64_t vector = elements_of_vector(itemsize);
-  const int64_t step = itemsize == 8 ? kThreads * vector : kWarps * kSlabs * 4 * vector;
+  const int64_t step = itemsize == 8 ? kThreads * vector : kWarps / warps_of_strip(tasks) * kLine * vector;
   return make_plan(width, segments, step, most_gram_slots(tasks));
 }
 
-// Rows of a tile of the Gram matrix above 8 rows.
-inline int tile_rows(int64_t tasks, int64_t itemsize) { return itemsize == 8 ? 8 : tasks <= 16 ? 16 : kRowsOfTile; }
-inline int64_t tile_pairs(int64_t tasks, int64_t itemsize) {
+// Above 8 rows the Gram matrix is made by tiles: of float64 rows, pairs of 8 rows. Of others, first all rows up to 64,
+// or each 64 rows with themselves; then each 32 rows with 32 of other ones.
+FPG_HOST_DEVICE constexpr int64_t tiles_of_gram(int64_t tasks, int64_t itemsize) {
   if (tasks <= kMostRowsHeld) return 1;
-  return pair_index(divide_up(tasks, tile_rows(tasks, itemsize)), 0);
+  if (itemsize == 8) return pair_index(divide_up(tasks, 8), 0);
+  const int64_t tiles = divide_up(tasks, kRowsOfTile);
+  return tiles + 4 * pair_index(tiles - 1, 0);
+}
+// The first rows of a tile's two parts of 32 rows; the others follow them.
+FPG_HOST_DEVICE inline Pair rows_of_tile(int64_t tasks, int64_t tile) {
+  constexpr int kPart = kRowsOfTile / 2;
+  const int64_t tiles = divide_up(tasks, kRowsOfTile), other = tile - tiles;
+  if (other < 0) return {tile * kRowsOfTile, tile * kRowsOfTile + kPart};
+  const Pair pair = pair_of(other / 4);
+  return {(pair.i + 1) * kRowsOfTile + other / 2 % 2 * kPart, pair.j * kRowsOfTile + other % 2 * kPart};
 }
 
 // The columns [first, last) of a segment; clamped, since offsets on the device cannot be validated without a sync.

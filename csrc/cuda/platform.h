@@ -30,6 +30,10 @@ __device__ inline int64_t blocks() { return gridDim.x; }
 __device__ inline void sync_block() { __syncthreads(); }
 __device__ inline bool any_in_block(bool value) { return __syncthreads_or(value) != 0; }
 __device__ inline void sync_warp() { __syncwarp(); }
+// Joins `threads` threads, whole warps, that name the same one of 16 barriers; 0 is the block's.
+__device__ inline void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+}
 __device__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
 __device__ inline double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
@@ -52,6 +56,29 @@ __device__ inline void store_packed(void* to, Packed value) {
   *static_cast<uint4*>(to) = make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]);
 }
 
+// 16, 8 or 4 bytes from the device's memory to shared memory, without a register in between; zeros where not `there`,
+// and then nothing is read. Copies of a thread since its last commit are a group; wait_for_copies<n> leaves the n
+// youngest groups under way, and the thread may read what the others brought.
+template <int kBytes>
+__device__ inline void copy_ahead(void* to, const void* from, bool there) {
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const size_t global = __cvta_generic_to_global(from);
+  const int bytes = there ? kBytes : 0;
+  if constexpr (kBytes == 16) {  // not through the L1 cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(shared), "l"(global), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :
+                 : "r"(shared), "l"(global), "n"(kBytes), "r"(bytes)
+                 : "memory");
+  }
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kLeft) : "memory");
+}
+
 __device__ inline float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 __device__ inline double bits_to_double(uint64_t bits) { return __longlong_as_double(static_cast<long long>(bits)); }
@@ -71,17 +98,12 @@ __device__ inline uint16_t float_to_bfloat(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
-__device__ inline uint32_t round_to_tf32(float value) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-  return bits;
-}
 __device__ inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ inline double fused(double a, double b, double c) { return fma(a, b, c); }
 
 // sums [16, 8] += a [16, k] b [8, k]^T. Lane 4 g + q holds of a: row g in words 0 and 2, row g + 8 in words 1 and 3;
 // of b: row g; of sums: columns 2 q and 2 q + 1 of row g, then of row g + 8. Each word is one tf32 or two 16-bit
-// numbers of k, which both operands place alike.
+// numbers of k, which both operands place alike. Of a word for a tf32 the last 13 bits are not looked at.
 template <Product kProduct>
 __device__ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (kProduct == Product::kTf32) {

@@ -15,7 +15,8 @@ struct BFloat {
 
 // The two forms of J, which the kernels take as their parameter J. Either says which columns an item has, to which
 // problem they belong, and what rows they have: `of` an item gives rows with
-//   tasks, aligned (whether all begin at a multiple of 16 bytes, with out), out, row<Row>(t), has(t).
+//   tasks, aligned (whether all begin at a multiple of 16 bytes, with out), out, has(t), row<Row>(t), and
+//   below(row, t, more): row t + more, from row t where that is quicker.
 // A row that is not there is all zeros; so are the rows from T on.
 
 // Packed: row t begins at data + t * stride elements, and a segment is a problem.
@@ -32,7 +33,10 @@ struct Rows {
   __device__ Item item(const Plan& plan, int64_t number) const {
     return item_at(plan, offsets, problems, width, number);
   }
-  __device__ Range items(const Plan& plan, int64_t problem) const { return items_of(plan, offsets, problem, width); }
+  __device__ Range items(const Plan& plan, int64_t problem) const {
+    if (offsets == nullptr) return {0, plan.items};
+    return items_of(plan, offsets, problem, width);
+  }
   __device__ int64_t problem_of(const Item& item) const { return item.segment; }
   __device__ const Rows& of(const Item&) const { return *this; }
 
@@ -40,6 +44,10 @@ struct Rows {
   template <class Row>
   __device__ Row* row(int64_t t) const {
     return static_cast<Row*>(data) + t * stride;
+  }
+  template <class Row>
+  __device__ Row* below(Row* row, int64_t, int more) const {
+    return row + more * stride;
   }
 };
 
@@ -55,6 +63,10 @@ struct RowsOfBlock {
   template <class Row>
   __device__ Row* row(int64_t t) const {
     return static_cast<Row*>(global_memory(addresses[t]));
+  }
+  template <class Row>
+  __device__ Row* below(Row*, int64_t t, int more) const {
+    return row<Row>(t + more);
   }
 };
 
@@ -137,16 +149,21 @@ __device__ inline void round_to(BFloat* to, Acc value) {
   to->bits = float_to_bfloat(static_cast<float>(value));
 }
 
-// Element v of a vector. v is a constant wherever this is called: the words stay in registers.
+// Element v of a vector, as it is stored and widened. v is a constant wherever this is called: the words stay in
+// registers.
 template <class Row>
-__device__ inline Accumulator<Row> element(const Packed& packed, int v) {
+__device__ inline Row element_of(const Packed& packed, int v) {
   if constexpr (sizeof(Row) == 8) {
     return bits_to_double(static_cast<uint64_t>(packed.word[2 * v + 1]) << 32 | packed.word[2 * v]);
   } else if constexpr (sizeof(Row) == 4) {
     return bits_to_float(packed.word[v]);
   } else {
-    return widened(Row{static_cast<uint16_t>(packed.word[v / 2] >> (v % 2 * 16))});
+    return {static_cast<uint16_t>(packed.word[v / 2] >> (v % 2 * 16))};
   }
+}
+template <class Row>
+__device__ inline Accumulator<Row> element(const Packed& packed, int v) {
+  return widened(element_of<Row>(packed, v));
 }
 
 template <class Row>
@@ -164,15 +181,26 @@ __device__ inline void set_element(Packed& packed, int v, Row value) {
 
 __device__ inline Packed zeros() { return {{0, 0, 0, 0}}; }
 
+// Which elements of the vector that begins at column `first` lie in `columns`: [first, last).
+struct Part {
+  int first;
+  int last;
+
+  __device__ bool has(int v) const { return v >= first && v < last; }
+};
+template <class Row>
+__device__ inline Part part_of_vector(int64_t first, Range columns) {
+  const auto clamped = [](int64_t n) { return static_cast<int>(n < 0 ? 0 : n > kVector<Row> ? kVector<Row> : n); };
+  return {clamped(columns.first - first), clamped(columns.last - first)};
+}
+
 // The elements of row[first .. first + V) that lie in `columns`, the others zero; element by element.
 template <class Row>
 __device__ inline Packed load_some(const Row* row, int64_t first, Range columns) {
+  const Part part = part_of_vector<Row>(first, columns);
   Packed packed = zeros();
 #pragma unroll
-  for (int v = 0; v < kVector<Row>; ++v) {
-    const int64_t n = first + v;
-    set_element(packed, v, n >= columns.first && n < columns.last ? row[n] : Row{});
-  }
+  for (int v = 0; v < kVector<Row>; ++v) set_element(packed, v, part.has(v) ? row[first + v] : Row{});
   return packed;
 }
 
@@ -192,7 +220,8 @@ __device__ inline bool contains(Range columns, int64_t first, int64_t count) {
   return first >= columns.first && first + count <= columns.last;
 }
 
-// The vectors of U x R rows that a thread owns in a step whose columns all belong to the item, of aligned rows.
+// The vectors of U x R rows that a thread owns in a step. `whole`: the step's columns all belong to the item, and the
+// rows are aligned.
 template <class Row, int U, int R, class J>
 __device__ inline void load_owned(const J& rows, int64_t first_row, int64_t step_column, Packed (&x)[U][R]) {
   const int64_t own = step_column + thread_index() * kVector<Row>;
@@ -205,61 +234,19 @@ __device__ inline void load_owned(const J& rows, int64_t first_row, int64_t step
     }
   }
 }
-
-// Element by element, for steps that are not whole, rows that are not aligned, and weights that ask for float64:
-// body(column) for each column of [first, first + count) that lies in `columns`, neighbours by neighbouring threads.
-template <class Body>
-__device__ inline void for_columns(int64_t first, int64_t count, Range columns, Body body) {
-  const int64_t end = first + count < columns.last ? first + count : columns.last;
-#pragma unroll 1
-  for (int64_t n = first + thread_index(); n < end; n += kThreads) {
-    if (n >= columns.first) body(n);
-  }
-}
-
-// One element of a row t < T.
-template <class Row>
-__device__ inline Accumulator<Row> element_of(const Rows& rows, int64_t t, int64_t column) {
-  return widened(rows.row<Row>(t)[column]);
-}
-template <class Row>
-__device__ inline Accumulator<Row> element_of(const RowsOfBlock& rows, int64_t t, int64_t column) {
-  return rows.has(t) ? widened(rows.row<Row>(t)[column]) : 0;
-}
-
-// One column of R rows.
-template <class Row, class Acc, int R, class J>
-__device__ inline void load_column(const J& rows, int64_t first_row, int64_t column, Acc (&x)[R]) {
+template <class Row, int U, int R, class J>
+__device__ inline void load_owned(const J& rows, int64_t first_row, int64_t step_column, Range columns, bool whole,
+                                  Packed (&x)[U][R]) {
+  if (whole) return load_owned<Row>(rows, first_row, step_column, x);
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    x[r] = first_row + r < rows.tasks ? static_cast<Acc>(element_of<Row>(rows, first_row + r, column)) : 0;
-  }
-}
-
-// Vectors of whole steps that a block keeps in shared memory from the first pass to the second: each thread reads back
-// what it stored.
-struct Kept {
-  Packed* vectors;
-  int64_t steps;  // how many steps fit
-
-  template <int U, int R>
-  __device__ void store(int64_t step, const Packed (&x)[U][R]) const {
-    Packed* own = vectors + step * (U * R * kThreads) + thread_index();
+  for (int u = 0; u < U; ++u) {
+    const int64_t own = step_column + (u * kThreads + thread_index()) * kVector<Row>;
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-#pragma unroll
-      for (int r = 0; r < R; ++r) own[(u * R + r) * kThreads] = x[u][r];
+    for (int r = 0; r < R; ++r) {
+      const int64_t t = first_row + r;
+      x[u][r] = rows.has(t) ? load_some(rows.template row<Row>(t), own, columns) : zeros();
     }
   }
-  template <int U, int R>
-  __device__ void load(int64_t step, Packed (&x)[U][R]) const {
-    const Packed* own = vectors + step * (U * R * kThreads) + thread_index();
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-#pragma unroll
-      for (int r = 0; r < R; ++r) x[u][r] = own[(u * R + r) * kThreads];
-    }
-  }
-};
+}
 
 }  // namespace fpg

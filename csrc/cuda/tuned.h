@@ -21,22 +21,23 @@ namespace fpg {
 
 // Partial Gram matrices: as many as there are steps up to the first; then a step in eight, up to the last.
 #ifndef FPG_FEW_SLOTS
-#define FPG_FEW_SLOTS 512
+#define FPG_FEW_SLOTS 256
 #endif
 #ifndef FPG_MANY_SLOTS
 #define FPG_MANY_SLOTS 2048
 #endif
 
-// Up to this size of J in bytes the whole surgery is one launch. The first line whose architecture is at most the
-// device's counts.
+// Up to this size of J in bytes the whole surgery is one launch: of rows that a thread holds (T <= 8), and of more. The
+// first line whose architecture is at most the device's counts. Measured: 90.
 struct Crossover {
   int architecture;
-  int64_t one_launch_bytes;
+  int64_t held_bytes;
+  int64_t tiles_bytes;
 };
 constexpr Crossover kCrossovers[] = {
-    {100, int64_t{256} << 20},
-    {90, int64_t{256} << 20},
-    {0, int64_t{128} << 20},
+    {100, int64_t{128} << 20, int64_t{512} << 20},
+    {90, int64_t{128} << 20, int64_t{512} << 20},
+    {0, int64_t{64} << 20, int64_t{64} << 20},
 };
 
 }  // namespace fpg

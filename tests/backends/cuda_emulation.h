@@ -36,8 +36,14 @@ struct Warp {
   uint32_t taken[kWarpSize][4];
 };
 
+struct Barrier {
+  int arrived = 0;
+  int64_t generation = 0;
+};
+
 struct Block {
   int64_t index;
+  Barrier barriers[16];
   int arrived = 0;
   int64_t generation = 0;
   bool any = false, result = false;
@@ -45,7 +51,14 @@ struct Block {
   std::vector<unsigned char> shared;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
+  std::vector<std::vector<Copy>> copies;  // groups under way, the oldest first
   Block* block = nullptr;
   int thread = 0;
   bool started = false, done = false;
@@ -72,7 +85,11 @@ inline int multiprocessors = 2;
 }
 
 inline void run_fiber() {
+  self->copies.assign(1, {});
   entry();
+  for (const auto& group : self->copies) {
+    if (!group.empty()) fail("copies that nobody waited for");
+  }
   self->done = true;
   longjmp(scheduler, 1);
 }
@@ -142,6 +159,18 @@ inline bool any_in_block(bool value) {
 }
 inline void sync_block() { any_in_block(false); }
 
+inline void sync_threads(int barrier, int threads) {
+  if (barrier < 1 || barrier > 15 || threads % kWarpSize != 0) fail("a barrier that there is not");
+  Barrier& mine = self->block->barriers[barrier];
+  const int64_t generation = mine.generation;
+  if (++mine.arrived == threads) {
+    mine.arrived = 0;
+    ++mine.generation;
+  } else {
+    wait_until([&] { return mine.generation != generation; });
+  }
+}
+
 inline void sync_grid() {
   const int64_t generation = grid.generation;
   if (++grid.arrived == grid.threads) {
@@ -199,6 +228,26 @@ inline void store_packed(void* to, Packed value) {
   std::memcpy(to, &value, sizeof(value));
 }
 
+// As late as is allowed.
+template <int kBytes>
+inline void copy_ahead(void* to, const void* from, bool there) {
+  const uintptr_t source = there ? reinterpret_cast<uintptr_t>(from) : 0;
+  if ((source | reinterpret_cast<uintptr_t>(to)) % kBytes != 0) fail("an unaligned copy");
+  self->copies.back().push_back({to, there ? from : nullptr, kBytes});
+}
+inline void commit_copies() { self->copies.emplace_back(); }
+template <int kLeft>
+inline void wait_for_copies() {
+  auto& groups = self->copies;
+  while (groups.size() > kLeft + 1) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.from == nullptr) std::memset(copy.to, 0, copy.bytes);
+      if (copy.from != nullptr) std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
 template <class To, class From>
 inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "");
@@ -232,10 +281,6 @@ inline uint16_t float_to_half(float value) {
 inline uint16_t float_to_bfloat(float value) {
   const uint32_t bits = float_to_bits(value);
   return static_cast<uint16_t>(value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-inline uint32_t round_to_tf32(float value) {
-  const uint32_t bits = float_to_bits(value);
-  return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & ~0x1fffu;
 }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused(double a, double b, double c) { return std::fma(a, b, c); }

@@ -40,7 +40,7 @@ extern "C" int64_t wrong_pairs(int64_t tasks) {
   }
   return wrong;
 }
-extern "C" int64_t tiles_of(int64_t tasks, int64_t itemsize) { return tile_pairs(tasks, itemsize); }
+extern "C" int64_t tiles_of(int64_t tasks, int64_t itemsize) { return tiles_of_gram(tasks, itemsize); }
 """
 
 
@@ -86,7 +86,7 @@ def test_pairs_are_numbered_row_by_row(core):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "itemsize", "tiles"), [(8, 4, 1), (9, 4, 1), (17, 2, 1), (33, 2, 3), (256, 4, 36), (9, 8, 3)]
+    ("tasks", "itemsize", "tiles"), [(8, 4, 1), (9, 4, 1), (33, 2, 1), (65, 2, 6), (256, 4, 28), (9, 8, 3)]
 )
 def test_tiles_cover_the_triangle(core, tasks, itemsize, tiles):
     assert core.tiles_of(tasks, itemsize) == tiles
