@@ -12,6 +12,8 @@ NATIVE_SOURCES := setup.py $(shell find csrc)
 WARNINGS := -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized
 # nvcc takes minutes: without a GPU the tests compile the CUDA library by themselves, once, and nothing else needs it
 export FASTPCGRAD_BUILD ?= $(if $(shell command -v nvidia-smi),auto,cpu)
+# With pytest-xdist tests share the cores: Triton's kernels are compiled there, which takes longer than to run them.
+IN_PARALLEL = $(shell $(PYTHON) -c 'import os, xdist; print("-p xdist.plugin --dist worksteal -n", min(16, os.cpu_count()))' 2>/dev/null)
 CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format
 
 .DEFAULT_GOAL := help
@@ -52,7 +54,7 @@ gpu: ## on a machine with a GPU: build in place, run the GPU tests, measure; nee
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 		|| { echo "make gpu: no torch in $(PYTHON) that finds a CUDA device here." >&2; exit 1; }
 	FASTPCGRAD_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 TRITON_INTERPRET=0 $(PYTHON) -m pytest -q tests/gpu tests/backends -m 'not slow' \
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 TRITON_INTERPRET=0 $(PYTHON) -m pytest -q $(IN_PARALLEL) tests/gpu tests/backends -m 'not slow' \
 		--deselect tests/backends/test_triton.py::test_every_kernel_compiles_without_spills $(ARGS)
 	$(PYTHON) -m benchmarks.gpu --append
 

@@ -1,79 +1,62 @@
-"""``python -m benchmarks.gpu [--append] [--minutes 5]``: the kernels on a GPU, against the bytes they have to move.
+"""``python -m benchmarks.gpu [--append] [--minutes 3]``: the library on a GPU, against the bytes it has to move.
 
-Measured first: how fast this GPU copies and reads. Then gram, combine, mix_ and the whole surgery with both backends,
-torch's products, TorchJD's PCGrad (or its algorithm, and the row says so) and the loop; then the same surgery on task
-gradients that lie in blocks, one a parameter, against packed rows; then a training step of a transformer of 110 M
-parameters with T=4 against its T plain backward passes, with peak memory.
+The Triton kernels are compiled first, in parallel. Then is measured, what matters most first:
 
-Times are CUDA events around single calls, the median of many; ``pcgrad[graph]`` is a captured surgery, many replays
-between two events. Needs torch, numpy and triton alone. Rows go to benchmarks/results/gpu.jsonl with ``--append``.
+- how fast this GPU copies and reads;
+- gram, combine, the whole surgery and mix_ on large J with both backends, torch's products, TorchJD's PCGrad (or its
+  algorithm, and the row says so) and the loop;
+- training steps of a large model in each of the library's modes (``benchmarks.gpu_steps``);
+- the surgery on task gradients that lie in blocks, one a parameter, against packed rows;
+- the same ops on small J, where a call is bound by the host: ``pcgrad[graph]`` is a captured surgery, many replays
+  between two events.
+
+Times are CUDA events around single calls, the median of many (``benchmarks.gpu_timing``). Needs torch, numpy and triton
+alone. Rows go to benchmarks/results/gpu.jsonl with ``--append``, as soon as they are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import statistics
+import itertools
+import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastpcgrad
-from benchmarks import models, rows
+from benchmarks import gpu_compile, gpu_steps, gpu_table, models, rows
+from benchmarks.gpu_table import RESULTS
+from benchmarks.gpu_timing import DEVICE, Timing, replays_of, timed
 from benchmarks.peers import loop, torchjd_algorithm
-from benchmarks.rows import Row
+from benchmarks.rows import Environment, Row
+from benchmarks.subjects import forced_backend
+from benchmarks.targets import verdicts
 from fastpcgrad import backends, variants
 from fastpcgrad._ops import Blocks
 from fastpcgrad.backends import cuda
 from fastpcgrad.backends.stacked import Stacked
 
-RESULTS = rows.ROOT / "benchmarks" / "results" / "gpu.jsonl"
 TASKS = (8, 4, 2, 16, 32, 64)
 WIDTHS = (10_000, 100_000, 1_000_000)
-BYTES_OF_J = (256 << 20, 1 << 30, 4 << 30)
+BYTES_OF_J = (1 << 30, 4 << 30, 256 << 20)
 DTYPES = (torch.float32, torch.bfloat16)
 LARGE = 1 << 30
+"""Bytes of J from which on a cache holds too little of it to matter."""
 TASKS_IN_BLOCKS = (4, 2, 8, 16)
 BACKENDS = ("cuda", "triton")
+REPLAYS = 20
+
+Shape = tuple[int, int, torch.dtype]
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Milliseconds."""
-
-    p20: float
-    p50: float
-    p80: float
-    rounds: int
-
-
-def timed(call: Callable[[], object], seconds: float = 0.08, calls_of_one: int = 1) -> Timing:
-    """Of one of the ``calls_of_one`` that ``call`` makes."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    rounds = max(7, min(100, int(seconds / max(time.perf_counter() - start, 1e-6))))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
-    for before, after in events:
-        before.record()
-        call()
-        after.record()
-    torch.cuda.synchronize()
-    times = sorted(before.elapsed_time(after) / calls_of_one for before, after in events)
-    quantiles = statistics.quantiles(times, n=5)
-    return Timing(quantiles[0], statistics.median(times), quantiles[-1], rounds)
-
-
-def environment() -> rows.Environment:
+def environment() -> Environment:
     triton = rows.version_of("triton") or "none"
     device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, triton {triton}"
     return dataclasses.replace(rows.environment(torch.get_num_threads()), device=device)
@@ -82,104 +65,120 @@ def environment() -> rows.Environment:
 class Run:
     """One run: its rows, the bandwidths that they are compared with, and when it has to end."""
 
-    def __init__(self, minutes: float) -> None:
-        self.environment = environment()
-        self.deadline = time.monotonic() + 60 * minutes
+    def __init__(self, environment: Environment, minutes: float, results: Path | None = None) -> None:
+        self.environment, self._results = environment, results
+        self._deadline = time.monotonic() + 60 * minutes
         self.rows: list[Row] = []
         self.copy_gbps = self.read_gbps = 0.0
 
     @property
     def late(self) -> bool:
-        return time.monotonic() > self.deadline
+        return time.monotonic() > self._deadline
 
     def add(self, row: Row) -> Row:
+        """Keeps the row, at once: a run that is cut off has measured what it has measured."""
         self.rows.append(row)
+        if self._results is not None:
+            rows.append([row], self._results)
         return row
 
-    def bandwidths(self) -> None:
-        source = torch.randn(1 << 30, device="cuda")
+    def bandwidths(self, elements: int = 1 << 30) -> None:
+        source = torch.randn(elements, device=DEVICE)
         target = torch.empty_like(source)
-        copy = timed(lambda: target.copy_(source), 0.5)
-        reads = [timed(partial(reduce, source), 0.5) for reduce in (torch.sum, torch.amax)]
+        copy = timed(lambda: target.copy_(source), 0.2)
+        reads = [timed(partial(reduce, source), 0.2) for reduce in (torch.sum, torch.amax)]
         read = min(reads, key=lambda timing: timing.p50)
         self.copy_gbps, self.read_gbps = 2 * source.nbytes / copy.p50 / 1e6, source.nbytes / read.p50 / 1e6
         for op, gbps, timing in (("copy", self.copy_gbps, copy), ("read", self.read_gbps, read)):
-            note = "4 GiB fp32; bytes moved per second"
+            note = f"{source.nbytes >> 20} MiB fp32; bytes moved per second"
             self.add(Row("bandwidth", f"{op} bandwidth", op, "machine", self.environment, gbps=gbps, note=note))
             print(f"{op}: {gbps:.0f} GB/s (p20 {timing.p20:.3f} ms, p80 {timing.p80:.3f} ms)", flush=True)
 
-    def kernel(self, op: str, subject: str, backend: str, grads: Tensor, timing: Timing, note: str = "") -> Row:
+    def time(
+        self,
+        op: str,
+        subject: str,
+        backend: str,
+        grads: Tensor,
+        call: Callable[[], object],
+        *,
+        replayed: bool = False,
+        note: str = "",
+        against: Mapping[str, float | None] | None = None,
+    ) -> Row:
+        """Times a call and adds its row, which says so where the call fails.
+
+        Args:
+            replayed: time replays of the call in a CUDA graph.
+            against: milliseconds that its ratios are to, where there are any.
+        """
         tasks, width = grads.shape
-        size, result = grads.nbytes, width * grads.element_size()
-        once = {"gram": size, "combine": size + result, "mix_": 2 * size}
-        moved = once.get(op.removesuffix("_blocks"), 2 * size + result)
-        gbps = moved / timing.p50 / 1e6
         dtype = str(grads.dtype).removeprefix("torch.")
-        return self.add(
-            Row(
-                "kernel",
-                f"{op} T={tasks} N={width} {dtype}",
-                op,
-                subject,
-                self.environment,
-                subject_version=rows.version_of("torchjd") if subject == "torchjd" else "",
-                backend=backend,
-                T=tasks,
-                N=width,
-                dtype=dtype,
-                rounds=timing.rounds,
-                p20_ms=timing.p20,
-                p50_ms=timing.p50,
-                p80_ms=timing.p80,
-                gbps=gbps,
-                bandwidth_fraction=gbps / self.copy_gbps if size >= LARGE else None,
-                note=note,
-            )
+        row = Row(
+            "kernel",
+            f"{op} T={tasks} N={width} {dtype}",
+            op,
+            subject,
+            self.environment,
+            subject_version=rows.version_of("torchjd") if subject == "torchjd" else "",
+            backend=backend,
+            T=tasks,
+            N=width,
+            dtype=dtype,
+            note=note,
+        )
+        try:
+            timing = timed(replays_of(call, REPLAYS), calls_of_one=REPLAYS) if replayed else timed(call)
+        except Exception as error:
+            return self.add(dataclasses.replace(row, status=rows.failed(error)))
+        return self.add(self._with_times(row, grads, timing, against or {}))
+
+    def _with_times(self, row: Row, grads: Tensor, timing: Timing, against: Mapping[str, float | None]) -> Row:
+        size, result = grads.nbytes, grads.shape[1] * grads.element_size()
+        once = {"gram": size, "combine": size + result, "mix_": 2 * size}
+        gbps = once.get(row.op.removesuffix("_blocks"), 2 * size + result) / timing.p50 / 1e6
+        return dataclasses.replace(
+            row,
+            rounds=timing.rounds,
+            p20_ms=timing.p20,
+            p50_ms=timing.p50,
+            p80_ms=timing.p80,
+            ratios={name: timing.p50 / other for name, other in against.items() if other},
+            gbps=gbps,
+            bandwidth_fraction=gbps / self.copy_gbps if size >= LARGE else None,
         )
 
 
-def force(backend: str) -> None:
-    os.environ["FASTPCGRAD_BACKEND"] = backend
+def available(run: Run) -> list[str]:
+    """The backends that run here; the others get a row that says why they do not."""
+    reasons = {backend: backends.why_unavailable(backend, DEVICE) for backend in BACKENDS}
+    for backend, reason in reasons.items():
+        if reason is not None:
+            run.add(Row("kernel", backend, "pcgrad", "fastpcgrad", run.environment, status=f"missing: {reason}"))
+    return [backend for backend, reason in reasons.items() if reason is None]
 
 
-def replays_of(call: Callable[[], object], count: int) -> Callable[[], None]:
-    """Captures the call in a CUDA graph; what is returned replays it ``count`` times."""
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def replays() -> None:
-        for _ in range(count):
-            graph.replay()
-
-    return replays
+def large_shapes() -> Iterator[Shape]:
+    for size, tasks, dtype in itertools.product(BYTES_OF_J, TASKS, DTYPES):
+        yield tasks, size // (tasks * dtype.itemsize) // 64 * 64, dtype
 
 
-def torchjd_kernel(grads: Tensor) -> tuple[Callable[[], Tensor], str]:
-    try:
-        from benchmarks.peers import torchjd_peer
-    except ImportError:
-        return torchjd_algorithm.kernel(
-            grads
-        ), "TorchJD's algorithm written anew (benchmarks/peers/torchjd_algorithm.py)"
-    return torchjd_peer.kernel(grads), ""
+def small_shapes() -> Iterator[Shape]:
+    yield from itertools.product(TASKS, WIDTHS, DTYPES)
 
 
-def library_calls(grads: Tensor) -> Iterator[tuple[str, Callable[[], object], int]]:
-    """(op, a call, how many of the op it makes), for the backend that is forced."""
+def library_calls(grads: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(op, a call), for the backend that is forced."""
     tasks, width = grads.shape
-    weights = torch.rand(tasks, dtype=torch.float64).to("cuda")
+    weights = torch.rand(tasks, dtype=torch.float64).to(DEVICE)
     # A rotation: applied again and again, the rows keep their size.
-    coefficients = torch.linalg.qr(torch.randn(tasks, tasks, dtype=torch.float64)).Q.contiguous().to("cuda")
+    coefficients = torch.linalg.qr(torch.randn(tasks, tasks, dtype=torch.float64)).Q.contiguous().to(DEVICE)
     out = grads.new_empty(width)
-    order = variants.get("paper").draw_orders(tasks, None, None).to("cuda")
-    yield "gram", lambda: fastpcgrad.gram(grads), 1
-    yield "combine", lambda: fastpcgrad.combine(grads, weights, out=out), 1
-    yield "mix_", lambda: fastpcgrad.mix_(grads, coefficients), 1
-    yield "pcgrad", lambda: fastpcgrad.pcgrad(grads, order=order), 1
-    if grads.nbytes < 256 << 20:
-        yield "pcgrad[graph]", replays_of(lambda: fastpcgrad.pcgrad(grads, order=order), 20), 20
+    order = variants.get("paper").draw_orders(tasks, None, None).to(DEVICE)
+    yield "gram", lambda: fastpcgrad.gram(grads)
+    yield "combine", lambda: fastpcgrad.combine(grads, weights, out=out)
+    yield "pcgrad", lambda: fastpcgrad.pcgrad(grads, order=order)
+    yield "mix_", lambda: fastpcgrad.mix_(grads, coefficients)
 
 
 def torch_calls(grads: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -189,46 +188,50 @@ def torch_calls(grads: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "mix_", lambda: grads.copy_(coefficients @ grads)
 
 
-def measure_kernels(run: Run) -> None:
-    shapes = [
-        (tasks, width, dtype)
-        for tasks in TASKS
-        for dtype in DTYPES
-        for width in (*WIDTHS, *(size // (tasks * dtype.itemsize) // 64 * 64 for size in BYTES_OF_J))
-    ]
+def peer_calls(grads: Tensor) -> Iterator[tuple[str, Callable[[], object], str]]:
+    """(whose pcgrad, a call, a note)."""
+    try:
+        from benchmarks.peers import torchjd_peer
+    except ImportError:
+        note = "TorchJD's algorithm written anew (benchmarks/peers/torchjd_algorithm.py)"
+        yield "torchjd", torchjd_algorithm.kernel(grads), note
+    else:
+        yield "torchjd", torchjd_peer.kernel(grads), ""
+    if grads.shape[0] <= 8 or grads.shape[1] <= WIDTHS[-1]:  # T² passes over long rows: nobody waits for that
+        yield "loop", loop.kernel(grads), ""
+
+
+def measure_kernels(run: Run, shapes: Iterable[Shape], names: Iterable[str]) -> None:
     for tasks, width, dtype in shapes:
         if run.late:
-            print("the time for kernels was up", flush=True)
+            print("the time was up", flush=True)
             return
-        grads = torch.randn(tasks, width, device="cuda").to(dtype)
-        for backend in BACKENDS:
-            if (reason := backends.why_unavailable(backend, "cuda")) is not None:
-                run.add(Row("kernel", backend, "pcgrad", "fastpcgrad", run.environment, status=f"missing: {reason}"))
-                continue
-            force(backend)
-            for op, call, count in library_calls(grads):
-                run.kernel(op, "fastpcgrad", backend, grads, timed(call, calls_of_one=count))
-        for op, call in torch_calls(grads):
-            run.kernel(op, "torch", "torch", grads, timed(call))
-        measure_peers(run, grads)
+        measure_shape(run, torch.randn(tasks, width, dtype=dtype, device=DEVICE), names)
 
 
-def measure_peers(run: Run, grads: Tensor) -> None:
-    """TorchJD and the loop on the J that was measured last, with ratios to the library's faster backend."""
-    call, note = torchjd_kernel(grads)
-    peers = [("torchjd", call, note)]
-    if grads.shape[0] <= 8 or grads.shape[1] <= WIDTHS[-1]:
-        peers.append(("loop", loop.kernel(grads), ""))
-    for name, call, note in peers:
-        peer = run.kernel("pcgrad", name, "torch", grads, timed(call), note)
-        ours = [row.p50_ms for row in run.rows if row.case == peer.case and row.subject == "fastpcgrad" and row.p50_ms]
-        if ours and peer.p50_ms:
-            run.rows[-1] = dataclasses.replace(peer, ratios={"fastpcgrad": peer.p50_ms / min(ours)})
+def measure_shape(run: Run, grads: Tensor, names: Iterable[str]) -> None:
+    """Backends, torch and peers on one J; the peers' ratios are to the faster backend's call and graph replay."""
+    ours: list[Row] = []
+    for backend in names:
+        with forced_backend(backend):
+            for op, call in library_calls(grads):
+                ours.append(run.time(op, "fastpcgrad", backend, grads, call))
+                if op == "pcgrad" and grads.nbytes < min(BYTES_OF_J):
+                    ours.append(run.time("pcgrad[graph]", "fastpcgrad", backend, grads, call, replayed=True))
+    for op, call in torch_calls(grads):
+        run.time(op, "torch", "torch", grads, call)
+    ways = {"pcgrad": "fastpcgrad", "pcgrad[graph]": "fastpcgrad[graph]"}
+    best = {
+        name: min((row.p50_ms for row in ours if row.op == op and row.p50_ms), default=None)
+        for op, name in ways.items()
+    }
+    for name, call, note in peer_calls(grads):
+        run.time("pcgrad", name, "torch", grads, call, note=note, against=best)
 
 
 def block_lists() -> dict[str, list[int]]:
     """The widths of parameters: of a transformer of 110 M, and of many tiny ones."""
-    with torch.device("meta"):
+    with torch.device(DEVICE):
         transformer = models.MeanPooledEncoder(32_000, 768, 12)
     return {
         "transformer": [parameter.numel() for parameter in transformer.parameters()],
@@ -246,10 +249,10 @@ class Scattered:
 
     @staticmethod
     def of(widths: list[int], tasks: int, dtype: torch.dtype) -> Scattered:
-        grads = torch.randn(tasks, sum(widths), device="cuda").to(dtype)
+        grads = torch.randn(tasks, sum(widths), dtype=dtype, device=DEVICE)
         tensors = [[part.clone() for part in row.split(widths)] for row in grads]
         pointers = [[part.data_ptr() for part in row] for row in tensors]
-        order = variants.get("paper").draw_orders(tasks, None, None).to("cuda")
+        order = variants.get("paper").draw_orders(tasks, None, None).to(DEVICE)
         return Scattered(grads, Blocks(tensors, pointers, array("q", widths), dtype, grads.device), order)
 
     def packed_call(self) -> Callable[[], object]:
@@ -259,7 +262,7 @@ class Scattered:
     def calls(self, functions: Any) -> Iterator[tuple[str, Callable[[], object]]]:
         """(op, a call) of each of the three block functions of a backend."""
         blocks, out = self.blocks, [self.grads.new_empty(width) for width in self.blocks.widths]
-        weights = torch.rand(1, len(self.grads), dtype=torch.float64).to("cuda")
+        weights = torch.rand(1, len(self.grads), dtype=torch.float64).to(DEVICE)
         yield "gram_blocks", lambda: functions.gram_blocks(blocks, None, 1)
         yield "combine_blocks", lambda: functions.combine_blocks(blocks, weights, None, out)
         yield "pcgrad_blocks", lambda: functions.pcgrad_blocks(blocks, self.order, False, 0.0, 0.0, 1.0, out)
@@ -267,120 +270,63 @@ class Scattered:
 
 def measure_blocks(run: Run) -> None:
     """Blocks against packed rows of the same size by the CUDA library, and against packing them before each pass."""
-    if backends.why_unavailable("cuda", "cuda") is not None:
-        return
     packing = Stacked(cuda.gram, cuda.pcgrad_coefficients, cuda.combine)
-    lists = block_lists().items()
-    for name, widths, tasks, dtype in ((n, w, t, d) for n, w in lists for t in TASKS_IN_BLOCKS for d in DTYPES):
+    for (name, widths), tasks, dtype in itertools.product(block_lists().items(), TASKS_IN_BLOCKS, DTYPES):
+        if run.late:
+            print("the time was up", flush=True)
+            return
         given = Scattered.of(widths, tasks, dtype)
-        packed = timed(given.packed_call())
-        run.kernel("pcgrad", "fastpcgrad", "cuda", given.grads, packed, f"{name}, packed")
+        packed = run.time("pcgrad", "fastpcgrad", "cuda", given.grads, given.packed_call(), note=f"{name}, packed")
         for backend, functions in (("cuda", cuda), ("cuda, packing", packing)):
             for op, call in given.calls(functions):
-                row = run.kernel(op, "fastpcgrad", backend, given.grads, timed(call), name)
-                if op == "pcgrad_blocks" and row.p50_ms:
-                    run.rows[-1] = dataclasses.replace(row, ratios={"packed": row.p50_ms / packed.p50})
-                if op == "pcgrad_blocks" and functions is cuda and given.grads.nbytes < 256 << 20:
-                    replayed = timed(replays_of(call, 20), calls_of_one=20)
-                    run.kernel("pcgrad_blocks[graph]", "fastpcgrad", backend, given.grads, replayed, name)
+                against = {"packed": packed.p50_ms} if op == "pcgrad_blocks" else None
+                run.time(op, "fastpcgrad", backend, given.grads, call, note=name, against=against)
+                if op == "pcgrad_blocks" and functions is cuda and given.grads.nbytes < min(BYTES_OF_J):
+                    run.time(f"{op}[graph]", "fastpcgrad", backend, given.grads, call, replayed=True, note=name)
 
 
-def measure_step(run: Run, tasks: int = 4) -> None:
-    """Forward apart: T plain backward passes against the same with surgery; peak memory beyond the model."""
-    force("cuda" if backends.why_unavailable("cuda", "cuda") is None else "triton")
-
-    def problem() -> models.Classifier:
-        torch.manual_seed(0)
-        trunk = models.MeanPooledEncoder(32_000, 768, 12)
-        return models.Classifier(trunk, torch.randint(0, 32_000, (8, 128)), 768, tasks).cuda()
-
-    def plain(model: models.Classifier) -> Callable[[list[Tensor]], None]:
-        def merge(losses: list[Tensor]) -> None:
-            for t, loss in enumerate(losses):
-                models.clear_gradients(model.parameters_list())
-                loss.backward(retain_graph=t < len(losses) - 1)
-
-        return merge
-
-    def ours(model: models.Classifier) -> Callable[[list[Tensor]], None]:
-        return fastpcgrad.PCGrad(torch.optim.SGD(model.parameters(), lr=0.0)).pc_backward
-
-    found: dict[str, tuple[float, int, int]] = {}
-    for name, build in (("plain", plain), ("fastpcgrad", ours)):
-        torch.cuda.empty_cache()
-        model = problem()
-        merge, times = build(model), []
-        size = sum(p.numel() for p in model.parameters())
-        for step in range(13):
-            model.zero_grad(set_to_none=True)
-            losses = model().losses
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if step == 3:
-                torch.cuda.reset_peak_memory_stats()
-            before.record()
-            merge(losses)
-            after.record()
-            torch.cuda.synchronize()
-            if step >= 3:
-                times.append(before.elapsed_time(after))
-        found[name] = statistics.median(times), torch.cuda.max_memory_allocated(), size
-        del model, merge, losses
-    for name, (milliseconds, peak, size) in found.items():
-        run.add(
-            Row(
-                "step",
-                f"transformer T={tasks}",
-                "step",
-                name,
-                run.environment,
-                T=tasks,
-                N=size,
-                dtype="float32",
-                p50_ms=milliseconds,
-                ratios={"plain": milliseconds / found["plain"][0]},
-                peak_bytes=peak - found["plain"][1],
-                peak_ratio=(peak - found["plain"][1]) / (tasks * size * 4),
-                note="T backward passes and surgery, without the forward; peak_bytes: beyond the plain passes' peak",
-            )
-        )
+def measure_steps(run: Run) -> None:
+    chosen = gpu_steps.modes()
+    for row in gpu_steps.memory_rows(gpu_steps.CASE, run.environment, chosen):
+        run.add(row)
+    for row in gpu_steps.step_rows(gpu_steps.CASE, run.environment, chosen):
+        run.add(row)
 
 
-def summary(run: Run) -> None:
-    """A short table: what is large against the copy bandwidth, what is small in microseconds, the peers."""
-    print(f"\n{run.environment.device}: copy {run.copy_gbps:.0f} GB/s, read {run.read_gbps:.0f} GB/s")
-    print(f"{'op':<21}{'backend':<14}{'T':>3}{'N':>12} {'dtype':<9}{'median':>12}{'of copy':>9}")
+def show(run: Run) -> None:
+    """What docs/kernels.md would say of this run; what was promised; what failed."""
+    print(f"\n{gpu_table.table(run.rows)}\n")
+    for verdict in verdicts(run.rows, gpu_steps.TARGETS):
+        print(f"{verdict.word}: {verdict.target.text}, {verdict.limit}: {verdict.value}")
     for row in run.rows:
-        if row.kind != "kernel" or row.subject != "fastpcgrad" or row.p50_ms is None or "packed" in row.ratios:
-            continue
-        if row.bandwidth_fraction is None and not (row.op.endswith("[graph]") and row.T == 8):
-            continue
-        share = f"{row.bandwidth_fraction:.0%}" if row.bandwidth_fraction else ""
-        what = f"{row.op:<21}{row.backend:<14}{row.T:>3}{row.N:>12} {row.dtype:<9}"
-        print(f"{what}{1000 * row.p50_ms:>9.1f} us{share:>9}")
-    for row in run.rows:
-        if row.subject in ("torchjd", "loop") and row.T == 8 and "fastpcgrad" in row.ratios:
-            print(f"{row.subject} T=8 N={row.N} {row.dtype}: {row.ratios['fastpcgrad']:.1f} times as long")
-        if "packed" in row.ratios:
-            what = f"{row.note}, T={row.T} {row.dtype}, in blocks, {row.backend}"
-            print(f"{what}: {1000 * (row.p50_ms or 0):.1f} us, {row.ratios['packed']:.2f} of packed rows")
-        if row.kind == "step" and row.subject != "plain":
-            print(f"{row.case}: {row.ratios['plain']:.3f} of plain, {(row.peak_bytes or 0) / 2**20:.0f} MiB more")
+        if not row.ok:
+            print(f"{row.kind} {row.case} {row.subject} {row.backend}: {row.status}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--append", action="store_true", help=f"append the rows to {RESULTS}")
-    parser.add_argument("--minutes", type=float, default=4.0, help="for the kernels; the training step comes after")
+    parser.add_argument("--minutes", type=float, default=3.0, help="after these, kernels that are left are left out")
     arguments = parser.parse_args()
+    if DEVICE != "cuda":
+        sys.exit("benchmarks.gpu: this torch sees no CUDA device")
     torch.manual_seed(0)
-    run = Run(arguments.minutes)
-    run.bandwidths()
-    measure_kernels(run)
-    measure_blocks(run)
-    measure_step(run)
-    if arguments.append:
-        rows.append(run.rows, RESULTS)
-    summary(run)
+    run = Run(environment(), arguments.minutes, RESULTS if arguments.append else None)
+    gpu_compile.compile_all(itertools.product(TASKS, DTYPES))
+    names = available(run)
+    parts: dict[str, Callable[[], None]] = {
+        "bandwidth": run.bandwidths,
+        "large J": lambda: measure_kernels(run, large_shapes(), names),
+        "steps": lambda: measure_steps(run),
+        "blocks": lambda: measure_blocks(run) if "cuda" in names else None,
+        "small J": lambda: measure_kernels(run, small_shapes(), names),
+    }
+    for name, part in parts.items():
+        start = time.monotonic()
+        part()
+        torch.cuda.empty_cache()
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    show(run)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from benchmarks import rows
 from benchmarks.measure import Plan, Samples, Subject, in_turn, paired_ratio, percentile
 from benchmarks.peers import gradnorm_double_backward
-from benchmarks.rows import Environment, Row
-from benchmarks.session import SKIPPED_LATE, Session, command
+from benchmarks.rows import SKIPPED_LATE, Environment, Row
+from benchmarks.session import Session, command
 from fastpcgrad.gradnorm import gradNorm
 
 RESULTS = rows.ROOT / "benchmarks" / "results" / "gradnorm.jsonl"

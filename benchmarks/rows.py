@@ -24,6 +24,9 @@ SCHEMA = 1
 # What a number depends on. Results, plots and the README's table change with every run and are none of it.
 _MEASURED_PATHS = ("fastpcgrad", "csrc", "benchmarks", "setup.py", "pyproject.toml")
 
+SKIPPED_BUDGET = "skipped: budget"
+SKIPPED_LATE = f"{SKIPPED_BUDGET} (the time for this part was up)"
+
 Kind = Literal["bandwidth", "kernel", "step", "memory", "method"]
 
 
@@ -95,6 +98,11 @@ class Row:
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+
+def failed(error: BaseException) -> str:
+    """The status of a row whose subject raised."""
+    return f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def to_json(row: Row) -> str:

@@ -25,7 +25,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -45,9 +44,10 @@ from benchmarks.measure import (
     percentile,
     total,
 )
+from benchmarks.memory import available_bytes
 from benchmarks.models import Forward
-from benchmarks.rows import Row
-from benchmarks.session import SKIPPED_BUDGET, SKIPPED_LATE, Session, command
+from benchmarks.rows import SKIPPED_BUDGET, SKIPPED_LATE, Row, failed
+from benchmarks.session import Session, command
 from benchmarks.subjects import KernelContender, Missing, StepContender
 
 MACHINE = "machine"
@@ -87,7 +87,7 @@ def _objection(error: Callable[[], float]) -> str:
     try:
         found = error()
     except Exception as problem:
-        return f"failed: {type(problem).__name__}: {problem}"
+        return failed(problem)
     return "" if found <= 1 else f"wrong: {found:.3g} times the tolerance off the float64 oracle"
 
 
@@ -98,14 +98,6 @@ def _timed(row: Row, samples: Samples) -> Row:
 
 def _ratios(name: str, samples: dict[str, Samples]) -> dict[str, float]:
     return {other: paired_ratio(samples[name], samples[other]) for other in samples if other not in (name, MACHINE)}
-
-
-def available_bytes() -> float:
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) * 1024
-    return float("inf")
 
 
 class KernelPart:

@@ -23,9 +23,6 @@ from rich.progress import (
 from benchmarks import rows
 from benchmarks.rows import Environment, Row
 
-SKIPPED_BUDGET = "skipped: budget"
-SKIPPED_LATE = f"{SKIPPED_BUDGET} (the time for this part was up)"
-
 
 def command(module: str, summary: str, quick: str, results: Path) -> argparse.ArgumentParser:
     """Options of ``python -m benchmarks.<module>``; ``quick`` says what ``--quick`` leaves."""

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.large import RESULTS, cases, memory, steps, targets
-from benchmarks.large.modes import mode_named
+from benchmarks.large.modes import WHOLE, mode_named
 from benchmarks.measure import Plan
 from benchmarks.rows import Row
 from benchmarks.run import show_targets
@@ -62,7 +62,7 @@ def show(console: Console, measured: Sequence[Row]) -> None:
         peaks.add_column(column, justify="right")
     for row in measured:
         if row.whole_p50_ms is not None:
-            floor, share = row.whole_ratios.get(mode_named(row.subject).floor), row.ratios.get(steps.WHOLE)
+            floor, share = row.whole_ratios.get(mode_named(row.subject).floor), row.ratios.get(WHOLE)
             timed.add_row(
                 row.case,
                 escape(row.subject),

@@ -30,6 +30,7 @@ class Size:
     """A GPT-style transformer.
 
     Attributes:
+        context: positions that it can tell apart.
         batch: of a timed step.
         timed: the numbers of tasks for which steps are timed.
         measured: those for which peaks are measured.
@@ -39,6 +40,7 @@ class Size:
     vocabulary: int
     width: int
     layers: int
+    context: int = CONTEXT
     batch: Batch = Batch(4, CONTEXT)
     timed: tuple[int, ...] = TASKS
     measured: tuple[int, ...] = TASKS
@@ -46,7 +48,7 @@ class Size:
     @property
     def parameters(self) -> int:
         """N without the heads, up to biases and norms."""
-        return self.layers * 12 * self.width**2 + (self.vocabulary + CONTEXT) * self.width
+        return self.layers * 12 * self.width**2 + (self.vocabulary + self.context) * self.width
 
 
 SMALL = Size("tiny", 100, 64, 2)

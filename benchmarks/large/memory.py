@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -19,11 +20,9 @@ from benchmarks import memory
 from benchmarks.large import cases, models
 from benchmarks.large.cases import MEMORY_BATCH, PARAMETER_BYTES, SMALL, Case, Size
 from benchmarks.large.modes import Mode, mode_named, modes, step_phases
-from benchmarks.memory import ACTIVATIONS, NOTE, STEPS, Measured
+from benchmarks.memory import ACTIVATIONS, NOTE, STEPS, Measured, Peak, available_bytes, watch
 from benchmarks.models import clear_gradients
-from benchmarks.rows import Environment, Row
-from benchmarks.run import available_bytes
-from benchmarks.session import SKIPPED_LATE
+from benchmarks.rows import SKIPPED_LATE, Environment, Row
 
 FITS = 0.8
 """Of the available memory: more is not asked for."""
@@ -46,9 +45,9 @@ def rows(size: Size, tasks: Iterable[int], environment: Environment, late: Calla
         common = {graph: pool.submit(run, *job, ACTIVATIONS) for graph, job in graphs.items()}
         peaks = [None if why else pool.submit(run, *job) for job, why in zip(jobs, refused, strict=True)]
         return [
-            _row(case, environment, mode, why)
+            without_peak(case, environment, mode, why)
             if peak is None
-            else _with_peak(_row(case, environment, mode), common[mode.graph].result(), peak.result())
+            else with_peak(without_peak(case, environment, mode), common[mode.graph].result(), peak.result())
             for (case, mode), why, peak in zip(jobs, refused, peaks, strict=True)
         ]
 
@@ -63,7 +62,8 @@ def _refusal(case: Case, mode: Mode) -> str:
     return ""
 
 
-def _row(case: Case, environment: Environment, mode: Mode, status: str = "") -> Row:
+def without_peak(case: Case, environment: Environment, mode: Mode, status: str = "", how: str = NOTE) -> Row:
+    """A row without numbers; empty ``status``: they will come. ``how`` they are measured."""
     return Row(
         kind="memory",
         case=case.label,
@@ -73,11 +73,12 @@ def _row(case: Case, environment: Environment, mode: Mode, status: str = "") -> 
         status=status or "ok",
         T=case.tasks,
         dtype="float32",
-        note=f"{NOTE}, batch {MEMORY_BATCH}",
+        note=f"{how}, batch {MEMORY_BATCH}",
     )
 
 
-def _with_peak(row: Row, common: Measured, found: Measured) -> Row:
+def with_peak(row: Row, common: Measured, found: Measured) -> Row:
+    """The row with what ``found`` has beyond model and activations, which ``common`` is; or with an error of either."""
     if error := common.error or found.error:
         return dataclasses.replace(row, status=error)
     beyond = found.peak - (common.peak - common.gradients)
@@ -90,18 +91,24 @@ def _in_fresh_process(case: Case, mode: Mode, threads: int, only: str) -> Measur
     return memory.fresh_process("benchmarks.large.memory", case.label, mode.name, "--threads", str(threads), *what)
 
 
-def peak(case: Case, mode: Mode, activations: bool) -> dict[str, int]:
-    """In this process: bytes above the base, the gradients of one plain backward, and N."""
-    small = models.build(SMALL, case.tasks, MEMORY_BATCH)
+def peak(
+    case: Case,
+    mode: Mode,
+    activations: bool,
+    device: str = "cpu",
+    watching: Callable[[], AbstractContextManager[Peak]] = watch,
+) -> Measured:
+    """In this process: bytes above the base by ``watching``, the gradients of one plain backward, and N."""
+    small = models.build(SMALL, case.tasks, MEMORY_BATCH, device)
     for call in step_phases(mode, small).values():
         call()
 
-    model = models.build(case.size, case.tasks, MEMORY_BATCH)
+    model = models.build(case.size, case.tasks, MEMORY_BATCH, device)
     parameters = model.parameters_list()
     model.loss(0).backward()
     gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
     clear_gradients(parameters)
-    with memory.watch() as found:
+    with watching() as found:
         if activations:
             loss = model.loss(0) if mode.graph == "own" else model().losses[0]
             loss.backward(retain_graph=True)
@@ -111,7 +118,7 @@ def peak(case: Case, mode: Mode, activations: bool) -> dict[str, int]:
                 clear_gradients(parameters)
                 for call in phases.values():
                     call()
-    return {"peak": found.bytes, "gradients": gradients, "width": sum(p.numel() for p in parameters)}
+    return Measured(found.bytes, gradients, sum(p.numel() for p in parameters))
 
 
 def main() -> None:
@@ -123,7 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     case = next(case for case in cases.memory_cases(quick=False) if case.label == options.case)
-    print(json.dumps(peak(case, mode_named(options.mode), options.only == ACTIVATIONS)))
+    print(json.dumps(dataclasses.asdict(peak(case, mode_named(options.mode), options.only == ACTIVATIONS))))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.large.cases import CONTEXT, HEAD_WIDTH, Batch, Size
+from benchmarks.large.cases import HEAD_WIDTH, Batch, Size
 from benchmarks.models import Classifier
 
 
@@ -34,7 +34,7 @@ class Gpt(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(size.vocabulary, size.width), nn.Embedding(CONTEXT, size.width)
+        self.tokens, self.positions = nn.Embedding(size.vocabulary, size.width), nn.Embedding(size.context, size.width)
         self.blocks = nn.Sequential(*(Block(size.width) for _ in range(size.layers)))
         self.norm = nn.LayerNorm(size.width)
 
@@ -56,7 +56,8 @@ class TaskedGpt(Classifier):
         return nn.functional.cross_entropy(logits, self.labels[task])
 
 
-def build(size: Size, tasks: int, batch: Batch) -> TaskedGpt:
-    """Always the same parameters and batch."""
+def build(size: Size, tasks: int, batch: Batch, device: str = "cpu") -> TaskedGpt:
+    """On one device always the same parameters and batch."""
     torch.manual_seed(0)
-    return TaskedGpt(size, tasks, batch)
+    with torch.device(device):  # made there: on a CPU this would take seconds
+        return TaskedGpt(size, tasks, batch)

@@ -18,6 +18,8 @@ from benchmarks.large.models import TaskedGpt
 from benchmarks.models import Forward, clear_gradients
 
 SLOW_UP_TO = 2e7
+WHOLE = "whole step"
+"""What the time of ``merge`` is a share of, among the ratios of a row."""
 
 Phases = Mapping[str, Callable[[], object]]
 """What a step does, in sequence; ``merge`` is ``GradientSurgery.merge()`` where it is called by itself."""
@@ -80,8 +82,11 @@ def _plain_shared(model: TaskedGpt, optimizer: Optimizer) -> Phases:
     return {"passes": passes}
 
 
-def _streaming(model: TaskedGpt, optimizer: Optimizer, row_dtype: torch.dtype | None = None) -> Phases:
-    surgery = fastpcgrad.GradientSurgery(optimizer, len(model.heads), row_dtype=row_dtype)
+def streaming(
+    model: TaskedGpt, optimizer: Optimizer, row_dtype: torch.dtype | None = None, row_device: str | None = None
+) -> Phases:
+    """One task at a time into its row, then ``merge``."""
+    surgery = fastpcgrad.GradientSurgery(optimizer, len(model.heads), row_dtype=row_dtype, row_device=row_device)
 
     def passes() -> None:
         for t in range(len(model.heads)):
@@ -130,11 +135,11 @@ def _peer(name: str) -> Build | str:
 
 @functools.cache
 def modes() -> tuple[Mode, ...]:
-    bf16_rows = functools.partial(_streaming, row_dtype=torch.bfloat16)
+    bf16_rows = functools.partial(streaming, row_dtype=torch.bfloat16)
     return (
         Mode("plain", "own", lambda tasks: 4, _plain, measured_up_to=SLOW_UP_TO),
         Mode("plain[shared graph]", "shared", lambda tasks: 4, _plain_shared, measured_up_to=SLOW_UP_TO),
-        Mode("streaming", "own", lambda tasks: 4 * tasks, _streaming, ours=True),
+        Mode("streaming", "own", lambda tasks: 4 * tasks, streaming, ours=True),
         Mode("streaming[bf16 rows]", "own", lambda tasks: max(4, 2 * tasks), bf16_rows, ours=True),
         Mode("pc_backward", "shared", lambda tasks: 4 * tasks, _pc_backward, ours=True, measured_up_to=2e8),
         Mode("two_phase", "shared", lambda tasks: 8, _two_phase_or_why_not(), ours=True),

@@ -9,19 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import torch
-
 from benchmarks import check
 from benchmarks.large import models
 from benchmarks.large.cases import PARAMETER_BYTES, SMALL, Batch, Case
-from benchmarks.large.modes import Mode, modes, step_phases
+from benchmarks.large.modes import WHOLE, Mode, modes, step_phases
 from benchmarks.measure import Plan, Samples, Subject, in_turn, paired_ratio, percentile, total
-from benchmarks.rows import Environment, Row, version_of
-from benchmarks.run import available_bytes
-from benchmarks.session import SKIPPED_LATE
+from benchmarks.memory import available_bytes
+from benchmarks.rows import SKIPPED_LATE, Environment, Row, version_of
 from fastpcgrad import reference
 
-WHOLE = "whole step"
 FITS = 0.85
 """Of the available memory: all modes of a case lie there at a time."""
 
@@ -45,18 +41,20 @@ def rows(case: Case, environment: Environment, plan: Plan, late: Callable[[], bo
     ]
     samples = in_turn(competitors, plan)
     wholes = {name: total(phases.values()) for name, phases in samples.items()}
-    found = []
+    found, width = [], width_of(case)
     for mode in chosen:
-        row = _row(case, environment, mode, refused[mode.name])
-        if row.ok:
-            merge = samples[mode.name].get("merge")
-            row = _timed(row, wholes) if merge is None else _with_merge(_timed(row, wholes), merge, wholes[mode.name])
-        found.append(row)
+        row = untimed(case, width, environment, mode, refused[mode.name])
+        found.append(with_times(row, wholes, samples[mode.name].get("merge")) if row.ok else row)
     return found
 
 
-def _timed(row: Row, wholes: dict[str, Samples]) -> Row:
+def with_times(row: Row, wholes: dict[str, Samples], merge: Samples | None) -> Row:
+    """The row with its whole step beside those of the other modes, and with ``merge`` where it runs by itself."""
     own = wholes[row.subject]
+    if merge is not None:
+        p20, p50, p80 = (percentile(merge.values, p) for p in (20, 50, 80))
+        share = paired_ratio(merge, own)
+        row = dataclasses.replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, ratios={WHOLE: share})
     return dataclasses.replace(
         row,
         rounds=own.rounds,
@@ -66,13 +64,13 @@ def _timed(row: Row, wholes: dict[str, Samples]) -> Row:
     )
 
 
-def _with_merge(row: Row, merge: Samples, whole: Samples) -> Row:
-    p20, p50, p80 = (percentile(merge.values, p) for p in (20, 50, 80))
-    return dataclasses.replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, ratios={WHOLE: paired_ratio(merge, whole)})
+def width_of(case: Case, device: str = "meta") -> int:
+    """N, of a model that is made there."""
+    return sum(p.numel() for p in models.build(case.size, case.tasks, case.size.batch, device).parameters())
 
 
-def _row(case: Case, environment: Environment, mode: Mode, status: str) -> Row:
-    width = sum(p.numel() for p in torch.nn.Module.parameters(_on_meta(case)))
+def untimed(case: Case, width: int, environment: Environment, mode: Mode, status: str) -> Row:
+    """A row without numbers; empty ``status``: they will come."""
     return Row(
         kind="step",
         case=case.label,
@@ -86,11 +84,6 @@ def _row(case: Case, environment: Environment, mode: Mode, status: str) -> Row:
         dtype="float32",
         note=f"whole step, batch {case.size.batch}",
     )
-
-
-def _on_meta(case: Case) -> models.TaskedGpt:
-    with torch.device("meta"):
-        return models.build(case.size, case.tasks, case.size.batch)
 
 
 def _objection(mode: Mode) -> str:

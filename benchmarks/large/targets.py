@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from benchmarks.large.cases import PARAMETER_BYTES
-from benchmarks.large.steps import WHOLE
+from benchmarks.large.modes import WHOLE
 from benchmarks.rows import Row
 from benchmarks.targets import Found, Target
 
 
-def _of(kind: str, subject: str, value: Callable[[Row], float | None]) -> Callable[[Sequence[Row]], list[Found]]:
+def of(kind: str, subject: str, value: Callable[[Row], float | None]) -> Callable[[Sequence[Row]], list[Found]]:
+    """Finds ``value`` of every row of one mode."""
+
     def find(rows: Sequence[Row]) -> list[Found]:
         chosen = [row for row in rows if (row.kind, row.op, row.subject) == (kind, "large", subject) and row.ok]
         found = [(value(row), row.case) for row in chosen]
@@ -19,7 +21,7 @@ def _of(kind: str, subject: str, value: Callable[[Row], float | None]) -> Callab
     return find
 
 
-def _gradients(row: Row) -> float | None:
+def gradients(row: Row) -> float | None:
     """The peak in units of one gradient, N·itemsize."""
     return None if row.peak_bytes is None or not row.N else row.peak_bytes / (row.N * PARAMETER_BYTES)
 
@@ -30,28 +32,28 @@ TARGETS = (
         "<=",
         1.10,
         "times",
-        _of("step", "streaming", lambda row: row.whole_ratios.get("plain")),
+        of("step", "streaming", lambda row: row.whole_ratios.get("plain")),
     ),
     Target(
         "streaming: `merge()` as a share of the step",
         "<=",
         0.05,
         "percent",
-        _of("step", "streaming", lambda row: row.ratios.get(WHOLE)),
+        of("step", "streaming", lambda row: row.ratios.get(WHOLE)),
     ),
     Target(
         "streaming: peak beyond model and activations / T·N·itemsize",
         "<=",
         1.05,
         "times",
-        _of("memory", "streaming", lambda row: row.peak_ratio),
+        of("memory", "streaming", lambda row: row.peak_ratio),
     ),
     Target(
         "streaming, bf16 rows: peak / T·N·itemsize of fp32",
         "<=",
         0.55 * 1.05,
         "times",
-        _of("memory", "streaming[bf16 rows]", lambda row: row.peak_ratio),
+        of("memory", "streaming[bf16 rows]", lambda row: row.peak_ratio),
     ),
-    Target("two_phase: peak / N·itemsize, at any T", "<=", 2.1, "times", _of("memory", "two_phase", _gradients)),
+    Target("two_phase: peak / N·itemsize, at any T", "<=", 2.1, "times", of("memory", "two_phase", gradients)),
 )

@@ -9,13 +9,13 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from benchmarks import check, run
+from benchmarks import check
 from benchmarks.large import __main__ as main
 from benchmarks.large import cases, memory, models, steps, targets
 from benchmarks.large.cases import SMALL, Batch, Case
-from benchmarks.large.modes import modes
+from benchmarks.large.modes import WHOLE, modes
 from benchmarks.measure import Plan
-from benchmarks.rows import environment, from_json, to_json
+from benchmarks.rows import SKIPPED_LATE, environment, from_json, to_json
 from benchmarks.targets import verdicts
 
 # A peer differentiates through torch.vmap, which has no rule for attention.
@@ -59,8 +59,7 @@ def test_labels_tell_cases_apart(quick):
 
 @pytest.mark.parametrize("size", cases.SIZES, ids=lambda size: size.name)
 def test_sizes_have_the_parameters_that_they_are_named_for(size):
-    with torch.device("meta"):
-        model = models.build(size, 2, Batch(1, 4))
+    model = models.build(size, 2, Batch(1, 4), "meta")
     count = sum(p.numel() for p in model.parameters())
     assert count == pytest.approx(size.parameters, rel=0.02)
     assert count == pytest.approx(float(size.name[:-1]) * {"M": 1e6, "G": 1e9}[size.name[-1]], rel=0.1)
@@ -80,7 +79,7 @@ def test_step_rows_carry_the_whole_step_and_the_share_of_merge(timed):
     found = by_subject(timed)
     ours = found["streaming"]
     assert ours.ok and ours.rounds == 2 and ours.whole_ratios["plain"] > 0
-    assert 0 < ours.ratios[steps.WHOLE] < 1 and ours.p50_ms < ours.whole_p50_ms
+    assert 0 < ours.ratios[WHOLE] < 1 and ours.p50_ms < ours.whole_p50_ms
     assert found["plain"].p50_ms is None, "plain passes have no merge"
     assert from_json(to_json(ours)) is not None
 
@@ -104,9 +103,9 @@ def test_what_does_not_fit_is_skipped_with_the_prediction(here, monkeypatch):
 
 def test_after_the_deadline_rows_say_so(here):
     late = by_subject(steps.rows(Case(SMALL, 2), here, TWICE, late=lambda: True))
-    assert {row.status for row in late.values()} == {run.SKIPPED_LATE}
+    assert {row.status for row in late.values()} == {SKIPPED_LATE}
     late = by_subject(memory.rows(SMALL, (2,), here, late=lambda: True))
-    assert late["streaming"].status == run.SKIPPED_LATE
+    assert late["streaming"].status == SKIPPED_LATE
 
 
 def test_peaks_are_beyond_model_and_activations(peaks):
@@ -119,7 +118,7 @@ def test_targets_read_the_rows(timed, peaks):
     found = {verdict.target.text: verdict for verdict in verdicts([*timed, *peaks], targets.TARGETS)}
     step, share, peak, narrow, two_phase = found.values()
     assert step.worst.value == by_subject(timed)["streaming"].whole_ratios["plain"]
-    assert share.worst.value == by_subject(timed)["streaming"].ratios[steps.WHOLE]
+    assert share.worst.value == by_subject(timed)["streaming"].ratios[WHOLE]
     assert peak.worst.value == 1 and narrow.worst.value == 0.5
     assert two_phase.worst.value == 2 and two_phase.met
 

@@ -39,6 +39,11 @@ def surgery_for(model, **options):
     return fastpcgrad.GradientSurgery(model.parameters(), TASKS, methods.PCGrad(FIXED), **options)
 
 
+def memory_of_rows(surgery):
+    """The host memory of each row that was filled."""
+    return list(surgery._capture.rows._host._rows.values())
+
+
 def run(model, surgery, shares=1):
     for share in range(shares):
         for t in (2, 0, 3, 1):
@@ -89,8 +94,8 @@ def test_rows_lie_in_page_locked_memory():
     model = model_of(64, 2)
     surgery = surgery_for(model, row_device="cpu")
     run(model, surgery)
-    assert all(row.is_pinned() for row in surgery._moved._host._rows.values())
-    assert len(surgery._moved._host._rows) == TASKS
+    found = memory_of_rows(surgery)
+    assert len(found) == TASKS and all(row.is_pinned() for row in found)
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 16, 1 << 40])
@@ -178,7 +183,7 @@ def test_memory_is_unlocked_with_the_surgery():
         surgery = surgery_for(model, row_device="cpu")
         run(model, surgery)
         assert_merged(model, expected, 1e-6)
-        (row, *_) = surgery._moved._host._rows.values()
+        row = memory_of_rows(surgery)[0]
         assert row.is_pinned()
         del surgery, row
         gc.collect()
