@@ -3,12 +3,13 @@
 The Triton kernels are compiled first, in parallel. Then is measured, what matters most first:
 
 - how fast this GPU copies and reads;
-- gram, combine, the whole surgery and mix_ on large J with both backends, torch's products, TorchJD's PCGrad (or its
+- gram, combine, the whole surgery and mix_ on J of 1 GiB with both backends, torch's products, TorchJD's PCGrad (or its
   algorithm, and the row says so) and the loop;
+- the same on small J, where a call is bound by the host: ``pcgrad[graph]`` is a captured surgery, many replays between
+  two events;
 - training steps of a large model in each of the library's modes (``benchmarks.gpu_steps``);
 - the surgery on task gradients that lie in blocks, one a parameter, against packed rows;
-- the same ops on small J, where a call is bound by the host: ``pcgrad[graph]`` is a captured surgery, many replays
-  between two events.
+- J of 4 GiB and of 256 MiB.
 
 Times are CUDA events around single calls, the median of many (``benchmarks.gpu_timing``). Needs torch, numpy and triton
 alone. Rows go to benchmarks/results/gpu.jsonl with ``--append``, as soon as they are there.
@@ -158,8 +159,8 @@ def available(run: Run) -> list[str]:
     return [backend for backend, reason in reasons.items() if reason is None]
 
 
-def large_shapes() -> Iterator[Shape]:
-    for size, tasks, dtype in itertools.product(BYTES_OF_J, TASKS, DTYPES):
+def large_shapes(sizes: Iterable[int]) -> Iterator[Shape]:
+    for size, tasks, dtype in itertools.product(sizes, TASKS, DTYPES):
         yield tasks, size // (tasks * dtype.itemsize) // 64 * 64, dtype
 
 
@@ -316,10 +317,11 @@ def main() -> None:
     names = available(run)
     parts: dict[str, Callable[[], None]] = {
         "bandwidth": run.bandwidths,
-        "large J": lambda: measure_kernels(run, large_shapes(), names),
+        "large J": lambda: measure_kernels(run, large_shapes(BYTES_OF_J[:1]), names),
+        "small J": lambda: measure_kernels(run, small_shapes(), names),
         "steps": lambda: measure_steps(run),
         "blocks": lambda: measure_blocks(run) if "cuda" in names else None,
-        "small J": lambda: measure_kernels(run, small_shapes(), names),
+        "other large J": lambda: measure_kernels(run, large_shapes(BYTES_OF_J[1:]), names),
     }
     for name, part in parts.items():
         start = time.monotonic()
