@@ -62,7 +62,11 @@ def _where_triton_was_faster(large: Sequence[Row]) -> list[str]:
         return []
     faster = sorted(key for key in both if times[(*key, "triton")] < 0.97 * times[(*key, "cuda")])
     where = "; ".join(dict.fromkeys(f"`{op}` T={tasks} {dtype}" for op, tasks, dtype, _ in faster)) or "none"
-    return ["", f"The automatic choice is the compiled library. Triton was over 3 % faster at: {where}."]
+    return [
+        "",
+        f"Triton was over 3 % faster at: {where}. On packed rows the automatic choice goes by such figures "
+        "(`fastpcgrad/backends/crossovers.py`); elsewhere it is the compiled library.",
+    ]
 
 
 def _small(ours: Sequence[Row]) -> list[str]:
@@ -160,14 +164,15 @@ def _where(latest: Sequence[Row]) -> str:
 
 
 def plot(latest: Sequence[Row], path: Path = PLOT) -> None:
-    """Bandwidth over the bytes of J for the ops on fp32 rows, T=8, with copy and read as lines."""
+    """Bandwidth over the bytes of J (fp32, T=8) for the ops and for graph replays, with copy and read as lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    rows_of_eight = [r for r in latest if (r.T, r.dtype) == (8, "float32") and r.gbps and not r.note]
     for backend, style in (("cuda", "-o"), ("triton", "--s")):
-        for colour, op in enumerate(OPS):
-            chosen = [r for r in latest if (r.op, r.backend, r.T, r.dtype) == (op, backend, 8, "float32") and r.gbps]
+        for colour, op in enumerate((*OPS, "pcgrad[graph]")):
+            chosen = [r for r in rows_of_eight if (r.op, r.backend) == (op, backend)]
             points = sorted((8 * (r.N or 0) * 4, r.gbps or 0.0) for r in chosen)
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=f"{op} {backend}")

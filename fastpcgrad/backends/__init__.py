@@ -2,7 +2,8 @@
 
 Every backend module offers the same six functions (``gram``, ``pcgrad_coefficients``, ``combine``, ``mix_``,
 ``pcgrad``, ``pcgrad_``) on inputs that ``functional`` has validated, and ``why_unavailable(device_type)``. An
-automatic choice takes the first backend that can run; a forced one that cannot run raises and says why. ``pcgrad`` and
+automatic choice takes the first backend that can run, on large packed rows the one that was measured to be faster
+(``crossovers``); a forced one that cannot run raises and says why. ``pcgrad`` and
 ``pcgrad_`` return G, C and w, or nothing if told so: then these may lie in the workspace.
 
 For task gradients that lie where autograd put them (``_ops.Blocks``) it offers ``gram_blocks``, ``combine_blocks`` and
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _native, _ops
+from . import crossovers
 
 NAMES = ("eager", "cpu", "cuda", "triton")
 _AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
@@ -39,14 +41,16 @@ def why_unavailable(name: str, device_type: str) -> str | None:
     return reason
 
 
-def select(device_type: str) -> ModuleType:
+def select(device_type: str, forced: str | None = None) -> ModuleType:
     """The backend module for tensors of that device.
 
+    Args:
+        forced: the name of one; otherwise ``FASTPCGRAD_BACKEND`` may hold it.
     Raises:
-        RuntimeError: the backend forced by ``FASTPCGRAD_BACKEND`` cannot run there; says why.
-        ValueError: ``FASTPCGRAD_BACKEND`` names no backend.
+        RuntimeError: the forced backend cannot run there; says why.
+        ValueError: there is no backend of that name.
     """
-    forced = os.environ.get("FASTPCGRAD_BACKEND") or None
+    forced = forced or os.environ.get("FASTPCGRAD_BACKEND") or None
     module = _chosen.get((forced, device_type))
     if module is None:
         module = _chosen[forced, device_type] = _choose(forced, device_type)
@@ -67,8 +71,23 @@ def _choose(forced: str | None, device_type: str) -> ModuleType:
     raise RuntimeError(f"no backend can run tensors on device type {device_type!r}")
 
 
+def select_for(op: str, grads: Tensor) -> ModuleType:
+    """The backend module for an op on packed rows: as ``select``, but Triton's where that was measured to be faster."""
+    module = select(grads.device.type)
+    if not grads.is_cuda or grads.nbytes < crossovers.LEAST_NBYTES or not _is_automatic(module):
+        return module
+    architecture = crossovers.architecture_of(grads.device)
+    faster = crossovers.triton_is_faster(op, grads.shape[0], grads.dtype, grads.nbytes, architecture)
+    return select("cuda", "triton") if faster and why_unavailable("triton", "cuda") is None else module
+
+
+def _is_automatic(module: ModuleType) -> bool:
+    """Whether it is the compiled CUDA library, and nobody asked for it."""
+    return module.__name__ == f"{__name__}.cuda" and not os.environ.get("FASTPCGRAD_BACKEND")
+
+
 def _gram(grads: Tensor, segments: Tensor | None = None) -> Tensor:
-    result: Tensor = select(grads.device.type).gram(grads, segments)
+    result: Tensor = select_for("gram", grads).gram(grads, segments)
     return result
 
 
@@ -82,18 +101,18 @@ def _pcgrad_coefficients(
 
 def _combine(grads: Tensor, weights: Tensor, segments: Tensor | None = None) -> Tensor:
     out = _native.prefer_huge_pages(grads.new_empty(grads.shape[1]))
-    select(grads.device.type).combine(grads, weights, segments, out)
+    select_for("combine", grads).combine(grads, weights, segments, out)
     return out
 
 
 def _combine_out(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:
     _mark_written(out)
-    select(grads.device.type).combine(grads, weights, segments, out)
+    select_for("combine", grads).combine(grads, weights, segments, out)
 
 
 def _mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None = None) -> None:
     _mark_written(grads)
-    select(grads.device.type).mix_(grads, coefficients, segments)
+    select_for("mix_", grads).mix_(grads, coefficients, segments)
 
 
 def _pcgrad(
@@ -107,7 +126,7 @@ def _pcgrad(
     figures: bool = True,
 ) -> tuple[Tensor, ...]:
     out = _native.prefer_huge_pages(grads.new_empty(grads.shape[1]))
-    backend = select(grads.device.type)
+    backend = select_for("pcgrad", grads)
     return out, *backend.pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out, figures)
 
 
@@ -122,7 +141,7 @@ def _pcgrad_out(
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _mark_written(out)
-    result: tuple[Tensor, Tensor, Tensor] = select(grads.device.type).pcgrad(
+    result: tuple[Tensor, Tensor, Tensor] = select_for("pcgrad", grads).pcgrad(
         grads, order, self_projection, eps, min_squared_norm, scale, segments, out
     )
     return result
