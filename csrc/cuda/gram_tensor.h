@@ -133,9 +133,9 @@ __device__ inline void gram_tensor(const GramJob<J>& job, int64_t item, Pair fir
   const auto& rows = job.rows.of(found);
   const Range steps = steps_of(job.plan, found.columns);
   const int count = static_cast<int>(steps.last - steps.first);
-  const bool begins_whole = found.columns.first % job.plan.step == 0,
-             ends_whole = found.columns.last % job.plan.step == 0;
-  const int first_whole = !rows.aligned ? count : begins_whole ? 0 : 1, last_whole = ends_whole ? count : count - 1;
+  // Steps [first_whole, last_whole) of the item are whole, and aligned.
+  const int first_whole = !rows.aligned ? count : found.columns.first % job.plan.step == 0 ? 0 : 1;
+  const int last_whole = found.columns.last % job.plan.step == 0 ? count : count - 1;
   const int warp = thread_index() / 32, strip = warp / Shape::kRowBlocks;
   const typename Shape::StripRing ring = {reinterpret_cast<Packed*>(shared_memory())};
   double* high = reinterpret_cast<double*>(shared_memory());

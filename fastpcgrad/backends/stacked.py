@@ -27,9 +27,13 @@ class Stacked:
         tasks = len(blocks.tensors)
         result = torch.zeros((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
         for problem, present, members in _batches(blocks, problem_of):
-            if problem >= 0:
+            if problem < 0:
+                continue
+            found = self._gram(_pack(blocks, present, members), None)
+            if len(present) == tasks:
+                result[problem] += found
+            else:  # the index goes to the device, which waits for it
                 index = torch.tensor(present, device=blocks.device)
-                found = self._gram(_pack(blocks, present, members), None)
                 result[problem].index_put_((index[:, None], index[None, :]), found, accumulate=True)
         return result
 
@@ -38,7 +42,7 @@ class Stacked:
     ) -> None:
         for problem, present, members in _batches(blocks, weights_of):
             packed = _pack(blocks, present, members)
-            chosen = weights[problem, list(present)]
+            chosen = weights[problem] if len(present) == len(blocks.tensors) else weights[problem, list(present)]
             self._combine(packed, chosen, None, packed[0])
             pieces = packed[0].split([blocks.widths[b] for b in members])
             torch._foreach_copy_([_ops.flat(_there(out[b])) for b in members], pieces)
