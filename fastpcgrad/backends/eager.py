@@ -7,12 +7,15 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import _ops
 from .stacked import Stacked
 
 _CHUNK = 1 << 16
 """Columns a step: bounds the float64 copies, and is fixed, so that the sums have one order."""
+_PART = 1 << 10
+"""Columns of one matrix product: a longer one may be cut by the number of threads, and then rounds differently."""
 
 
 def why_unavailable(device_type: str) -> str | None:
@@ -34,8 +37,8 @@ def _batched(matrix: Tensor, segments: Tensor | None) -> Tensor:
 def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     result = _ops.new_gram(grads, segments).zero_()
     for s, a, b in _chunks(grads, segments):
-        block = grads[:, a:b].double()
-        _batched(result, segments)[s] += block @ block.mT
+        parts = pad(grads[:, a:b].double(), (0, -(b - a) % _PART)).unflatten(1, (-1, _PART)).movedim(1, 0)
+        _batched(result, segments)[s] += (parts @ parts.mT).sum(dim=0)
     return result.tril() + result.tril(-1).mT  # to the bit symmetric, which a matrix product need not be
 
 
