@@ -122,7 +122,6 @@ __device__ inline void gram_columns(const GramJob<J>& job, int64_t item, int64_t
   constexpr int kOthers = B == 0 ? 1 : B;
   constexpr int kProducts = U * kVector<Row>;
   static_assert(kIsDouble<Row> || kProducts <= kProductsOfLane, "a lane takes too many products in a step");
-  static_assert(kStreamed || B == 0, "two tiles are streamed");
   constexpr int kStepsOfLane = kIsDouble<Row> ? 1 << 20 : kProductsOfLane / kProducts;
 
   const Item found = job.rows.item(job.plan, item);
@@ -175,6 +174,7 @@ __device__ inline void gram_columns(const GramJob<J>& job, int64_t item, int64_t
     for (int k = 0; k < count; ++k) {
       Packed x[U][A], y[U][kOthers];
       load_owned<Row>(rows, tile_i * A, column_of(k), found.columns, is_whole(k), x);
+      if constexpr (B != 0) load_owned<Row>(rows, tile_j * B, column_of(k), found.columns, is_whole(k), y);
       multiply(k, x, y);
     }
   }

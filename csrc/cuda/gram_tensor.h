@@ -29,10 +29,10 @@ template <int G, bool kCross>
 struct Tile {
   static constexpr int kRows = 8 * G, kRowBlocks = (G + 1) / 2, kStrips = kWarps / kRowBlocks;
   using StripRing = Ring<kStrips * kRows * kLine / kThreads, 3>;
-  // When the ring is done with: what each strip has of H H^T, then of L H^T. A pitch that lanes of many rows do not
-  // meet in a bank with.
-  static constexpr int kPitch = kRows + 1, kSquare = kRows * kPitch;
-  static constexpr int kSumsBytes = kStrips * kSquare * static_cast<int>(sizeof(double) + sizeof(float));
+  // When the ring is done with: H H^T, then L H^T, of each strip, or of all where they take much memory. A pitch that
+  // lanes of many rows do not meet in a bank with.
+  static constexpr int kPitch = kRows + 1, kSquare = kRows * kPitch, kSums = G < 8 ? kStrips : 1;
+  static constexpr int kSumsBytes = kSums * kSquare * static_cast<int>(sizeof(double) + sizeof(float));
   static constexpr int kBytes = StripRing::kBytes > kSumsBytes ? StripRing::kBytes : kSumsBytes;
 
   // Whether the products of block r of 16 rows with group n are asked for, in H H^T and in L H^T.
@@ -100,8 +100,8 @@ struct RowBlock {
     }
   }
 
-  // To matrices [kRows, kPitch].
-  __device__ void store(double* to_high, float* to_low) const {
+  // To matrices [kRows, kPitch]. `more`: to what another strip has stored.
+  __device__ void store(double* to_high, float* to_low, bool more) const {
     const int lane = thread_index() % 32;
 #pragma unroll
     for (int n = 0; n < G; ++n) {
@@ -109,8 +109,8 @@ struct RowBlock {
       for (int k = 0; k < 4; ++k) {
         if (2 * kBlock + k / 2 >= G) continue;
         const int place = (16 * kBlock + lane / 4 + k / 2 * 8) * Shape::kPitch + 8 * n + lane % 4 * 2 + k % 2;
-        if (Shape::has_high(kBlock, n)) to_high[place] = totals[n][k];
-        if (kIsSplit<Row> && Shape::has_low(kBlock, n)) to_low[place] = low[n][k];
+        if (Shape::has_high(kBlock, n)) to_high[place] = more ? to_high[place] + totals[n][k] : totals[n][k];
+        if (kIsSplit<Row> && Shape::has_low(kBlock, n)) to_low[place] = more ? to_low[place] + low[n][k] : low[n][k];
       }
     }
   }
@@ -139,7 +139,7 @@ __device__ inline void gram_tensor(const GramJob<J>& job, int64_t item, Pair fir
   const int warp = thread_index() / 32, strip = warp / Shape::kRowBlocks;
   const typename Shape::StripRing ring = {reinterpret_cast<Packed*>(shared_memory())};
   double* high = reinterpret_cast<double*>(shared_memory());
-  float* low = reinterpret_cast<float*>(high + Shape::kStrips * Shape::kSquare);
+  float* low = reinterpret_cast<float*>(high + Shape::kSums * Shape::kSquare);
 
   with_row_block<Shape::kRowBlocks>(warp % Shape::kRowBlocks, [&](auto number) {
     constexpr int kBlock = decltype(number)::value;
@@ -156,8 +156,11 @@ __device__ inline void gram_tensor(const GramJob<J>& job, int64_t item, Pair fir
     const auto take = [&](int, const Packed* stage) { products.multiply(stage + strip * kRows * kLine); };
     const auto sync = [&] { sync_strip<Shape::kRowBlocks>(strip); };
     stream_steps(ring, 0, count, sync, request, take);
-    sync_block();  // all warps are done with the ring
-    products.store(high + strip * Shape::kSquare, low + strip * Shape::kSquare);
+    const int own = strip % Shape::kSums * Shape::kSquare;
+    for (int turn = 0; turn < Shape::kStrips / Shape::kSums; ++turn) {
+      sync_block();  // all warps are done with the ring, or with their turn
+      if (strip / Shape::kSums == turn) products.store(high + own, low + own, turn > 0);
+    }
   });
   sync_block();
 
@@ -169,7 +172,7 @@ __device__ inline void gram_tensor(const GramJob<J>& job, int64_t item, Pair fir
     const int place = static_cast<int>(own.i * Shape::kPitch + own.j);
     const int mirrored = static_cast<int>(own.j * Shape::kPitch + own.i);
     double sum = 0;
-    for (int s = 0; s < Shape::kStrips; ++s) {
+    for (int s = 0; s < Shape::kSums; ++s) {
       sum += high[s * Shape::kSquare + place];
       if constexpr (kIsSplit<Row>) {
         sum += static_cast<double>(low[s * Shape::kSquare + place]) + low[s * Shape::kSquare + mirrored];
@@ -186,11 +189,10 @@ __device__ inline void gram_tile(const GramJob<J>& job, int64_t item, int64_t ti
   if constexpr (G == 0) {
     const Pair pair = pair_of(tile);
     double* sums = reinterpret_cast<double*>(shared_memory());
-    Packed* vectors = reinterpret_cast<Packed*>(shared_memory() + column_sums_bytes(8, 8));
     if (pair.i == pair.j) {
-      gram_columns<Row, 8, 0, 1, true>(job, item, pair.i, pair.j, sums, {vectors}, 0);
+      gram_columns<Row, 8, 0, 1, false>(job, item, pair.i, pair.j, sums, {nullptr}, 0);
     } else {
-      gram_columns<Row, 8, 8, 1, true>(job, item, pair.i, pair.j, sums, {vectors}, 0);
+      gram_columns<Row, 8, 8, 1, false>(job, item, pair.i, pair.j, sums, {nullptr}, 0);
     }
   } else if constexpr (!kMany) {
     gram_tensor<Row, G, false>(job, item, {0, Tile<G, false>::kRows / 2});
@@ -206,7 +208,7 @@ __device__ inline void gram_tile(const GramJob<J>& job, int64_t item, int64_t ti
 template <int G>
 constexpr int gram_tile_bytes() {
   if constexpr (G == 0) {
-    return column_sums_bytes(8, 8) + Ring<column_vectors(8, 8, 1)>::kBytes;
+    return column_sums_bytes(8, 8);
   } else {
     return Tile<G, false>::kBytes;
   }

@@ -12,22 +12,28 @@ struct PcgradJob {
   SolveJob solve;
   Plan plan;      // of the second pass
   bool in_place;  // J <- C J; no weights and no out
+  int strips;     // of MixJob
 };
 
-// Shared memory of the kernel below: the sums of gram or the dots of the solve, then one problem, then the ring.
+// Shared memory of the kernel below: the sums of gram, or what lies between the passes; then their result; then the
+// ring.
 constexpr int kHeldSquare = kMostRowsHeld * kMostRowsHeld;
 struct Problem {
+  double dots[kWarps * kMostRowsHeld];
   double gram[kHeldSquare];
   int64_t order[kHeldSquare];
-  double coefficients[kHeldSquare];
-  double weights[kMostRowsHeld];
   double narrow[kHeldSquare];  // coefficients or weights as they are multiplied
 };
-constexpr int kBeforeProblem = column_sums_bytes(kMostRowsHeld, 0);
-constexpr int kBeforeRing = kBeforeProblem + static_cast<int>(sizeof(Problem));
-static_assert(kBeforeProblem >= solve_bytes(kMostRowsHeld) && kBeforeRing % 16 == 0, "the parts do not overlap");
+struct Solved {
+  double coefficients[kHeldSquare];
+  double weights[kMostRowsHeld];
+};
+constexpr int kBeforeSolved = column_sums_bytes(kMostRowsHeld, 0);
+constexpr int kBeforeRing = kBeforeSolved + static_cast<int>(sizeof(Solved));
+static_assert(sizeof(Problem) <= kBeforeSolved && kBeforeRing % 16 == 0, "the parts do not overlap");
 
-__device__ inline Problem& own_problem() { return *reinterpret_cast<Problem*>(shared_memory() + kBeforeProblem); }
+__device__ inline Problem& own_problem() { return *reinterpret_cast<Problem*>(shared_memory()); }
+__device__ inline Solved& own_solved() { return *reinterpret_cast<Solved*>(shared_memory() + kBeforeSolved); }
 
 template <int R>
 using RingOf = Ring<column_vectors(R, 0, vectors_of(R))>;
@@ -50,21 +56,21 @@ __device__ inline bool take_problem(const SolveJob& job, Problem& problem) {
 }
 
 // One problem's C and weights by each block for itself, which costs less than to wait for another's.
-__device__ inline void solve_alone(const SolveJob& job, Problem& problem) {
+__device__ inline void solve_alone(const SolveJob& job, Problem& problem, Solved& solved) {
   const int64_t tasks = job.tasks;
-  double* dots = reinterpret_cast<double*>(shared_memory()) + thread_index() / 32 * tasks;
+  double* dots = problem.dots + thread_index() / 32 * tasks;
   for (int64_t i = thread_index() / 32; i < tasks; i += kWarps) {
-    solve_row(job, problem.gram, problem.order, i, problem.coefficients + i * tasks, dots);
+    solve_row(job, problem.gram, problem.order, i, solved.coefficients + i * tasks, dots);
   }
   sync_block();
   for (int64_t k = thread_index(); k < tasks; k += kThreads) {
-    problem.weights[k] = merged_weight(problem.coefficients, tasks, k, job.scale);
+    solved.weights[k] = merged_weight(solved.coefficients, tasks, k, job.scale);
   }
   sync_block();
   if (block_index() != 0) return;
-  for (int64_t k = thread_index(); k < tasks * tasks; k += kThreads) job.coefficients[k] = problem.coefficients[k];
+  for (int64_t k = thread_index(); k < tasks * tasks; k += kThreads) job.coefficients[k] = solved.coefficients[k];
   if (job.weights == nullptr) return;
-  for (int64_t k = thread_index(); k < tasks; k += kThreads) job.weights[k] = problem.weights[k];
+  for (int64_t k = thread_index(); k < tasks; k += kThreads) job.weights[k] = solved.weights[k];
 }
 
 __device__ inline int steps_of_slot(const Plan& plan) { return static_cast<int>(plan.span / plan.step); }
@@ -79,7 +85,7 @@ __device__ inline void combine_mine(const PcgradJob& job, int mine, bool alone) 
   auto* weights = reinterpret_cast<Accumulator<Row>*>(own_problem().narrow);
   const double* exact = nullptr;
   const auto take = [&](const double* given) { exact = take_weights(given, rows.tasks, weights) ? given : nullptr; };
-  if (alone) take(own_problem().weights);
+  if (alone) take(own_solved().weights);
   while (mine-- > 0) {
     const Item item = rows.item(plan, block_index() + mine * blocks());
     if (!alone) take(job.solve.weights + item.segment * rows.tasks);
@@ -89,13 +95,13 @@ __device__ inline void combine_mine(const PcgradJob& job, int mine, bool alone) 
 
 template <class Row, int R>
 __device__ inline void mix_mine(const PcgradJob& job, int mine, bool alone) {
-  const MixJob mix = {job.gram.rows, job.gram.plan, job.solve.coefficients};
+  const MixJob mix = {job.gram.rows, job.gram.plan, job.solve.coefficients, 0};
   const int64_t square = static_cast<int64_t>(mix.rows.tasks) * mix.rows.tasks;
   const Kept<RingOf<R>::kVectors> kept = {own_ring<R>(), mine * steps_of_slot(mix.plan) - RingOf<R>::kStages};
   auto* coefficients = reinterpret_cast<Accumulator<Row>*>(own_problem().narrow);
   const double* exact = nullptr;
   const auto take = [&](const double* given) { exact = take_weights(given, square, coefficients) ? given : nullptr; };
-  if (alone) take(own_problem().coefficients);
+  if (alone) take(own_solved().coefficients);
   while (mine-- > 0) {
     const Item item = mix.rows.item(mix.plan, block_index() + mine * blocks());
     if (!alone) take(mix.coefficients + item.segment * square);
@@ -125,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kIsDouble<Row>&& R == 8 ? 1 : 2)
         take_problem(job.solve, own_problem());
       }
     }
-    solve_alone(job.solve, own_problem());
+    solve_alone(job.solve, own_problem(), own_solved());
   } else {
     finish_gram<Row>(job.gram);
     finish_solve(job.solve);
@@ -146,7 +152,7 @@ __device__ FPG_RARE void second_pass_of_tiles(const PcgradJob& job) {
     combine_all<Row, 1, kMostRowsHeld, Rows>({rows, job.plan, job.solve.weights},
                                              reinterpret_cast<double*>(shared_memory()));
   } else {
-    mix_many<Row>({rows, job.plan, job.solve.coefficients});
+    mix_many<Row>({rows, job.plan, job.solve.coefficients, job.strips});
   }
 }
 
@@ -177,7 +183,7 @@ template <class Row, int G, bool kMany>
 int start_tiles(const Device& device, const PcgradJob& job, void* stream) {
   const int64_t tasks = job.gram.rows.tasks;
   const int64_t gram_bytes = most_of(gram_tile_bytes<G>(), solve_bytes(tasks));
-  const int64_t mix_bytes = job.in_place ? mix_many_bytes(tasks, sizeof(Row)) : 0;
+  const int64_t mix_bytes = job.in_place ? mix_many_bytes(tasks, sizeof(Row), job.strips) : 0;
   const int64_t block_count = most_of(job.gram.plan.items * tiles_of_gram(tasks, sizeof(Row)), job.plan.items);
   return run<pcgrad_tiles_kernel<Row, G, kMany>>(device, block_count, most_of(gram_bytes, mix_bytes), true, stream,
                                                  job);
@@ -201,7 +207,8 @@ int start_apart(const Device& device, const PcgradJob& job, int dtype, void* str
   int error = start_gram(device, job.gram, dtype, stream);
   if (error == 0) error = start_finish(device, job.gram, job.solve, dtype, stream);
   if (error != 0) return error;
-  if (job.in_place) return start_mix(device, {job.gram.rows, job.plan, job.solve.coefficients}, dtype, stream);
+  if (job.in_place)
+    return start_mix(device, {job.gram.rows, job.plan, job.solve.coefficients, job.strips}, dtype, stream);
   return start_combine<Rows>(device, {job.gram.rows, job.plan, job.solve.weights}, dtype, stream);
 }
 
@@ -224,10 +231,10 @@ int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_strid
   const fpg::SolveJob solve = {gram,  order,    order_per_segment != 0, {self_projection != 0, eps, min_squared_norm},
                                tasks, segments, coefficients,           weights,
                                scale};
-  const fpg::PcgradJob job = {fpg::gram_job(rows, dtype, gram, workspace), solve, fpg::columns_plan_of(rows, itemsize),
-                              weights == nullptr};
   fpg::Device device = {};
   if (const int error = fpg::find_device(&device)) return fpg::status_of(error);
+  const fpg::PcgradJob job = {fpg::gram_job(rows, dtype, gram, workspace), solve, fpg::columns_plan_of(rows, itemsize),
+                              weights == nullptr, fpg::strips_for(device, tasks, itemsize)};
   const bool small = tasks * width * itemsize <= fpg::one_launch_bytes(device, tasks);
   const bool together = launches == FPG_ONE_LAUNCH || (launches == FPG_AUTOMATIC && small);
   return fpg::status_of(together ? fpg::start_together(device, job, dtype, stream)

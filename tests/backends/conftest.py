@@ -17,4 +17,5 @@ def library(emulated, monkeypatch):
     if emulated is not None:
         monkeypatch.setattr(cuda, "_library", emulated)
         emulated.emulated_multiprocessors(2)
+        emulated.emulated_shared_memory(227)
     return emulated

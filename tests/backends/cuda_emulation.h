@@ -329,7 +329,7 @@ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_
 }
 
 constexpr int kMostParameterBytes = 8192;
-constexpr int kSharedOfMultiprocessor = 228 * 1024, kSharedOfBlock = 227 * 1024;
+inline int shared_of_block = 227 * 1024;  // a kilobyte less than a multiprocessor has
 enum EmulatedError { kNoError = 0, kInvalidValue = 1, kInvalidHandle = 400, kTooManyBlocks = 720 };
 
 inline int find_device(int* index) {
@@ -337,14 +337,14 @@ inline int find_device(int* index) {
   return kNoError;
 }
 inline int device_attribute(int* value, DeviceAttribute attribute, int) {
-  const int values[] = {multiprocessors, kSharedOfMultiprocessor, kSharedOfBlock, 9, 0};
+  const int values[] = {multiprocessors, shared_of_block + 1024, shared_of_block, 9, 0};
   *value = values[static_cast<int>(attribute)];
   return kNoError;
 }
 template <class Job>
 inline int resident_blocks(int* count, void (*)(Job), int, int64_t shared_bytes) {
-  if (shared_bytes > kSharedOfBlock) return kInvalidValue;
-  *count = kSharedOfMultiprocessor / static_cast<int>(shared_bytes + 1024) < 2 ? 1 : 2;
+  if (shared_bytes > shared_of_block) return kInvalidValue;
+  *count = (shared_of_block + 1024) / static_cast<int>(shared_bytes + 1024) < 2 ? 1 : 2;
   return kNoError;
 }
 template <class Job>

@@ -248,6 +248,19 @@ def test_bits_do_not_depend_on_the_multiprocessors(library, tasks, segmented, mo
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("tasks", [2, 8, 16, 24, 40, 70])
+def test_a_device_with_less_shared_memory(library, tasks, dtype, monkeypatch):
+    """GeForce RTX 30 and 40 have 99 KiB for a block, an A100 163; a Hopper GPU has 227."""
+    if library is None:
+        pytest.skip("a GPU has the shared memory that it has")
+    library.emulated_shared_memory(99)
+    case = cases.Case(tasks, 1300, dtype)
+    test_gram(case)
+    test_mix(case)
+    test_pcgrad_is_the_same_in_one_launch_and_in_several(case, monkeypatch)
+
+
 GUARDS = [(False, 0.0, 0.0), (True, 0.0, 0.0), (True, 1e-8, 0.0), (False, 0.0, 4.0)]
 
 

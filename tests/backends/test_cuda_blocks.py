@@ -331,6 +331,18 @@ def test_the_workspace_that_is_asked_for_is_enough(library, monkeypatch):
     assert all(bool((memory[-64:] == 0xA5).all()) for memory in taken)
 
 
+@pytest.mark.parametrize("tasks", [8, 30, 64, 250])
+def test_a_device_with_less_shared_memory(library, tasks):
+    if library is None:
+        pytest.skip("a GPU has the shared memory that it has")
+    library.emulated_shared_memory(99)
+    problem = Scattered(tasks, torch.float32, (300, 7, 65))
+    assert gram_error(cuda.gram_blocks(problem.blocks, None, 1)[0], problem.rows) <= 1e-6
+    out, weights = problem.fresh(), torch.randn(1, tasks, dtype=torch.float64)
+    cuda.combine_blocks(problem.blocks, on_device(weights), None, out)
+    assert_merged(problem, out, weights[0])
+
+
 def test_an_error_of_a_launch_is_an_exception_with_its_text(library, monkeypatch):
     if library is None:
         pytest.skip("the emulated stream that fails is not a GPU's")
