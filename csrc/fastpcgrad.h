@@ -111,7 +111,8 @@ FPG_EXPORT int fpg_cuda_mix(void* grads, int64_t tasks, int64_t width, int64_t r
                             const int64_t* offsets, int64_t segments, const double* coefficients, void* stream);
 
 /* How pcgrad runs: by the size of J, as one cooperative launch, or as one launch for each pass and one between them.
- * The results are the same to the bit. Null `weights` replace J by C J instead; `out` is not used then. */
+ * The results are the same to the bit. Null `weights` replace J by C J instead; `out` is not used then, and above 8
+ * rows there are several launches always. */
 typedef enum { FPG_AUTOMATIC = 0, FPG_ONE_LAUNCH = 1, FPG_SEVERAL_LAUNCHES = 2 } fpg_launches;
 
 FPG_EXPORT int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,

@@ -147,23 +147,14 @@ __device__ inline void mix_tensor(const MixJob& job) {
   });
 }
 
-// Above 8 rows, whichever way is theirs: `strips` rows are multiplied by strips, 0 rows by tiles.
-inline int rows_of_strips(int64_t tasks, int64_t itemsize) {
+// Above 8 rows: rows of the strips by which they are mixed, 0 by tiles.
+FPG_HOST_DEVICE constexpr int rows_of_strips(int64_t tasks, int64_t itemsize) {
   if (itemsize == 8 || tasks > kMostRowsOfMixTensor) return 0;
   return tasks <= 16 ? 16 : tasks <= 32 ? 32 : 64;
 }
 inline int64_t mix_many_bytes(int64_t tasks, int64_t itemsize, int strips) {
   if (strips == 0) return mix_tile_bytes(tasks, itemsize);
   return strips == 16 ? MixTensor<16>::kBytes : strips == 32 ? MixTensor<32>::kBytes : MixTensor<64>::kBytes;
-}
-template <class Row>
-__device__ inline void mix_many(const MixJob& job) {
-  if constexpr (!kIsDouble<Row>) {
-    if (job.strips == 16) return mix_tensor<Row, 16>(job);
-    if (job.strips == 32) return mix_tensor<Row, 32>(job);
-    if (job.strips == 64) return mix_tensor<Row, 64>(job);
-  }
-  mix_tiles<Row>(job);
 }
 
 }  // namespace fpg

@@ -144,24 +144,12 @@ __global__ void __launch_bounds__(kThreads, kIsDouble<Row>&& R == 8 ? 1 : 2)
   }
 }
 
-// What follows on the first pass above 8 rows, the same for all sizes of tiles.
-template <class Row>
-__device__ FPG_RARE void second_pass_of_tiles(const PcgradJob& job) {
-  const Rows& rows = job.gram.rows;
-  if (!job.in_place) {
-    combine_all<Row, 1, kMostRowsHeld, Rows>({rows, job.plan, job.solve.weights},
-                                             reinterpret_cast<double*>(shared_memory()));
-  } else {
-    mix_many<Row>({rows, job.plan, job.solve.coefficients, job.strips});
-  }
-}
-
-// Above 8 rows nothing is kept but what the cache holds.
+// Above 8 rows nothing is kept but what the cache holds. For J <- C J there are launches of their own.
 template <class Row, int G, bool kMany>
 __global__ void __launch_bounds__(kThreads, G == 0 || G == 8 ? 1 : 2)
     pcgrad_tiles_kernel(const __grid_constant__ PcgradJob job) {
   const Rows& rows = job.gram.rows;
-  const int64_t tiles = tiles_of_gram(rows.tasks, sizeof(Row));
+  const int64_t tiles = kMany ? tiles_of_gram(rows.tasks, sizeof(Row)) : 1;
   for (int64_t k = block_index(); k < job.gram.plan.items * tiles; k += blocks()) {
     gram_tile<Row, G, kMany>(job.gram, k / tiles, k % tiles);
   }
@@ -169,7 +157,8 @@ __global__ void __launch_bounds__(kThreads, G == 0 || G == 8 ? 1 : 2)
   finish_gram<Row>(job.gram);
   finish_solve(job.solve);
   sync_grid();
-  second_pass_of_tiles<Row>(job);
+  combine_all<Row, 1, kMostRowsHeld, Rows>({rows, job.plan, job.solve.weights},
+                                           reinterpret_cast<double*>(shared_memory()));
 }
 
 inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -182,11 +171,9 @@ int start_held(const Device& device, const PcgradJob& job, void* stream) {
 template <class Row, int G, bool kMany>
 int start_tiles(const Device& device, const PcgradJob& job, void* stream) {
   const int64_t tasks = job.gram.rows.tasks;
-  const int64_t gram_bytes = most_of(gram_tile_bytes<G>(), solve_bytes(tasks));
-  const int64_t mix_bytes = job.in_place ? mix_many_bytes(tasks, sizeof(Row), job.strips) : 0;
+  const int64_t shared_bytes = most_of(gram_tile_bytes<G>(), solve_bytes(tasks));
   const int64_t block_count = most_of(job.gram.plan.items * tiles_of_gram(tasks, sizeof(Row)), job.plan.items);
-  return run<pcgrad_tiles_kernel<Row, G, kMany>>(device, block_count, most_of(gram_bytes, mix_bytes), true, stream,
-                                                 job);
+  return run<pcgrad_tiles_kernel<Row, G, kMany>>(device, block_count, shared_bytes, true, stream, job);
 }
 
 int start_together(const Device& device, const PcgradJob& job, int dtype, void* stream) {
@@ -236,7 +223,8 @@ int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_strid
   const fpg::PcgradJob job = {fpg::gram_job(rows, dtype, gram, workspace), solve, fpg::columns_plan_of(rows, itemsize),
                               weights == nullptr, fpg::strips_for(device, tasks, itemsize)};
   const bool small = tasks * width * itemsize <= fpg::one_launch_bytes(device, tasks);
-  const bool together = launches == FPG_ONE_LAUNCH || (launches == FPG_AUTOMATIC && small);
+  const bool can = weights != nullptr || tasks <= fpg::kMostRowsHeld;
+  const bool together = can && (launches == FPG_ONE_LAUNCH || (launches == FPG_AUTOMATIC && small));
   return fpg::status_of(together ? fpg::start_together(device, job, dtype, stream)
                                  : fpg::start_apart(device, job, dtype, stream));
 }

@@ -24,7 +24,10 @@ _WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 _SLOTS = ["-DFPG_FEW_SLOTS=6", "-DFPG_MANY_SLOTS=6"]
 _OWN = """
 extern "C" FPG_EXPORT void emulated_multiprocessors(int count) { fpg::multiprocessors = count; }
-extern "C" FPG_EXPORT void emulated_shared_memory(int kilobytes) { fpg::shared_of_block = kilobytes * 1024; }
+extern "C" FPG_EXPORT void emulated_shared_memory(int kilobytes) {
+  fpg::shared_of_block = kilobytes * 1024;
+  fpg::device = kilobytes;  // another one: what is known of a device is asked for once
+}
 """
 
 

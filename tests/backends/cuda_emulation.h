@@ -78,6 +78,7 @@ inline jmp_buf scheduler;
 inline std::function<void()> entry;
 inline std::vector<std::unique_ptr<Fiber>> pool;
 inline int multiprocessors = 2;
+inline int device = 0;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulated GPU: %s\n", what);
@@ -333,7 +334,7 @@ inline int shared_of_block = 227 * 1024;  // a kilobyte less than a multiprocess
 enum EmulatedError { kNoError = 0, kInvalidValue = 1, kInvalidHandle = 400, kTooManyBlocks = 720 };
 
 inline int find_device(int* index) {
-  *index = 0;
+  *index = device;
   return kNoError;
 }
 inline int device_attribute(int* value, DeviceAttribute attribute, int) {
