@@ -28,6 +28,7 @@ constexpr bool kIsSplit = kProductOf<Row> == Product::kTf32;
 template <int G, bool kCross>
 struct Tile {
   static constexpr int kRows = 8 * G, kRowBlocks = (G + 1) / 2, kStrips = kWarps / kRowBlocks;
+  static_assert(kRowBlocks == warps_of_strip(kRows), "the plan's step is that of the strips");
   using StripRing = Ring<kStrips * kRows * kLine / kThreads, 3>;
   // When the ring is done with: H H^T, then L H^T, of each strip, or of all where they take much memory. A pitch that
   // lanes of many rows do not meet in a bank with.

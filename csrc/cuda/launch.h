@@ -148,7 +148,6 @@ int start_finish(const Device& device, GramJob<J> job, const SolveJob& solve, in
 template <class J>
 int start_combine(const Device& device, CombineJob<J> job, int dtype, void* stream);
 int start_mix(const Device& device, const MixJob& job, int dtype, void* stream);
-int strips_for(const Device& device, int64_t tasks, int64_t itemsize);
 
 // `workspace`: partial Gram matrices, then the flags.
 template <class J>

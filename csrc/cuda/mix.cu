@@ -23,12 +23,6 @@ struct Kernel {
   static constexpr auto value = kKernel;
 };
 
-// The strips that fit the device's shared memory.
-int strips_for(const Device& device, int64_t tasks, int64_t itemsize) {
-  const int strips = rows_of_strips(tasks, itemsize);
-  return mix_many_bytes(tasks, itemsize, strips) <= device.shared_per_block ? strips : 0;
-}
-
 int start_mix(const Device& device, const MixJob& job, int dtype, void* stream) {
   const int64_t tasks = job.rows.tasks;
   return with_row_type(dtype, [&](auto type) {
@@ -40,14 +34,17 @@ int start_mix(const Device& device, const MixJob& job, int dtype, void* stream) 
         return run<mix_kernel<Row, kRows>>(device, job.plan.items, shared_bytes, false, stream, job);
       });
     }
-    const int64_t shared_bytes = mix_many_bytes(tasks, sizeof(Row), job.strips);
+    // By strips if they fit the device's shared memory.
+    int strips = rows_of_strips(tasks, sizeof(Row));
+    if (mix_many_bytes(tasks, sizeof(Row), strips) > device.shared_per_block) strips = 0;
+    const int64_t shared_bytes = mix_many_bytes(tasks, sizeof(Row), strips);
     const auto start_as = [&](auto kernel) {
       return run<decltype(kernel)::value>(device, job.plan.items, shared_bytes, false, stream, job);
     };
     if constexpr (!kIsDouble<Row>) {
-      if (job.strips == 16) return start_as(Kernel<mix_tensor_kernel<Row, 16>>());
-      if (job.strips == 32) return start_as(Kernel<mix_tensor_kernel<Row, 32>>());
-      if (job.strips == 64) return start_as(Kernel<mix_tensor_kernel<Row, 64>>());
+      if (strips == 16) return start_as(Kernel<mix_tensor_kernel<Row, 16>>());
+      if (strips == 32) return start_as(Kernel<mix_tensor_kernel<Row, 32>>());
+      if (strips == 64) return start_as(Kernel<mix_tensor_kernel<Row, 64>>());
     }
     return start_as(Kernel<mix_tiles_kernel<Row>>());
   });
@@ -62,9 +59,6 @@ int fpg_cuda_mix(void* grads, int64_t tasks, int64_t width, int64_t row_stride, 
   const fpg::Plan plan = fpg::columns_plan_of(rows, fpg::itemsize_of(dtype));
   fpg::Device device = {};
   int error = fpg::find_device(&device);
-  if (error == 0) {
-    const int strips = fpg::strips_for(device, tasks, fpg::itemsize_of(dtype));
-    error = fpg::start_mix(device, {rows, plan, coefficients, strips}, dtype, stream);
-  }
+  if (error == 0) error = fpg::start_mix(device, {rows, plan, coefficients}, dtype, stream);
   return fpg::status_of(error);
 }

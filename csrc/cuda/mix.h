@@ -10,7 +10,6 @@ struct MixJob {
   Rows rows;
   Plan plan;
   const double* coefficients;  // [segments, T, T]
-  int strips;                  // above 8 rows: rows of a strip (mix_tensor.h), or 0 (mix_tiles.h)
 };
 
 // A whole step of aligned rows, T <= R.

@@ -12,7 +12,6 @@ struct PcgradJob {
   SolveJob solve;
   Plan plan;      // of the second pass
   bool in_place;  // J <- C J; no weights and no out
-  int strips;     // of MixJob
 };
 
 // Shared memory of the kernel below: the sums of gram, or what lies between the passes; then their result; then the
@@ -95,7 +94,7 @@ __device__ inline void combine_mine(const PcgradJob& job, int mine, bool alone) 
 
 template <class Row, int R>
 __device__ inline void mix_mine(const PcgradJob& job, int mine, bool alone) {
-  const MixJob mix = {job.gram.rows, job.gram.plan, job.solve.coefficients, 0};
+  const MixJob mix = {job.gram.rows, job.gram.plan, job.solve.coefficients};
   const int64_t square = static_cast<int64_t>(mix.rows.tasks) * mix.rows.tasks;
   const Kept<RingOf<R>::kVectors> kept = {own_ring<R>(), mine * steps_of_slot(mix.plan) - RingOf<R>::kStages};
   auto* coefficients = reinterpret_cast<Accumulator<Row>*>(own_problem().narrow);
@@ -194,8 +193,7 @@ int start_apart(const Device& device, const PcgradJob& job, int dtype, void* str
   int error = start_gram(device, job.gram, dtype, stream);
   if (error == 0) error = start_finish(device, job.gram, job.solve, dtype, stream);
   if (error != 0) return error;
-  if (job.in_place)
-    return start_mix(device, {job.gram.rows, job.plan, job.solve.coefficients, job.strips}, dtype, stream);
+  if (job.in_place) return start_mix(device, {job.gram.rows, job.plan, job.solve.coefficients}, dtype, stream);
   return start_combine<Rows>(device, {job.gram.rows, job.plan, job.solve.weights}, dtype, stream);
 }
 
@@ -221,7 +219,7 @@ int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_strid
   fpg::Device device = {};
   if (const int error = fpg::find_device(&device)) return fpg::status_of(error);
   const fpg::PcgradJob job = {fpg::gram_job(rows, dtype, gram, workspace), solve, fpg::columns_plan_of(rows, itemsize),
-                              weights == nullptr, fpg::strips_for(device, tasks, itemsize)};
+                              weights == nullptr};
   const bool small = tasks * width * itemsize <= fpg::one_launch_bytes(device, tasks);
   const bool can = weights != nullptr || tasks <= fpg::kMostRowsHeld;
   const bool together = can && (launches == FPG_ONE_LAUNCH || (launches == FPG_AUTOMATIC && small));
