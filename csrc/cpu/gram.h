@@ -18,32 +18,37 @@ namespace FPG_ISA {
 constexpr int64_t kGramSteps = 32;
 constexpr int64_t kGramBlockBytes = 1 << 18;  // of a block of all rows: within the second-level cache
 
-// The next block of rows: `bytes` behind each row's first. The first tile of each row of tiles asks for its rows of it,
-// so that the memory works while the core multiplies.
+// What a tile asks for of the next block of rows: `count` of them, `bytes` behind each row's first. Every tile has its
+// share, so that the memory works all the while that the core multiplies.
 struct Ahead {
   const void* const* rows;
+  int64_t count;
   int64_t bytes;
   int64_t bytes_per_step;  // that a tile's step over one vector of the current block stands for
 };
 
+constexpr int kMostAhead = 3;  // from two bands of tiles on there are at least three tiles for 2 kTile rows
+static_assert(2 * kTile <= 3 * kMostAhead);
+
 // sums[r][c] += lanes of a_r * b_c over `columns` from `first`, a multiple of the lanes; for a diagonal tile a = b and
 // c <= r.
-template <class Acc, int R, int C, bool kDiagonal>
-inline void gram_tile(const void* const* a, const void* const* b, int64_t first, int64_t columns, const Ahead* ahead,
+template <class Acc, int R, int C, bool kDiagonal, int kAhead>
+inline void gram_tile(const void* const* a, const void* const* b, int64_t first, int64_t columns, const Ahead& ahead,
                       Vector<double>* const* sums) {
   Vector<Acc> lanes[R][C] = {};
   const Acc *row_a[R], *row_b[C];
+  const char* row_ahead[kMostAhead];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) row_a[r] = static_cast<const Acc*>(a[r]) + first;
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) row_b[c] = kDiagonal ? row_a[c] : static_cast<const Acc*>(b[c]) + first;
-  int64_t next = ahead ? ahead->bytes : 0;
-  for (int64_t n = 0; n < columns; n += kLanes<Acc>) {
-    if (ahead) {
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) __builtin_prefetch(static_cast<const char*>(ahead->rows[r]) + next, 0, 2);
-      next += ahead->bytes_per_step;
-    }
+  for (int r = 0; r < kAhead; ++r) row_ahead[r] = static_cast<const char*>(ahead.rows[r]);
+  int64_t next = ahead.bytes;
+  for (int64_t n = 0; n < columns; n += kLanes<Acc>) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kAhead; ++r) __builtin_prefetch(row_ahead[r] + next, 0, 2);
+    next += ahead.bytes_per_step;
     Vector<Acc> x[R], y[C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) x[r] = load(row_a[r] + n, Acc());
@@ -62,33 +67,48 @@ inline void gram_tile(const void* const* a, const void* const* b, int64_t first,
   }
 }
 
-// A tile of R rows; below the diagonal it is kTile wide, since only the last tile of rows can be narrower.
-template <class Acc, int R>
+// A tile of R rows; below the diagonal it is kTile wide, since only the last band of rows can be narrower.
+template <class Acc, int R, int kAhead>
 inline void gram_tile_of(bool diagonal, const void* const* a, const void* const* b, int64_t first, int64_t columns,
-                         const Ahead* ahead, Vector<double>* const* sums) {
+                         const Ahead& ahead, Vector<double>* const* sums) {
   if (diagonal) {
-    gram_tile<Acc, R, R, true>(a, a, first, columns, ahead, sums);
+    gram_tile<Acc, R, R, true, kAhead>(a, a, first, columns, ahead, sums);
   } else {
-    gram_tile<Acc, R, kTile, false>(a, b, first, columns, ahead, sums);
+    gram_tile<Acc, R, kTile, false, kAhead>(a, b, first, columns, ahead, sums);
   }
 }
 
+template <class Acc, int R>
+inline void gram_tile_ahead(bool diagonal, const void* const* a, const void* const* b, int64_t first, int64_t columns,
+                            const Ahead& ahead, Vector<double>* const* sums) {
+  switch (ahead.count) {
+    case 0: return gram_tile_of<Acc, R, 0>(diagonal, a, b, first, columns, ahead, sums);
+    case 1: return gram_tile_of<Acc, R, 1>(diagonal, a, b, first, columns, ahead, sums);
+    case 2: return gram_tile_of<Acc, R, 2>(diagonal, a, b, first, columns, ahead, sums);
+    default: return gram_tile_of<Acc, R, kMostAhead>(diagonal, a, b, first, columns, ahead, sums);
+  }
+}
+
+// `ahead` has all rows.
 template <class Acc>
 inline void gram_block(const void* const* rows, int64_t tasks, int64_t first, int64_t columns, Ahead ahead,
                        Vector<double>* sums) {
+  const int64_t bands = (tasks + kTile - 1) / kTile, tiles = bands * (bands + 1) / 2;
+  int64_t begun = 0, asked = 0;
   for (int64_t i = 0; i < tasks; i += kTile) {
     const int64_t height = tasks - i < kTile ? tasks - i : kTile;
     for (int64_t j = 0; j <= i; j += kTile) {
       Vector<double>* tile[kTile];
       for (int64_t r = 0; r < height; ++r) tile[r] = sums + (i + r) * (i + r + 1) / 2 + j;
       const void *const *a = rows + i, *const *b = rows + j;
-      const Ahead own{ahead.rows + i, ahead.bytes, ahead.bytes_per_step};
-      const Ahead* next = j == 0 && tasks > kTile ? &own : nullptr;  // a single tile streams well by itself
+      const int64_t until = tiles == 1 ? 0 : tasks * ++begun / tiles;  // a single tile streams well by itself
+      const Ahead own{ahead.rows + asked, until - asked, ahead.bytes, ahead.bytes_per_step};
+      asked = until;
       switch (height) {
-        case 1: gram_tile_of<Acc, 1>(i == j, a, b, first, columns, next, tile); break;
-        case 2: gram_tile_of<Acc, 2>(i == j, a, b, first, columns, next, tile); break;
-        case 3: gram_tile_of<Acc, 3>(i == j, a, b, first, columns, next, tile); break;
-        default: gram_tile_of<Acc, kTile>(i == j, a, b, first, columns, next, tile);
+        case 1: gram_tile_ahead<Acc, 1>(i == j, a, b, first, columns, own, tile); break;
+        case 2: gram_tile_ahead<Acc, 2>(i == j, a, b, first, columns, own, tile); break;
+        case 3: gram_tile_ahead<Acc, 3>(i == j, a, b, first, columns, own, tile); break;
+        default: gram_tile_ahead<Acc, kTile>(i == j, a, b, first, columns, own, tile);
       }
     }
   }
@@ -131,7 +151,7 @@ template <class Acc, class Row>
 inline void gram_of(const void* const* rows, int64_t tasks, int64_t first, int64_t columns, Acc* packed,
                     const void** packed_rows, Vector<double>* sums) {
   const int64_t size = sizeof(Row);
-  const Ahead ahead{rows, (first + columns) * size, kLanes<Acc> * size};
+  const Ahead ahead{rows, tasks, (first + columns) * size, kLanes<Acc> * size};
   if constexpr (kSameType<Row, Acc>) {
     if (columns % kLanes<Acc> == 0) return gram_block<Acc>(rows, tasks, first, columns, ahead, sums);
   }

@@ -1,6 +1,7 @@
 // mix: one chunk of columns of J <- C J, in place.
 //
 // A block of all rows is read, its new rows are computed into scratch, then it is written back while still cached.
+// Blocks are small and go upwards, as those of combine.
 #pragma once
 
 #include "kernels.h"
@@ -9,7 +10,7 @@
 namespace fpg {
 namespace FPG_ISA {
 
-constexpr int64_t kMixBlockBytes = 1 << 15;
+constexpr int64_t kMixBlockBytes = 1 << 12;
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMixVectors = 4;  // 4 x 4 sums, 4 operands and a coefficient of 32 registers
 #else
@@ -86,7 +87,6 @@ inline void mix_columns(const void* const* rows, int64_t tasks, int64_t first, i
   }
 }
 
-// Backwards, as combine.
 template <class Row, class Acc>
 void mix(void* const* rows, int64_t tasks, Chunk chunk, const double* coefficients, void* scratch) {
   const int64_t block = mix_block<Acc>(tasks);
@@ -94,29 +94,28 @@ void mix(void* const* rows, int64_t tasks, Chunk chunk, const double* coefficien
   Acc* c = reinterpret_cast<Acc*>(padded_rows + tasks);
   for (int64_t k = 0; k < tasks * tasks; ++k) c[k] = static_cast<Acc>(coefficients[k]);
   Acc* mixed = c + tasks * tasks;
-  int64_t last = chunk.first + (chunk.last - chunk.first) / kLanes<Acc> * kLanes<Acc>;
+  const int64_t whole = chunk.first + (chunk.last - chunk.first) / kLanes<Acc> * kLanes<Acc>;
 
-  if (const int64_t rest = chunk.last - last) {
+  for (int64_t first = chunk.first; first < whole; first += block) {
+    const int64_t length = whole - first < block ? whole - first : block;
+    mix_columns<Acc, Row>(rows, tasks, first, length, c, mixed);
+    for (int64_t t = 0; t < tasks; ++t) {
+      Row* row = static_cast<Row*>(rows[t]) + first;
+      for (int64_t n = 0; n < length; n += kLanes<Acc>) {
+        store<Row, Acc>(row + n, load_unaligned<Vector<Acc>>(mixed + t * length + n));
+      }
+    }
+  }
+  if (const int64_t rest = chunk.last - whole) {
     Row* padded = reinterpret_cast<Row*>(mixed + tasks * block);
     __builtin_memset(padded, 0, tasks * kLanes<Acc> * sizeof(Row));
     for (int64_t t = 0; t < tasks; ++t) {
       padded_rows[t] = padded + t * kLanes<Acc>;
-      __builtin_memcpy(padded + t * kLanes<Acc>, static_cast<const Row*>(rows[t]) + last, rest * sizeof(Row));
+      __builtin_memcpy(padded + t * kLanes<Acc>, static_cast<const Row*>(rows[t]) + whole, rest * sizeof(Row));
     }
     mix_columns<Acc, Row>(padded_rows, tasks, 0, kLanes<Acc>, c, mixed);
     for (int64_t t = 0; t < tasks; ++t) {
-      for (int64_t n = 0; n < rest; ++n) round_to(static_cast<Row*>(rows[t]) + last + n, mixed[t * kLanes<Acc> + n]);
-    }
-  }
-  while (last > chunk.first) {
-    const int64_t length = (last - chunk.first - 1) % block + 1;
-    last -= length;
-    mix_columns<Acc, Row>(rows, tasks, last, length, c, mixed);
-    for (int64_t t = 0; t < tasks; ++t) {
-      Row* row = static_cast<Row*>(rows[t]) + last;
-      for (int64_t n = 0; n < length; n += kLanes<Acc>) {
-        store<Row, Acc>(row + n, load_unaligned<Vector<Acc>>(mixed + t * length + n));
-      }
+      for (int64_t n = 0; n < rest; ++n) round_to(static_cast<Row*>(rows[t]) + whole + n, mixed[t * kLanes<Acc> + n]);
     }
   }
 }
