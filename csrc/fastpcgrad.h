@@ -17,7 +17,7 @@
 
 #include <stdint.h>
 
-#define FPG_ABI_VERSION 3
+#define FPG_ABI_VERSION 4
 #define FPG_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -83,6 +83,19 @@ FPG_EXPORT int fpg_cpu_pcgrad_blocks(const void* const* rows, const int64_t* wid
                                      int dtype, const int64_t* order, int self_projection, double eps,
                                      double min_squared_norm, double scale, double* gram, double* coefficients,
                                      double* weights, void* const* out, int threads);
+
+/* What needs the rows themselves. rows[t] is where the `width` columns of row t lie, null where they are all zero. */
+
+/* In each column the sums of the positive and of the negative entries times their row's weight (1 where `weights` [T]
+ * is null): `sums` is [2, width], float64 for float64 rows, else float32. NaN counts as negative. */
+FPG_EXPORT int fpg_cpu_sign_sums(const void* const* rows, int64_t tasks, int64_t width, int dtype,
+                                 const double* weights, void* sums, int threads);
+
+/* In each column the mean of the entries without the `trim` largest and as many smallest; NaN where one is not finite.
+ * `network` [2, comparators] sorts T entries: pairs of places to compare and exchange in turn. `out` is [width] of the
+ * rows' type and may be one of them. FPG_BAD_ARGUMENT unless 2 trim < T and all places are within 0..T-1. */
+FPG_EXPORT int fpg_cpu_trimmed_mean(const void* const* rows, int64_t tasks, int64_t width, int dtype,
+                                    const int32_t* network, int64_t comparators, int64_t trim, void* out, int threads);
 
 /* The CUDA library. It has fpg_abi_version and what follows; all pointers to data are the device's, of the device that
  * is current in the calling thread. Work is queued on `stream` (a cudaStream_t) and never waited for, nothing is

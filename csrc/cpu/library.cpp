@@ -296,6 +296,33 @@ void mix(const Rows& rows, const std::vector<Piece>& pieces, const double* coeff
                  });
 }
 
+// Of one block, whose pieces they are; sums [2, width].
+void sign_sums(const Rows& rows, const double* weights, void* sums, int threads) {
+  const std::vector<Piece> pieces = plan(rows);
+  const auto kernel = kernels->sign_sums[rows.dtype()];
+  void* negative = static_cast<char*>(sums) + rows.width() * (rows.dtype() == FPG_F64 ? 8 : 4);
+  const int used = threads_for(rows, static_cast<int64_t>(pieces.size()), threads);
+  const int64_t scratch_bytes = rows.tasks() * static_cast<int64_t>(sizeof(double));
+  for_each_piece(static_cast<int64_t>(pieces.size()), used, scratch_bytes, false, [&](int64_t k, void* memory) {
+    const Piece& piece = pieces[static_cast<size_t>(k)];
+    double* own = static_cast<double*>(memory);
+    for (int64_t i = 0; i < piece.block->count; ++i) own[i] = weights ? weights[piece.block->tasks[i]] : 1.0;
+    kernel(piece.block->rows, piece.block->count, piece.chunk, own, sums, negative);
+  });
+}
+
+void trimmed_mean(const Rows& rows, SortingNetwork network, int64_t trim, int threads) {
+  const std::vector<Piece> pieces = plan(rows);
+  const auto kernel = kernels->trimmed_mean[rows.dtype()];
+  const int used = threads_for(rows, static_cast<int64_t>(pieces.size()), threads);
+  for_each_piece(static_cast<int64_t>(pieces.size()), used, kernels->trimmed_mean_scratch(rows.tasks()), false,
+                 [&](int64_t k, void* memory) {
+                   const Piece& piece = pieces[static_cast<size_t>(k)];
+                   kernel(piece.block->rows, piece.block->count, rows.tasks(), piece.chunk, network, trim,
+                          piece.block->out, memory);
+                 });
+}
+
 // The surgery of `rows`: merged to their `out`, or mixed in place.
 void pcgrad(const Rows& rows, const int64_t* order, bool order_per_problem, Projection projection, double scale,
             double* matrices, double* coefficients, double* weights, bool in_place, int threads) {
@@ -414,5 +441,22 @@ int fpg_cpu_pcgrad_blocks(const void* const* rows, const int64_t* widths, int64_
                       [&](const Rows& found) {
                         fpg::pcgrad(found, order, false, projection, scale, gram, coefficients, weights, false,
                                     threads);
+                      });
+}
+
+int fpg_cpu_sign_sums(const void* const* rows, int64_t tasks, int64_t width, int dtype, const double* weights,
+                      void* sums, int threads) {
+  return fpg::guarded([&] { return Rows::in_blocks(rows, &width, 1, tasks, dtype, nullptr, 1); },
+                      [&](const Rows& found) { fpg::sign_sums(found, weights, sums, threads); });
+}
+
+int fpg_cpu_trimmed_mean(const void* const* rows, int64_t tasks, int64_t width, int dtype, const int32_t* network,
+                         int64_t comparators, int64_t trim, void* out, int threads) {
+  const auto is_place = [&](int32_t place) { return place >= 0 && place < tasks; };
+  if (trim < 0 || 2 * trim >= tasks || comparators < 0) return FPG_BAD_ARGUMENT;
+  if (!std::all_of(network, network + 2 * comparators, is_place)) return FPG_BAD_ARGUMENT;
+  return fpg::guarded([&] { return Rows::in_blocks(rows, &width, 1, tasks, dtype, nullptr, 1, &out); },
+                      [&](const Rows& found) {
+                        fpg::trimmed_mean(found, {network, network + comparators, comparators}, trim, threads);
                       });
 }

@@ -112,6 +112,28 @@ inline Vector<double> load(const Half* from, double) {
   return __builtin_convertvector((half_to_float<HalfUInts, HalfFloats>(bits)), Vector<double>);
 }
 
+// The smaller and the larger of each lane, of two numbers.
+#if defined(__AVX512F__)
+inline Vector<float> smaller(Vector<float> a, Vector<float> b) { return _mm512_min_ps(a, b); }
+inline Vector<float> larger(Vector<float> a, Vector<float> b) { return _mm512_max_ps(a, b); }
+inline Vector<double> smaller(Vector<double> a, Vector<double> b) { return _mm512_min_pd(a, b); }
+inline Vector<double> larger(Vector<double> a, Vector<double> b) { return _mm512_max_pd(a, b); }
+#elif defined(__AVX2__)
+inline Vector<float> smaller(Vector<float> a, Vector<float> b) { return _mm256_min_ps(a, b); }
+inline Vector<float> larger(Vector<float> a, Vector<float> b) { return _mm256_max_ps(a, b); }
+inline Vector<double> smaller(Vector<double> a, Vector<double> b) { return _mm256_min_pd(a, b); }
+inline Vector<double> larger(Vector<double> a, Vector<double> b) { return _mm256_max_pd(a, b); }
+#else
+template <class V>
+inline V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
+#endif
+
 // Rounding to the row type: to nearest, ties to even; NaN stays NaN.
 inline uint16_t round_to_bfloat(float value) {
   uint32_t bits;

@@ -7,7 +7,9 @@ automatic choice takes the first backend that can run, on large packed rows the 
 ``pcgrad_`` return G, C and w, or nothing if told so: then these may lie in the workspace.
 
 For task gradients that lie where autograd put them (``_ops.Blocks``) it offers ``gram_blocks``, ``combine_blocks`` and
-``pcgrad_blocks`` besides: its own, or those of ``stacked`` over its functions on packed rows.
+``pcgrad_blocks`` besides: its own, or those of ``stacked`` over its functions on packed rows. For methods that look at
+each column it has ``sign_sums`` and ``trimmed_mean``, on rows that need not lie together: its own, or those of
+``eager``.
 """
 
 from __future__ import annotations
@@ -194,6 +196,26 @@ def _pcgrad_blocks(
     return result
 
 
+def _sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, sums: Tensor) -> None:
+    """Σ_t w_t max(g_t, 0) and Σ_t w_t min(g_t, 0) of each column, w_t = 1 for None; NaN is in one of them.
+
+    Args:
+        rows: T rows ``[n]``; None: zeros.
+        sums: where both go, ``[2, n]`` dense, fp64 for fp64 rows, else fp32.
+    """
+    select(sums.device.type).sign_sums(rows, weights, sums)
+
+
+def _trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
+    """The mean of each column without its ``trim`` largest and smallest entries, NaN where one is not finite.
+
+    Args:
+        rows: T rows ``[n]``, T > 2 trim; None: zeros.
+        out: ``[n]``; may be one of the rows.
+    """
+    select(out.device.type).trimmed_mean(rows, trim, out)
+
+
 def _mark_written(tensor: Tensor) -> None:
     # Autograd must notice that a tensor which it saved has been overwritten.
     if not tensor.is_inference():
@@ -219,6 +241,8 @@ _ops.KERNELS.update(
     gram_blocks=_gram_blocks,
     combine_blocks=_combine_blocks,
     pcgrad_blocks=_pcgrad_blocks,
+    sign_sums=_sign_sums,
+    trimmed_mean=_trimmed_mean,
     pcgrad=partial(_pcgrad, figures=False),
     pcgrad_=partial(_pcgrad_, figures=False),
 )

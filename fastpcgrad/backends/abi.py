@@ -63,15 +63,15 @@ def table(rows: Sequence[Sequence[int]]) -> bytes:
     return b"".join([struct.pack(f"{len(row)}P", *row) for row in rows])
 
 
-def places(out: Sequence[Tensor | None]) -> bytes:
-    return table([[0 if tensor is None else tensor.data_ptr() for tensor in out]])
+def places(tensors: Sequence[Tensor | None]) -> bytes:
+    return table([[0 if tensor is None else tensor.data_ptr() for tensor in tensors]])
 
 
 def indices(values: Sequence[int] | None) -> array[int] | None:
     return None if values is None else array("q", values)
 
 
-def address(numbers: array[int] | None) -> int | None:
+def address(numbers: array[int] | array[float] | None) -> int | None:
     return None if numbers is None else numbers.buffer_info()[0]
 
 

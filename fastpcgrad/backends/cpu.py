@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native, _ops
-from . import abi
+from . import abi, eager
 from .abi import BLOCKS, F64, I64, INT, POINTER, ROWS, SOLVE
+from .sorting_network import sorting_network
 
 _ARGUMENTS = {
     "fpg_cpu_gram": (*ROWS, POINTER, INT),
@@ -23,6 +25,8 @@ _ARGUMENTS = {
     "fpg_cpu_gram_blocks": (*BLOCKS, POINTER, I64, POINTER, INT),
     "fpg_cpu_combine_blocks": (*BLOCKS, POINTER, I64, POINTER, POINTER, INT),
     "fpg_cpu_pcgrad_blocks": (*BLOCKS, POINTER, INT, F64, F64, F64, POINTER, POINTER, POINTER, POINTER, INT),
+    "fpg_cpu_sign_sums": (POINTER, I64, I64, INT, POINTER, POINTER, INT),
+    "fpg_cpu_trimmed_mean": (POINTER, I64, I64, INT, POINTER, I64, I64, POINTER, INT),
     "fpg_cpu_use_isa": (ctypes.c_char_p,),
     "fpg_cpu_isa": (),
 }
@@ -199,3 +203,31 @@ def pcgrad_blocks(
         abi.places(out),
     )
     return lambda: abi.read_figures(torch.frombuffer(result, dtype=torch.float64).view(-1, tasks))
+
+
+def sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, sums: Tensor) -> None:
+    if not _are_dense(rows):
+        return eager.sign_sums(rows, weights, sums)
+    dtype = next((row.dtype for row in rows if row is not None), sums.dtype)
+    numbers = None if weights is None else array("d", weights)
+    given = (abi.places(rows), len(rows), sums.shape[1], abi.DTYPES[dtype])
+    _call("fpg_cpu_sign_sums", *given, abi.address(numbers), sums.data_ptr())
+
+
+def trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
+    if not _are_dense([*rows, out]):
+        return eager.trimmed_mean(rows, trim, out)
+    network = _network(len(rows)) if trim else array("i")
+    given = (abi.places(rows), len(rows), len(out), abi.DTYPES[out.dtype])
+    _call("fpg_cpu_trimmed_mean", *given, abi.address(network), len(network) // 2, trim, out.data_ptr())
+
+
+def _are_dense(rows: Sequence[Tensor | None]) -> bool:
+    return all(row is None or row.stride(0) == 1 for row in rows)
+
+
+@cache
+def _network(size: int) -> array[int]:
+    """The sorting network as the library takes it: all low places, then all high ones."""
+    pairs = sorting_network(size)
+    return array("i", [low for low, _ in pairs] + [high for _, high in pairs])

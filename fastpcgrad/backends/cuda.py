@@ -313,3 +313,6 @@ def _workspace_blocks(blocks: _ops.Blocks, problems: int) -> Tensor:
         abi.address(widths), len(widths), len(blocks.tensors), DTYPES[blocks.dtype], problems
     )
     return _workspace(size, blocks.device)
+
+
+sign_sums, trimmed_mean = eager.sign_sums, eager.trimmed_mean

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -10,12 +10,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import _ops
+from .sorting_network import sorting_network
 from .stacked import Stacked
 
 _CHUNK = 1 << 16
 """Columns a step: bounds the float64 copies, and is fixed, so that the sums have one order."""
 _PART = 1 << 10
 """Columns of one matrix product: a longer one may be cut by the number of threads, and then rounds differently."""
+
+_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Of J that are sorted at a time: few enough for a CPU's cache, many enough to fill a GPU."""
 
 
 def why_unavailable(device_type: str) -> str | None:
@@ -115,6 +119,35 @@ def pcgrad_(
     coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
     mix_(grads, coefficients, segments)
     return matrix, coefficients
+
+
+def sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, sums: Tensor) -> None:
+    positive, negative = sums.zero_()
+    for row, weight in zip(rows, [1.0] * len(rows) if weights is None else weights, strict=True):
+        if row is not None:
+            entries = row.to(sums.dtype)
+            positive.add_(entries.clamp_min(0), alpha=weight)
+            negative.add_(entries.clamp_max(0), alpha=weight)
+
+
+def trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    step = max(1, _ENTRIES.get(out.device.type, _ENTRIES["cuda"]) // len(rows))
+    for start in range(0, len(out), step):
+        place = out[start : start + step]
+        entries = [place.new_zeros(len(place), dtype=dtype) if r is None else r[start : start + step] for r in rows]
+        columns = torch.stack([part.to(dtype) for part in entries])
+        place.copy_(_trimmed_mean(columns, trim))
+
+
+def _trimmed_mean(columns: Tensor, trim: int) -> Tensor:
+    entries = list(columns)
+    for low, high in sorting_network(len(entries)) if trim else ():
+        small = torch.minimum(entries[low], entries[high])
+        entries[high] = torch.maximum(entries[low], entries[high])
+        entries[low] = small
+    merged = torch.stack(entries[trim : len(entries) - trim]).mean(dim=0)
+    return merged.add_((columns * 0).sum(dim=0))  # zero, or NaN where an entry is not finite
 
 
 _stacked = Stacked(gram, pcgrad_coefficients, combine)

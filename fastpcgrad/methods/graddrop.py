@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .._ops import KERNELS
 from ._task_vector import TaskVector, check_length, shown, task_vector
 from .elementwise import Elementwise
 from .fixed_weights import check_generator
+
+_CPU_COLUMNS = 1 << 17
+_GPU_COLUMNS = 1 << 22
+"""Columns at a time: on a CPU what half a dozen vectors of stay in its cache."""
 
 
 def identity(purity: Tensor) -> Tensor:
@@ -57,20 +62,31 @@ class GradDrop(Elementwise):
         if self.leak is not None:
             check_length("leak", self.leak, tasks)
 
-    def columns(self, columns: Tensor) -> Tensor:
-        above, below = columns.clamp_min(0), columns.clamp_max(0)
-        positive, negative = above.sum(dim=0), below.sum(dim=0)
-        # ½ (1 + Σ g / Σ |g|) is the share of the positive entries
+    def merge_rows(self, rows: Sequence[Tensor | None], out: Tensor) -> None:
+        step = _CPU_COLUMNS if out.is_cpu else _GPU_COLUMNS
+        for start in range(0, len(out), step):
+            place = out[start : start + step]
+            place.copy_(self._merged([None if row is None else row[start : start + step] for row in rows], place))
+
+    def _merged(self, rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        sums = like.new_empty((2, len(like)), dtype=dtype)
+        KERNELS["sign_sums"](rows, None, sums)
+        positive, negative = sums
+        # ½ (1 + Σ g / Σ |g|) is the share of the positive entries; that of a column of zeros is 0 / 0.
         total = positive - negative
-        purity = positive / torch.where(total == 0, 1.0, total)
-        device = columns.device if self.generator is None else self.generator.device
-        drawn = torch.rand(columns.shape[1], generator=self.generator, dtype=columns.dtype, device=device)
-        keep_positive = self.f(purity) > drawn.to(columns.device)
+        purity = (positive / total).nan_to_num_(nan=0.0)
+        device = like.device if self.generator is None else self.generator.device
+        drawn = torch.rand(len(like), generator=self.generator, dtype=dtype, device=device).to(like.device)
+        # 0 or 1, as numbers: lerp is exact at both ends, and takes a tenth of the time of torch.where.
+        keep_positive = torch.gt(self.f(purity), drawn, out=drawn)
         if self.leak is None:
-            merged = torch.where(keep_positive, positive, negative)
+            merged = torch.lerp(negative, positive, keep_positive)
         else:
-            leak = self.leak.to(columns)[:, None]
-            merged = (torch.where(keep_positive, above, below) * (1 - leak) + columns * leak).sum(dim=0)
+            KERNELS["sign_sums"](rows, (1 - self.leak).tolist(), sums)
+            merged = torch.lerp(negative, positive, keep_positive)
+            KERNELS["sign_sums"](rows, self.leak.tolist(), sums)
+            merged += positive + negative
         # The sign that was dropped must not take inf with it.
         return merged.add_(total, alpha=0)
 

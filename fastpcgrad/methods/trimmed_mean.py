@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from .._ops import KERNELS
 from ._count import count
 from .elementwise import Elementwise
 
@@ -38,34 +38,8 @@ class TrimmedMean(Elementwise):
                 f"gradients; found {tasks}"
             )
 
-    def columns(self, columns: Tensor) -> Tensor:
-        entries = list(columns)
-        for low, high in _sorting_network(len(entries)) if self.trim_number else ():
-            small = torch.minimum(entries[low], entries[high])
-            entries[high] = torch.maximum(entries[low], entries[high])
-            entries[low] = small
-        left = entries[self.trim_number : len(entries) - self.trim_number]
-        merged = torch.stack(left).mean(dim=0)
-        return merged.add_((columns * 0).sum(dim=0))  # zero, or NaN where an entry is not finite
+    def merge_rows(self, rows: Sequence[Tensor | None], out: Tensor) -> None:
+        KERNELS["trimmed_mean"](rows, self.trim_number, out)
 
     def __repr__(self) -> str:
         return f"TrimmedMean(trim_number={self.trim_number})"
-
-
-@cache
-def _sorting_network(size: int) -> tuple[tuple[int, int], ...]:
-    """Pairs of places to compare and exchange in turn, after which any ``size`` numbers are sorted.
-
-    Whole rows can be compared, where a sort of each column cannot be vectorised.
-    Source: Batcher's merge exchange; Knuth, The Art of Computer Programming 3, 5.2.2, Algorithm M.
-    """
-    pairs = []
-    top = 1 << max(0, (size - 1).bit_length() - 1)
-    p = top
-    while p > 0:
-        q, r, d = top, 0, p
-        while d > 0:
-            pairs += [(i, i + d) for i in range(size - d) if i & p == r]
-            d, q, r = q - p, q >> 1, p
-        p >>= 1
-    return tuple(pairs)

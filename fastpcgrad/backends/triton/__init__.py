@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ..eager import sign_sums, trimmed_mean
+
 if TYPE_CHECKING:
     from .launch import (
         combine,
@@ -31,6 +33,8 @@ __all__ = [
     "pcgrad_",
     "pcgrad_blocks",
     "pcgrad_coefficients",
+    "sign_sums",
+    "trimmed_mean",
     "why_unavailable",
 ]
 
