@@ -8,6 +8,7 @@ The Triton kernels are compiled first, in parallel. Then is measured, what matte
 - the same on small J, where a call is bound by the host: ``pcgrad[graph]`` is a captured surgery, many replays between
   two events;
 - training steps of a large model in each of the library's modes (``benchmarks.gpu_steps``);
+- every method against TorchJD's (``benchmarks.gpu_methods``);
 - the surgery on task gradients that lie in blocks, one a parameter, against packed rows;
 - J of 4 GiB and of 256 MiB.
 
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 import fastpcgrad
-from benchmarks import gpu_compile, gpu_steps, gpu_table, models, rows
+from benchmarks import gpu_compile, gpu_methods, gpu_steps, gpu_table, models, rows
 from benchmarks.gpu_table import RESULTS
 from benchmarks.gpu_timing import DEVICE, Timing, replays_of, timed
 from benchmarks.peers import loop, torchjd_algorithm
@@ -299,6 +300,8 @@ def show(run: Run) -> None:
     print(f"\n{gpu_table.table(run.rows)}\n")
     for verdict in verdicts(run.rows, gpu_steps.TARGETS):
         print(f"{verdict.word}: {verdict.target.text}, {verdict.limit}: {verdict.value}")
+    for line in gpu_methods.summary(run.rows):
+        print(line)
     for row in run.rows:
         if not row.ok:
             print(f"{row.kind} {row.case} {row.subject} {row.backend}: {row.status}")
@@ -320,6 +323,7 @@ def main() -> None:
         "large J": lambda: measure_kernels(run, large_shapes(BYTES_OF_J[:1]), names),
         "small J": lambda: measure_kernels(run, small_shapes(), names),
         "steps": lambda: measure_steps(run),
+        "methods": lambda: gpu_methods.measure(run),
         "blocks": lambda: measure_blocks(run) if "cuda" in names else None,
         "other large J": lambda: measure_kernels(run, large_shapes(BYTES_OF_J[1:]), names),
     }

@@ -1,4 +1,4 @@
-"""Every method of the library, made for T tasks, and its counterpart in TorchJD with the same hyperparameters."""
+"""Every method of the library, made for T tasks, its counterpart in TorchJD, and what both merge."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from fastpcgrad import methods
 from fastpcgrad.methods.base import Method
 from fastpcgrad.methods.elementwise import Elementwise
 
+TASKS = (2, 8, 32)
+PEER = "torchjd"
 Arguments = Mapping[str, Any]
 
 
@@ -47,6 +49,16 @@ _THEIR_NAMES = {"RandomWeights": "Random"}
 _FEWEST_TASKS = {"Krum": 3}
 
 
+def task_gradients(tasks: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """J ``[T, N]`` whose rows conflict pairwise: random ones from which most of their mean was taken."""
+    found = torch.randn(tasks, width, generator=torch.Generator().manual_seed(tasks), dtype=dtype)
+    # In place, a row at a time: at T=32 a second J of this size may not fit.
+    mean = found.mean(dim=0) * 0.9
+    for row in found:
+        row -= mean
+    return found
+
+
 def names(tasks: int = 32) -> list[str]:
     """The methods that can merge that many task gradients, by their names in ``fastpcgrad.methods``."""
     found = []
@@ -64,8 +76,8 @@ def ours(name: str, tasks: int) -> Method:
     return made
 
 
-def theirs(name: str, tasks: int, dtype: torch.dtype) -> Any:
-    """A new TorchJD aggregator for task gradients of that dtype.
+def theirs(name: str, tasks: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """A new TorchJD aggregator for task gradients of that dtype on that device.
 
     Raises:
         ImportError: TorchJD or what this aggregator needs besides is not installed.
@@ -73,7 +85,7 @@ def theirs(name: str, tasks: int, dtype: torch.dtype) -> Any:
     """
     aggregation = importlib.import_module("torchjd.aggregation")
     arguments = _arguments({**_OURS, **_THEIRS}, name, tasks)
-    cast = {key: value.to(dtype) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    cast = {key: value.to(device, dtype) if isinstance(value, Tensor) else value for key, value in arguments.items()}
     return getattr(aggregation, _THEIR_NAMES.get(name, name))(**cast)
 
 

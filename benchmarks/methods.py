@@ -30,24 +30,13 @@ from torch import Tensor
 import fastpcgrad
 from benchmarks import method_cases, rows, subjects
 from benchmarks.measure import Plan, Samples, Subject, in_turn, paired_ratio, percentile
+from benchmarks.method_cases import PEER, TASKS, task_gradients
 from benchmarks.rows import Row
 from benchmarks.session import Session, command
 from fastpcgrad.methods.elementwise import Elementwise
 
 RESULTS = rows.ROOT / "benchmarks" / "results" / "methods.jsonl"
-TASKS = (2, 8, 32)
-PEER = "torchjd"
 MINUTES = 7.0
-
-
-def task_gradients(tasks: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """J ``[T, N]`` whose rows conflict pairwise: random ones from which most of their mean was taken."""
-    found = torch.randn(tasks, width, generator=torch.Generator().manual_seed(tasks), dtype=dtype)
-    # In place, a row at a time: at T=32 a second J of this size may not fit.
-    mean = found.mean(dim=0) * 0.9
-    for row in found:
-        row -= mean
-    return found
 
 
 def their_weighting(aggregator: Any) -> Callable[[Tensor], Tensor] | None:

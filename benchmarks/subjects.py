@@ -95,11 +95,11 @@ class Missing:
     backend: str = ""
 
 
-def library_backend() -> str:
-    """The name of the backend that the library picks for CPU tensors."""
+def library_backend(device_type: str = "cpu") -> str:
+    """The name of the backend that the library picks for tensors of that device."""
     from fastpcgrad import backends
 
-    return backends.select("cpu").__name__.rsplit(".", 1)[-1]
+    return backends.select(device_type).__name__.rsplit(".", 1)[-1]
 
 
 @contextmanager

@@ -32,26 +32,26 @@ def test_every_method_has_a_case():
     assert set(method_cases.names()) == concrete
 
 
-@pytest.mark.parametrize("tasks", benchmark.TASKS)
+@pytest.mark.parametrize("tasks", method_cases.TASKS)
 @pytest.mark.parametrize("name", method_cases.names())
 def test_every_method_merges(name, tasks):
     if name not in method_cases.names(tasks):
         pytest.skip("needs more tasks")
-    grads = benchmark.task_gradients(tasks, 50, torch.float64)
+    grads = method_cases.task_gradients(tasks, 50, torch.float64)
     merged = method_cases.aggregate(method_cases.ours(name, tasks), grads)
     assert merged.shape == (50,) and merged.isfinite().all()
 
 
-@pytest.mark.parametrize("tasks", benchmark.TASKS)
+@pytest.mark.parametrize("tasks", method_cases.TASKS)
 def test_the_task_gradients_conflict(tasks):
-    grads = benchmark.task_gradients(tasks, 10_000)
+    grads = method_cases.task_gradients(tasks, 10_000)
     products = grads @ grads.mT
     assert (products[~torch.eye(tasks, dtype=torch.bool)] < 0).double().mean() > 0.9
 
 
 def test_rows_carry_the_ratio_to_torchjd(session):
     pytest.importorskip("torchjd")
-    grads = benchmark.task_gradients(3, 100)
+    grads = method_cases.task_gradients(3, 100)
     measured = benchmark.measure("PCGrad", grads, session, Plan(0.0, least=2, most=2))
     assert [(row.op, row.subject) for row in measured] == [
         ("PCGrad.aggregation", "fastpcgrad"),
@@ -70,19 +70,19 @@ def test_a_peer_that_is_missing_gets_a_row_that_says_so(session, monkeypatch):
         raise ImportError("no such peer")
 
     monkeypatch.setattr(method_cases, "theirs", missing)
-    measured = benchmark.measure("PCGrad", benchmark.task_gradients(3, 100), session, Plan(0.0, least=2, most=2))
+    measured = benchmark.measure("PCGrad", method_cases.task_gradients(3, 100), session, Plan(0.0, least=2, most=2))
     assert {row.subject: row.status for row in measured} == {"fastpcgrad": "ok", "torchjd": "missing: no such peer"}
     benchmark.show(session.console, measured)
 
 
 def test_methods_on_columns_have_no_weights(session, monkeypatch):
     class Middle(Elementwise):
-        def columns(self, columns):
-            return columns.median(dim=0).values
+        def merge_rows(self, rows, out):
+            out.copy_(torch.stack(rows).median(dim=0).values)
 
     monkeypatch.setattr(methods, "Middle", Middle, raising=False)
     monkeypatch.setattr(methods, "__all__", [*methods.__all__, "Middle"])
-    measured = benchmark.measure("Middle", benchmark.task_gradients(3, 100), session, Plan(0.0, least=2, most=2))
+    measured = benchmark.measure("Middle", method_cases.task_gradients(3, 100), session, Plan(0.0, least=2, most=2))
     assert [row.status.partition(":")[0] for row in measured] == ["ok", "missing"]
     assert {row.op for row in measured} == {"Middle.aggregation"}
     benchmark.show(session.console, measured)
