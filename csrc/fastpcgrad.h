@@ -97,6 +97,24 @@ FPG_EXPORT int fpg_cpu_sign_sums(const void* const* rows, int64_t tasks, int64_t
 FPG_EXPORT int fpg_cpu_trimmed_mean(const void* const* rows, int64_t tasks, int64_t width, int dtype,
                                     const int32_t* network, int64_t comparators, int64_t trim, void* out, int threads);
 
+/* The T x T problems of the methods, and their two parameters. FRANK_WOLFE: MGDA's steps (epsilon, most steps);
+ * SHORTEST_POINT: MGDA's minimum (none); CONFLICT_AVERSE: CAGrad (c, norm_eps); FAIRNESS: G x = x^(-1/alpha) (alpha,
+ * most steps); PROJECT_EACH and PROJECT_ONE: the preferred vectors projected onto the dual cone of the task gradients,
+ * that of each task or their sum (norm_eps, reg_eps). */
+typedef enum {
+  FPG_FRANK_WOLFE = 0,
+  FPG_SHORTEST_POINT = 1,
+  FPG_CONFLICT_AVERSE = 2,
+  FPG_FAIRNESS = 3,
+  FPG_PROJECT_EACH = 4,
+  FPG_PROJECT_ONE = 5,
+} fpg_solver;
+
+/* answers[s] [T], for PROJECT_EACH [T, T], on `problems` symmetric Gram matrices; NaN where one is not finite.
+ * `preference` [T] is for the projections, 1 / T each where null. */
+FPG_EXPORT int fpg_cpu_method_weights(int solver, const double* gram, int64_t tasks, int64_t problems,
+                                      const double* parameters, const double* preference, double* answers, int threads);
+
 /* The CUDA library. It has fpg_abi_version and what follows; all pointers to data are the device's, of the device that
  * is current in the calling thread. Work is queued on `stream` (a cudaStream_t) and never waited for, nothing is
  * allocated, and no value is read back, so a call can be captured in a CUDA graph. Besides the statuses above an entry
@@ -133,6 +151,13 @@ FPG_EXPORT int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_
                                int self_projection, double eps, double min_squared_norm, double scale, double* gram,
                                double* coefficients, double* weights, void* out, void* workspace, int launches,
                                void* stream);
+
+/* As the entry point of the CPU library; `parameters` lie in the host's memory. Bytes of `workspace`, aligned to 8,
+ * come from fpg_cuda_method_workspace, which is negative for an unknown solver. */
+FPG_EXPORT int64_t fpg_cuda_method_workspace(int solver, int64_t tasks, int64_t problems);
+FPG_EXPORT int fpg_cuda_method_weights(int solver, const double* gram, int64_t tasks, int64_t problems,
+                                       const double* parameters, const double* preference, double* answers,
+                                       void* workspace, void* stream);
 
 /* As the entry points of the CPU library. `rows`, `widths`, `problem_of`, `weights_of` and `out` lie in the host's
  * memory and are done with when the call returns; what they point to, and all else, on the device. A captured call

@@ -9,7 +9,7 @@ automatic choice takes the first backend that can run, on large packed rows the 
 For task gradients that lie where autograd put them (``_ops.Blocks``) it offers ``gram_blocks``, ``combine_blocks`` and
 ``pcgrad_blocks`` besides: its own, or those of ``stacked`` over its functions on packed rows. For methods that look at
 each column it has ``sign_sums`` and ``trimmed_mean``, on rows that need not lie together: its own, or those of
-``eager``.
+``eager``. The compiled libraries have ``method_weights``, for which methods have NumPy otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _native, _ops
-from . import crossovers
+from . import cpu, crossovers
 
 NAMES = ("eager", "cpu", "cuda", "triton")
 _AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
@@ -196,6 +196,29 @@ def _pcgrad_blocks(
     return result
 
 
+def _method_weights(name: str, gram: Tensor, parameters: Sequence[float], preference: Tensor | None) -> Tensor | None:
+    """A solver's answers by a compiled library: that of the device of G, else the host's; None where there is none.
+
+    Args:
+        name: see ``abi.SOLVERS``.
+        gram: ``[T, T]`` or ``[S, T, T]`` float64; an answer is NaN where it is not finite.
+        parameters: the solver's two, see ``fpg_solver`` in csrc/fastpcgrad.h.
+        preference: ``[T]`` float64 on the device of G; None: 1/T each.
+    Returns:
+        ``[T]`` or ``[S, T]``; of ``project_each`` ``[T, T]`` or ``[S, T, T]``.
+    """
+    if not gram.is_cpu:
+        solve = getattr(select(gram.device.type), "method_weights", None)
+        answers: Tensor | None = None if solve is None else solve(name, gram, parameters, preference)
+        if answers is not None:
+            return answers
+    if os.environ.get("FASTPCGRAD_BACKEND") == "eager" or cpu.why_unavailable("cpu") is not None:
+        return None
+    # A GPU has to be waited for here, as by NumPy.
+    on_host = None if preference is None else preference.cpu()
+    return cpu.method_weights(name, gram.cpu(), parameters, on_host).to(gram.device)
+
+
 def _sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, sums: Tensor) -> None:
     """Σ_t w_t max(g_t, 0) and Σ_t w_t min(g_t, 0) of each column, w_t = 1 for None; NaN is in one of them.
 
@@ -241,6 +264,7 @@ _ops.KERNELS.update(
     gram_blocks=_gram_blocks,
     combine_blocks=_combine_blocks,
     pcgrad_blocks=_pcgrad_blocks,
+    method_weights=_method_weights,
     sign_sums=_sign_sums,
     trimmed_mean=_trimmed_mean,
     pcgrad=partial(_pcgrad, figures=False),

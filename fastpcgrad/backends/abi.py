@@ -16,6 +16,13 @@ POINTER, I64, INT, F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c
 ROWS = (POINTER, I64, I64, I64, INT, POINTER, I64)
 BLOCKS = (POINTER, POINTER, I64, I64, INT)
 SOLVE = (POINTER, INT, INT, F64, F64)
+SOLVERS = {
+    name: number
+    for number, name in enumerate(
+        ("frank_wolfe", "shortest_point", "conflict_averse", "fairness", "project_each", "project_one")
+    )
+}
+"""The solvers of the methods' T×T problems, see ``fpg_solver`` in csrc/fastpcgrad.h."""
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
@@ -78,3 +85,15 @@ def address(numbers: array[int] | array[float] | None) -> int | None:
 def blocks(given: _ops.Blocks) -> tuple[bytes, int | None, int, int, int]:
     pointers = table(given.pointers)
     return pointers, address(given.widths), len(given.widths), len(given.tensors), DTYPES[given.dtype]
+
+
+# The methods' T×T problems: G, the solver's parameters, and the preferences.
+
+
+def solver(name: str, gram: Tensor) -> tuple[int, int, int, int]:
+    tasks = gram.shape[-1]
+    return SOLVERS[name], gram.data_ptr(), tasks, gram.numel() // (tasks * tasks)
+
+
+def new_answers(name: str, gram: Tensor) -> Tensor:
+    return torch.empty_like(gram) if name == "project_each" else gram.new_empty(gram.shape[:-1])

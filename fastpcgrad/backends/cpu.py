@@ -27,6 +27,7 @@ _ARGUMENTS = {
     "fpg_cpu_pcgrad_blocks": (*BLOCKS, POINTER, INT, F64, F64, F64, POINTER, POINTER, POINTER, POINTER, INT),
     "fpg_cpu_sign_sums": (POINTER, I64, I64, INT, POINTER, POINTER, INT),
     "fpg_cpu_trimmed_mean": (POINTER, I64, I64, INT, POINTER, I64, I64, POINTER, INT),
+    "fpg_cpu_method_weights": (INT, POINTER, I64, I64, POINTER, POINTER, POINTER, INT),
     "fpg_cpu_use_isa": (ctypes.c_char_p,),
     "fpg_cpu_isa": (),
 }
@@ -220,6 +221,15 @@ def trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
     network = _network(len(rows)) if trim else array("i")
     given = (abi.places(rows), len(rows), len(out), abi.DTYPES[out.dtype])
     _call("fpg_cpu_trimmed_mean", *given, abi.address(network), len(network) // 2, trim, out.data_ptr())
+
+
+def method_weights(name: str, gram: Tensor, parameters: Sequence[float], preference: Tensor | None) -> Tensor:
+    gram, numbers = gram.contiguous(), array("d", parameters)
+    answers = abi.new_answers(name, gram)
+    preferred = None if preference is None else preference.data_ptr()
+    given = (*abi.solver(name, gram), abi.address(numbers), preferred)
+    _call("fpg_cpu_method_weights", *given, answers.data_ptr())
+    return answers
 
 
 def _are_dense(rows: Sequence[Tensor | None]) -> bool:

@@ -7,6 +7,7 @@ no value is read back, so a call can be captured in a CUDA graph.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -25,6 +26,8 @@ _ARGUMENTS = {
     "fpg_cuda_mix": (*ROWS, POINTER, POINTER),
     "fpg_cuda_pcgrad": (*ROWS, *SOLVE, F64, POINTER, POINTER, POINTER, POINTER, POINTER, INT, POINTER),
     "fpg_cuda_workspace": (I64, I64, I64, INT),
+    "fpg_cuda_method_weights": (INT, POINTER, I64, I64, *[POINTER] * 5),
+    "fpg_cuda_method_workspace": (INT, I64, I64),
     "fpg_cuda_gram_blocks": (*BLOCKS, POINTER, I64, *[POINTER] * 3),
     "fpg_cuda_combine_blocks": (*BLOCKS, POINTER, I64, *[POINTER] * 4),
     "fpg_cuda_pcgrad_blocks": (*BLOCKS, POINTER, INT, F64, F64, F64, *[POINTER] * 6),
@@ -35,11 +38,14 @@ _ARGUMENTS = {
 _RESULTS: dict[str, Any] = {
     "fpg_cuda_workspace": I64,
     "fpg_cuda_workspace_blocks": I64,
+    "fpg_cuda_method_workspace": I64,
     "fpg_cuda_error": ctypes.c_char_p,
 }
 _ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError}
 
 LARGEST_TASKS = 256
+_LARGEST_SOLVED = 64
+"""Tasks of a method's problem that one warp solves; each of its answers has T×T scratch memory twice."""
 """More rows than the kernels' shared memory holds: such a J goes to the eager backend."""
 
 AUTOMATIC, ONE_LAUNCH, SEVERAL_LAUNCHES = 0, 1, 2
@@ -150,6 +156,27 @@ def pcgrad_coefficients(
         result.data_ptr(),
     )
     return result
+
+
+def method_weights(name: str, gram: Tensor, parameters: Sequence[float], preference: Tensor | None) -> Tensor | None:
+    """None above 64 tasks, of which a warp would take milliseconds."""
+    if gram.shape[-1] > _LARGEST_SOLVED:
+        return None
+    gram, numbers = gram.contiguous(), array("d", parameters)
+    answers = abi.new_answers(name, gram)
+    if not gram.numel():
+        return answers
+    number, pointer, tasks, problems = abi.solver(name, gram)
+    workspace = _workspace(_entry("fpg_cuda_method_workspace")(number, tasks, problems), gram.device)
+    _call(
+        "fpg_cuda_method_weights",
+        gram.device,
+        *(number, pointer, tasks, problems, abi.address(numbers)),
+        None if preference is None else preference.data_ptr(),
+        answers.data_ptr(),
+        workspace.data_ptr(),
+    )
+    return answers
 
 
 def combine(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:

@@ -15,6 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ._problems import CompiledSolver, check_gram, compiled
+from ._task_vector import TaskVector, check_length, preferences, shown, task_vector
+from .base import Method
+
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
@@ -23,6 +27,44 @@ _EPS = float(np.finfo(np.float64).eps)
 _DEPENDENT = 64 * _EPS
 _BLOCK_ROUNDS = 16  # most problems need two to six
 _RESIDUAL = 1e-12  # of what block pivoting found, relative to Σ |u_t| ‖g_t‖
+
+
+class DualConeMethod(Method):
+    """What UPGrad and DualProj share: their arguments, and the projection."""
+
+    def __init__(self, pref_vector: TaskVector | None = None, norm_eps: float = 0.0, reg_eps: float = 1e-4) -> None:
+        check_eps(norm_eps, reg_eps)
+        self.pref_vector = None if pref_vector is None else task_vector("pref_vector", pref_vector)
+        self.norm_eps, self.reg_eps = norm_eps, reg_eps
+        self._moved = self.pref_vector  # where the last G was
+
+    def _project_each(self, gram: Tensor) -> Tensor:
+        """Each task's gradient times its preference, projected: weights ``[..., T, T]``."""
+        projected = self._compiled("project_each", gram)
+        if projected is None:
+            lower = torch.diag(preferences(self.pref_vector, gram.shape[-1]))
+            projected = project(gram, lower, self.norm_eps, self.reg_eps)
+        return projected
+
+    def _project_one(self, gram: Tensor) -> Tensor:
+        """Their sum, projected: weights ``[..., T]``."""
+        projected = self._compiled("project_one", gram)
+        if projected is None:
+            lower = preferences(self.pref_vector, gram.shape[-1])[None]
+            projected = project(gram, lower, self.norm_eps, self.reg_eps).squeeze(-2)
+        return projected
+
+    def _compiled(self, solver: str, gram: Tensor) -> Tensor | None:
+        check_gram(gram)
+        if self.pref_vector is not None:
+            check_length("pref_vector", self.pref_vector, gram.shape[-1])
+        if self._moved is not None and self._moved.device != gram.device:
+            self._moved = self._moved.to(gram.device)
+        return compiled(CompiledSolver(solver, (self.norm_eps, self.reg_eps)), gram, self._moved)
+
+    def __repr__(self) -> str:
+        pref_vector = shown(self.pref_vector)
+        return f"{type(self).__name__}(pref_vector={pref_vector}, norm_eps={self.norm_eps}, reg_eps={self.reg_eps})"
 
 
 def check_eps(norm_eps: float, reg_eps: float) -> None:
@@ -42,10 +84,11 @@ def project(gram: Tensor, lower: Tensor, norm_eps: float, reg_eps: float) -> Ten
         reg_eps: added to the diagonal.
     Returns:
         ``[R, T]`` or ``[S, R, T]`` float64 on the device of ``gram``; NaN for a problem whose G is not finite.
-    Numerics: NumPy in float64 on the CPU: G is copied to the host. With G' scaled to a unit diagonal, the conditions
-        v ≥ u, G'v ≥ 0 and (v − u) · G'v = 0 hold to about 1e-13 of the largest |u_t| or |v_t|. Only with reg_eps = 0
-        a task gradient nearer than about 1e-7 of its norm to the span of others counts as dependent on them, and
-        its condition then holds to about 1e-7.
+    Numerics: float64, here in NumPy on the CPU: G is copied to the host. csrc/solvers/dual_cone.h does the same where a
+        compiled library is, on the device of G, see ``_problems.CompiledMethod``. With G' scaled to a unit diagonal,
+        the conditions v ≥ u, G'v ≥ 0 and (v − u) · G'v = 0 hold to about 1e-13 of the largest |u_t| or |v_t|. Only with
+        reg_eps = 0 a task gradient nearer than about 1e-7 of its norm to the span of others counts as dependent on
+        them, and its condition then holds to about 1e-7.
     Source: Lawson and Hanson 1974, Solving Least Squares Problems, ch. 23; Portugal, Júdice and Vicente 1994, A
         comparison of block pivoting and interior-point algorithms for linear least squares problems with nonnegative
         variables.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._problems import Array, Flags
+from ._problems import Array, CompiledSolver, Flags
 
 RIDGE = 1e-10
 """Added to the unit diagonal of the cosines. At a Pareto-stationary point there is no solution and x would grow without
@@ -16,6 +16,11 @@ BACKWARD_ERROR = 1e-14
 
 SMALLEST = 1e-200
 """What no y falls below, so that nothing overflows."""
+
+
+def solver(alpha: float, max_iters: int) -> CompiledSolver:
+    """What ``solve`` does, compiled."""
+    return CompiledSolver("fairness", (alpha, float(max_iters)))
 
 
 def solve(gram: Array, alpha: float, max_iters: int) -> Array:

@@ -1,24 +1,27 @@
 """What methods share: a batch of problems, checked, with those that are not finite set apart.
 
-On a CPU the methods compute in NumPy, whose calls on T×T arrays cost a fraction of torch's. What needs no solver also
-runs in torch, on the device of G: it is written once against what the two modules have in common, with the module as
-``xp``.
+A T×T problem takes tens of dependent steps of a few operations each. Iterative solvers are compiled: on a CPU a problem
+takes microseconds, on a GPU a warp solves it and nothing waits (``CompiledMethod``). Where there is no compiled library
+they are in NumPy, whose calls on T×T arrays cost a fraction of torch's.
 
-Solvers and eigenvalues are computed on the host, whatever the device of the Gram matrix: a T×T problem takes tens of
-dependent steps of a few operations each, which on a GPU are kernel launches and take milliseconds; a copy of G to the
-host, which waits for the device once, and a solver there take a fraction of that.
+Eigenvalues are computed on the host, whatever the device of the Gram matrix: LAPACK and a copy of G, which waits for
+the device once, take a fraction of what a GPU takes (``HostMethod``).
+
+What needs no solver runs in NumPy on a CPU, in torch on a GPU: it is written once against what the two modules have in
+common, with the module as ``xp``.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._ops import KERNELS
 from .base import Method, Solution
 
 Array = NDArray[np.float64]
@@ -39,6 +42,37 @@ class HostMethod(Method):
         if not finite.all():
             weights[~finite] = np.nan
         return Solution(from_host(weights, gram), None)
+
+
+class CompiledSolver(NamedTuple):
+    """A compiled solver and its two parameters, see ``fpg_solver`` in csrc/fastpcgrad.h."""
+
+    name: str
+    parameters: tuple[float, float] = (0.0, 0.0)
+
+
+class CompiledMethod(HostMethod):
+    """A method whose problem the compiled libraries solve, on the device of G; ``solve_on_host`` is for where they are
+    not: no library was built, ``FASTPCGRAD_BACKEND=eager``.
+
+    With the CUDA library up to T = 64 nothing waits for the device. Above, and with Triton alone, ``solve`` does.
+    """
+
+    @abstractmethod
+    def compiled_solver(self) -> CompiledSolver | None:
+        """None: ``solve_on_host`` it is."""
+
+    def solve(self, gram: Tensor) -> Solution:
+        check_gram(gram)
+        solver = self.compiled_solver()
+        weights = None if solver is None else compiled(solver, gram)
+        return super().solve(gram) if weights is None else Solution(weights, None)
+
+
+def compiled(solver: CompiledSolver, gram: Tensor, preference: Tensor | None = None) -> Tensor | None:
+    """The solver's answers by a compiled library; None without one. NaN where G is not finite."""
+    answers: Tensor | None = KERNELS["method_weights"](solver.name, gram.detach(), solver.parameters, preference)
+    return answers
 
 
 def on_host(gram: Tensor) -> tuple[Array, Flags]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from . import _simplex
-from ._problems import Array, HostMethod
+from ._problems import Array, CompiledMethod, CompiledSolver
 
 
-class CAGrad(HostMethod):
+class CAGrad(CompiledMethod):
     """Weights of the d that maximises min_i g_i·d within ‖d − g_0‖ ≤ c‖g_0‖, where g_0 is the mean gradient.
 
     w = 1/T + (c‖g_0‖/‖g_v‖) v, where v minimises g_v·g_0 + c‖g_0‖‖g_v‖ over the simplex, g_v = v J. With c = 0 it is
@@ -20,8 +20,8 @@ class CAGrad(HostMethod):
             also gives zeros where ‖J‖_F² < norm_eps, which would stop the training on small or scaled gradients.
     Raises:
         ValueError: an argument is negative or not finite.
-    Numerics: see ``_simplex.minimum``: exact up to rounding while ‖g_v‖ is not tiny. float64 in NumPy on the host, one
-        problem after the other; waits for the device of G.
+    Numerics: see ``_simplex.minimum``: exact up to rounding while ‖g_v‖ is not tiny. float64,
+        see ``_problems.CompiledMethod``.
     Source: Liu et al. 2021, Conflict-Averse Gradient Descent, arXiv:2110.14048, Alg. 1.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
@@ -36,6 +36,9 @@ class CAGrad(HostMethod):
             raise ValueError(f"norm_eps must be finite and not negative; found {norm_eps!r}")
         self.c = c
         self.norm_eps = norm_eps
+
+    def compiled_solver(self) -> CompiledSolver:
+        return CompiledSolver("conflict_averse", (self.c, self.norm_eps))
 
     def solve_on_host(self, gram: Array) -> Array:
         return np.array([self._solve_one(problem) for problem in gram]).reshape(gram.shape[:2])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from . import _fairness
-from ._problems import Array, HostMethod
+from ._problems import Array, CompiledMethod, CompiledSolver
 
 
-class FairGrad(HostMethod):
+class FairGrad(CompiledMethod):
     """Weights w > 0 with G w = w^(−1/α): the α-fair share of the progress for each task.
 
     α = 0 is linear scalarisation (weights 1/T), α = 1 proportional fairness (Nash-MTL without its normalisation),
@@ -21,8 +21,8 @@ class FairGrad(HostMethod):
     Raises:
         ValueError: ``alpha`` is negative or not finite, or ``max_iters`` is not positive.
     Numerics: see ``_fairness.solve``; a task without gradient gets weight 0, and at a Pareto-stationary point, where
-        there is no solution, the weights are large but finite. float64 in NumPy on the host, S problems together;
-        waits for the device of G.
+        there is no solution, the weights are large but finite. float64, see
+        ``_problems.CompiledMethod``.
     Source: Ban and Ji 2024, Fair Resource Allocation in Multi-Task Learning, arXiv:2402.15638, eq. 4.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
@@ -37,6 +37,9 @@ class FairGrad(HostMethod):
             raise ValueError(f"max_iters must be positive; found {max_iters!r}")
         self.alpha = alpha
         self.max_iters = max_iters
+
+    def compiled_solver(self) -> CompiledSolver | None:
+        return _fairness.solver(self.alpha, self.max_iters) if self.alpha else None
 
     def solve_on_host(self, gram: Array) -> Array:
         if self.alpha == 0:

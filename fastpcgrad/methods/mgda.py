@@ -7,12 +7,12 @@ from typing import Literal, get_args
 import numpy as np
 
 from . import _simplex
-from ._problems import Array, HostMethod, Indices
+from ._problems import Array, CompiledMethod, CompiledSolver, Indices
 
 Solver = Literal["frank-wolfe", "exact"]
 
 
-class MGDA(HostMethod):
+class MGDA(CompiledMethod):
     """Weights on the simplex that make the merged gradient short: min αᵀGα with α ≥ 0, Σα = 1.
 
     At the minimum the merged gradient d has g_i·d ≥ ‖d‖² for every task: a common descent direction, or zero at a
@@ -23,11 +23,10 @@ class MGDA(HostMethod):
         max_iters: the most steps of Frank-Wolfe; positive.
         solver: ``frank-wolfe``, as published: it starts at 1/T, is exact after one step for T = 2, and for more tasks
             stops short of the minimum, whose conditions it approaches as slowly as 1/steps. ``exact``: the minimum up
-            to rounding, in time that grows with T instead (2 ms for T = 32); where several weights give it, any.
+            to rounding, in time that grows with T instead; where several weights give it, any.
     Raises:
         ValueError: ``epsilon`` or ``max_iters`` is not positive; unknown ``solver``.
-    Numerics: float64 in NumPy on the host, S problems together (``exact``: one after the other, see
-        ``_simplex.minimum``); waits for the device of G.
+    Numerics: float64, see ``_problems.CompiledMethod``; ``exact``: see ``_simplex.minimum``.
     Source: Désidéri 2012, doi:10.1016/j.crma.2012.03.014; Sener and Koltun 2018, arXiv:1810.04650, Alg. 2.
         ``exact``: Wolfe 1976, doi:10.1007/BF01580381.
     Example:
@@ -46,6 +45,11 @@ class MGDA(HostMethod):
         self.epsilon = epsilon
         self.max_iters = max_iters
         self.solver = solver
+
+    def compiled_solver(self) -> CompiledSolver:
+        if self.solver == "exact":
+            return CompiledSolver("shortest_point")
+        return CompiledSolver("frank_wolfe", (self.epsilon, float(self.max_iters)))
 
     def solve_on_host(self, gram: Array) -> Array:
         if self.solver == "exact":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _fairness
-from ._problems import Array, Flags, check_gram, from_host, on_host
+from ._problems import Array, Flags, check_gram, compiled, from_host, on_host
 from .base import Method, Solution
 
 
@@ -36,7 +36,7 @@ class NashMTL(Method):
             problems.
     Numerics: see ``_fairness.solve``; a task without gradient gets weight 0, and at a Pareto-stationary point, where
         there is no solution, the weights are large but finite. NaN or inf in G never enters the state: the weights are
-        then found in the next call. float64 in NumPy on the host, S problems together; waits for the device of G.
+        then found in the next call. float64 on the host, where the state is; waits for the device of G.
     Source: Navon et al. 2022, Multi-Task Learning as a Bargaining Game, arXiv:2202.01017, Alg. 1.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
@@ -94,10 +94,13 @@ class NashMTL(Method):
         unknown = finite & np.isnan(weights[:, tasks]).any(axis=1)
         if unknown.any():
             weights[unknown] = np.nan
-            solved = _fairness.solve(gram[unknown], 1.0, self.optim_niter)
-            weights[np.ix_(unknown.nonzero()[0], np.array(tasks))] = solved
+            weights[np.ix_(unknown.nonzero()[0], np.array(tasks))] = self._solved(gram[unknown])
         self._weights = weights
         return weights[:, tasks]
+
+    def _solved(self, gram: Array) -> Array:
+        answers = compiled(_fairness.solver(1.0, self.optim_niter), torch.from_numpy(gram))
+        return _fairness.solve(gram, 1.0, self.optim_niter) if answers is None else answers.numpy()
 
     def _no_weights_for(self, shape: Sequence[int]) -> ValueError:
         assert self._weights is not None

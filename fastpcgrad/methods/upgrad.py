@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from . import _dual_cone
-from ._problems import check_gram
-from ._task_vector import TaskVector, preferences, shown, task_vector
-from .base import Method, Solution
+from ._dual_cone import DualConeMethod
+from .base import Solution
 
 
-class UPGrad(Method):
+class UPGrad(DualConeMethod):
     """Replace each task gradient by the nearest vector that conflicts with no task, then combine by preference.
 
     Args:
@@ -23,7 +20,7 @@ class UPGrad(Method):
             projections are exact.
     Raises:
         TypeError, ValueError: a bad preference vector or eps; when solving, a number of tasks that does not fit.
-    Numerics: see ``_dual_cone.project``: float64 on the host, so a GPU waits.
+    Numerics: see ``_dual_cone.project``.
     Source: Quinton and Rey 2024, Jacobian Descent for Multi-Objective Optimization, arXiv:2406.16232, eq. 5, prop. 1.
     Example:
         >>> G = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)
@@ -31,16 +28,5 @@ class UPGrad(Method):
         tensor([1.0000, 0.7500], dtype=torch.float64)
     """
 
-    def __init__(self, pref_vector: TaskVector | None = None, norm_eps: float = 0.0, reg_eps: float = 1e-4) -> None:
-        _dual_cone.check_eps(norm_eps, reg_eps)
-        self.pref_vector = None if pref_vector is None else task_vector("pref_vector", pref_vector)
-        self.norm_eps, self.reg_eps = norm_eps, reg_eps
-
     def solve(self, gram: Tensor) -> Solution:
-        check_gram(gram)
-        lower = torch.diag(preferences(self.pref_vector, gram.shape[-1]))
-        projected = _dual_cone.project(gram, lower, self.norm_eps, self.reg_eps)
-        return Solution(projected.sum(dim=-2), coefficients=None)
-
-    def __repr__(self) -> str:
-        return f"UPGrad(pref_vector={shown(self.pref_vector)}, norm_eps={self.norm_eps}, reg_eps={self.reg_eps})"
+        return Solution(self._project_each(gram).sum(dim=-2), coefficients=None)

@@ -1,0 +1,89 @@
+"""The methods' solvers by a warp of a GPU, or of its emulation, against those of one thread of the CPU."""
+
+import pytest
+import torch
+
+from fastpcgrad.backends import abi, cpu, cuda
+from tests.backends.cuda_emulated import CXX, DEVICE, GPU
+from tests.methods.random_rows import gram, random_rows
+
+pytestmark = [
+    pytest.mark.skipif(not (GPU or CXX), reason="needs a GPU with the CUDA library, or a C++ compiler"),
+    pytest.mark.usefixtures("poisoned_memory", "library"),
+]
+
+PARAMETERS = {
+    "frank_wolfe": (1e-3, 100.0),
+    "shortest_point": (0.0, 0.0),
+    "conflict_averse": (0.5, 1e-4),
+    "fairness": (1.0, 100.0),
+    "project_each": (0.0, 1e-4),
+    "project_one": (0.0, 0.0),
+}
+on_each_solver = pytest.mark.parametrize("name", PARAMETERS)
+
+
+def test_every_solver_is_tested():
+    assert set(PARAMETERS) == set(abi.SOLVERS)
+
+
+def assert_agree(name, rows, preference=None):
+    """What the answers combine the rows to, as a part of Σ |w_t| ‖g_t‖."""
+    matrices = torch.stack([gram(one) for one in rows]) if isinstance(rows, list) else gram(rows)
+    expected = cpu.method_weights(name, matrices, PARAMETERS[name], preference)
+    there = None if preference is None else preference.to(DEVICE)
+    found = cuda.method_weights(name, matrices.to(DEVICE), PARAMETERS[name], there).cpu()
+    assert found.shape == expected.shape
+    for one, mine, wanted in zip(rows if isinstance(rows, list) else [rows], found, expected, strict=False):
+        scale = (wanted.abs() @ one.norm(dim=1)).clamp_min(1e-300)
+        assert (((mine - wanted) @ one).norm(dim=-1) <= 1e-12 * scale).all()
+
+
+@on_each_solver
+def test_problems_of_every_kind(name):
+    for tasks in (1, 2, 5):
+        assert_agree(name, [random_rows(seed, tasks, tasks) for seed in range(9)])
+
+
+@on_each_solver
+@pytest.mark.parametrize("tasks", [31, 33])
+def test_more_and_less_tasks_than_lanes(name, tasks):
+    rows = torch.randn(tasks, 40, generator=torch.Generator().manual_seed(tasks), dtype=torch.float64)
+    assert_agree(name, [rows - 0.9 * rows.mean(dim=0)])
+
+
+@pytest.mark.parametrize("name", ["project_each", "project_one"])
+def test_preferences(name):
+    rows = [random_rows(seed, 4, 4) for seed in range(9)]
+    assert_agree(name, rows, torch.tensor([0.5, 2.0, 0.0, -1.0], dtype=torch.float64))
+
+
+@on_each_solver
+def test_what_is_not_finite_is_nan_in_its_problem_alone(name):
+    matrices = torch.stack([gram(random_rows(seed, 3, 3)) for seed in range(3)])
+    matrices[1, 2, 0] = matrices[1, 0, 2] = torch.nan
+    found = cuda.method_weights(name, matrices.to(DEVICE), PARAMETERS[name], None)
+    assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+
+
+@on_each_solver
+def test_a_single_problem_and_none(name):
+    matrix = gram(random_rows(0, 3, 3)).to(DEVICE)
+    one = cuda.method_weights(name, matrix, PARAMETERS[name], None)
+    assert one.shape == ((3, 3) if name == "project_each" else (3,)) and one.isfinite().all()
+    assert len(cuda.method_weights(name, matrix[None][:0], PARAMETERS[name], None)) == 0
+
+
+def test_more_answers_than_warps(monkeypatch):
+    rows = [random_rows(seed, 2, 2) for seed in range(27)]
+    assert_agree("frank_wolfe", rows * (50 if GPU else 1))
+
+
+def test_large_problems_are_left_to_the_host():
+    assert cuda.method_weights("frank_wolfe", torch.eye(65).double().to(DEVICE), (1e-3, 1.0), None) is None
+
+
+def test_an_unknown_solver_is_refused(monkeypatch):
+    monkeypatch.setitem(abi.SOLVERS, "nothing", 99)
+    with pytest.raises((ValueError, RuntimeError)):
+        cuda.method_weights("nothing", torch.eye(2).double().to(DEVICE), (0.1, 1.0), None)
