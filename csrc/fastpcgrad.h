@@ -100,7 +100,8 @@ FPG_EXPORT int fpg_cpu_trimmed_mean(const void* const* rows, int64_t tasks, int6
 /* The T x T problems of the methods, and their two parameters. FRANK_WOLFE: MGDA's steps (epsilon, most steps);
  * SHORTEST_POINT: MGDA's minimum (none); CONFLICT_AVERSE: CAGrad (c, norm_eps); FAIRNESS: G x = x^(-1/alpha) (alpha,
  * most steps); PROJECT_EACH and PROJECT_ONE: the preferred vectors projected onto the dual cone of the task gradients,
- * that of each task or their sum (norm_eps, reg_eps). */
+ * that of each task or their sum (norm_eps, reg_eps); ALIGNED: Aligned-MTL (0 min, 1 median, 2 rmse); IMPARTIAL: IMTL-G
+ * (none); CONFLICT_FREE: ConFIG (none). */
 typedef enum {
   FPG_FRANK_WOLFE = 0,
   FPG_SHORTEST_POINT = 1,
@@ -108,10 +109,13 @@ typedef enum {
   FPG_FAIRNESS = 3,
   FPG_PROJECT_EACH = 4,
   FPG_PROJECT_ONE = 5,
+  FPG_ALIGNED = 6,
+  FPG_IMPARTIAL = 7,
+  FPG_CONFLICT_FREE = 8,
 } fpg_solver;
 
 /* answers[s] [T], for PROJECT_EACH [T, T], on `problems` symmetric Gram matrices; NaN where one is not finite.
- * `preference` [T] is for the projections, 1 / T each where null. */
+ * `preference` [T] is for the projections, ALIGNED and CONFLICT_FREE, 1 / T each where null. */
 FPG_EXPORT int fpg_cpu_method_weights(int solver, const double* gram, int64_t tasks, int64_t problems,
                                       const double* parameters, const double* preference, double* answers, int threads);
 

@@ -7,6 +7,7 @@
 #include "frank_wolfe.h"
 #include "group.h"
 #include "simplex.h"
+#include "spectrum.h"
 
 namespace fpg {
 
@@ -49,6 +50,17 @@ FPG_SOLVER void answer(const Group& group, const ProjectOne& method, const Solve
   project(group, method, gram, tasks, [&](int64_t t) { return preferred(job, t); }, to, scratch);
 }
 
+template <class Group>
+FPG_SOLVER void answer(const Group& group, const Aligned& method, const SolverJob& job, const double* gram, int64_t,
+                       int64_t tasks, double* to, double* scratch) {
+  align(group, method, gram, tasks, [&](int64_t t) { return preferred(job, t); }, to, scratch);
+}
+template <class Group>
+FPG_SOLVER void answer(const Group& group, const ConflictFree&, const SolverJob& job, const double* gram, int64_t,
+                       int64_t tasks, double* to, double* scratch) {
+  point_conflict_free(group, gram, tasks, [&](int64_t t) { return preferred(job, t); }, to, scratch);
+}
+
 // Answer `k` of all; NaN where its G is not finite.
 template <class Group, class Method>
 FPG_SOLVER void answer(const Group& group, const Method& method, const SolverJob& job, int64_t k, double* scratch) {
@@ -73,6 +85,9 @@ int with_solver(int solver, const double* parameters, Body body) {
     case FPG_FAIRNESS: return body(Fairness{a, b});
     case FPG_PROJECT_EACH: return body(ProjectEach{{a, b}});
     case FPG_PROJECT_ONE: return body(ProjectOne{{a, b}});
+    case FPG_ALIGNED: return body(Aligned{a});
+    case FPG_IMPARTIAL: return body(Impartial{});
+    case FPG_CONFLICT_FREE: return body(ConflictFree{});
     default: return FPG_BAD_ARGUMENT;
   }
 }

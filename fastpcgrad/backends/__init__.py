@@ -216,7 +216,8 @@ def _method_weights(name: str, gram: Tensor, parameters: Sequence[float], prefer
         return None
     # A GPU has to be waited for here, as by NumPy.
     on_host = None if preference is None else preference.cpu()
-    return cpu.method_weights(name, gram.cpu(), parameters, on_host).to(gram.device)
+    found = cpu.method_weights(name, gram.cpu(), parameters, on_host)
+    return None if found is None else found.to(gram.device)
 
 
 def _sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, sums: Tensor) -> None:

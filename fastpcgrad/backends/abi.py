@@ -17,10 +17,15 @@ ROWS = (POINTER, I64, I64, I64, INT, POINTER, I64)
 BLOCKS = (POINTER, POINTER, I64, I64, INT)
 SOLVE = (POINTER, INT, INT, F64, F64)
 SOLVERS = {
-    name: number
-    for number, name in enumerate(
-        ("frank_wolfe", "shortest_point", "conflict_averse", "fairness", "project_each", "project_one")
-    )
+    "frank_wolfe": 0,
+    "shortest_point": 1,
+    "conflict_averse": 2,
+    "fairness": 3,
+    "project_each": 4,
+    "project_one": 5,
+    "aligned": 6,
+    "impartial": 7,
+    "conflict_free": 8,
 }
 """The solvers of the methods' T×T problems, see ``fpg_solver`` in csrc/fastpcgrad.h."""
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}

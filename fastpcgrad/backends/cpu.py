@@ -31,6 +31,8 @@ _ARGUMENTS = {
     "fpg_cpu_use_isa": (ctypes.c_char_p,),
     "fpg_cpu_isa": (),
 }
+_BY_EIGENVALUES = {"aligned", "impartial", "conflict_free"}
+_LARGEST_BY_JACOBI = 16
 _ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError}
 
 
@@ -223,7 +225,10 @@ def trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
     _call("fpg_cpu_trimmed_mean", *given, abi.address(network), len(network) // 2, trim, out.data_ptr())
 
 
-def method_weights(name: str, gram: Tensor, parameters: Sequence[float], preference: Tensor | None) -> Tensor:
+def method_weights(name: str, gram: Tensor, parameters: Sequence[float], preference: Tensor | None) -> Tensor | None:
+    """None for eigenvalues of many tasks, which LAPACK finds in less time."""
+    if name in _BY_EIGENVALUES and gram.shape[-1] > _LARGEST_BY_JACOBI:
+        return None
     gram, numbers = gram.contiguous(), array("d", parameters)
     answers = abi.new_answers(name, gram)
     preferred = None if preference is None else preference.data_ptr()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._problems import CompiledSolver, check_gram, compiled
-from ._task_vector import TaskVector, check_length, preferences, shown, task_vector
+from ._task_vector import Preference, TaskVector, preferences, shown, task_vector
 from .base import Method
 
 Array = npt.NDArray[np.float64]
@@ -36,7 +36,7 @@ class DualConeMethod(Method):
         check_eps(norm_eps, reg_eps)
         self.pref_vector = None if pref_vector is None else task_vector("pref_vector", pref_vector)
         self.norm_eps, self.reg_eps = norm_eps, reg_eps
-        self._moved = self.pref_vector  # where the last G was
+        self._preference = Preference(self.pref_vector)
 
     def _project_each(self, gram: Tensor) -> Tensor:
         """Each task's gradient times its preference, projected: weights ``[..., T, T]``."""
@@ -56,11 +56,8 @@ class DualConeMethod(Method):
 
     def _compiled(self, solver: str, gram: Tensor) -> Tensor | None:
         check_gram(gram)
-        if self.pref_vector is not None:
-            check_length("pref_vector", self.pref_vector, gram.shape[-1])
-        if self._moved is not None and self._moved.device != gram.device:
-            self._moved = self._moved.to(gram.device)
-        return compiled(CompiledSolver(solver, (self.norm_eps, self.reg_eps)), gram, self._moved)
+        preference = self._preference.on(gram.device, gram.shape[-1])
+        return compiled(CompiledSolver(solver, (self.norm_eps, self.reg_eps)), gram, preference)
 
     def __repr__(self) -> str:
         pref_vector = shown(self.pref_vector)

@@ -4,8 +4,7 @@ A T×T problem takes tens of dependent steps of a few operations each. Iterative
 takes microseconds, on a GPU a warp solves it and nothing waits (``CompiledMethod``). Where there is no compiled library
 they are in NumPy, whose calls on T×T arrays cost a fraction of torch's.
 
-Eigenvalues are computed on the host, whatever the device of the Gram matrix: LAPACK and a copy of G, which waits for
-the device once, take a fraction of what a GPU takes (``HostMethod``).
+Eigenvalues are Jacobi's there too, on a CPU up to T = 16: from there on LAPACK is faster.
 
 What needs no solver runs in NumPy on a CPU, in torch on a GPU: it is written once against what the two modules have in
 common, with the module as ``xp``.
@@ -29,21 +28,6 @@ Flags = NDArray[np.bool_]
 Indices = NDArray[np.intp]
 
 
-class HostMethod(Method):
-    """A method whose weights are computed on the host; ``solve`` waits for the device of ``gram``."""
-
-    @abstractmethod
-    def solve_on_host(self, gram: Array) -> Array:
-        """Weights ``[S, T]`` for finite Gram matrices ``[S, T, T]``, both float64."""
-
-    def solve(self, gram: Tensor) -> Solution:
-        problems, finite = on_host(gram)
-        weights = self.solve_on_host(problems)
-        if not finite.all():
-            weights[~finite] = np.nan
-        return Solution(from_host(weights, gram), None)
-
-
 class CompiledSolver(NamedTuple):
     """A compiled solver and its two parameters, see ``fpg_solver`` in csrc/fastpcgrad.h."""
 
@@ -51,22 +35,36 @@ class CompiledSolver(NamedTuple):
     parameters: tuple[float, float] = (0.0, 0.0)
 
 
-class CompiledMethod(HostMethod):
-    """A method whose problem the compiled libraries solve, on the device of G; ``solve_on_host`` is for where they are
-    not: no library was built, ``FASTPCGRAD_BACKEND=eager``.
+class CompiledMethod(Method):
+    """A method whose problem the compiled libraries solve, on the device of G.
 
-    With the CUDA library up to T = 64 nothing waits for the device. Above, and with Triton alone, ``solve`` does.
+    With the CUDA library nothing waits for the device up to T = 64. ``solve_on_host``, which waits, is for where there
+    is no compiled solver: no library, ``FASTPCGRAD_BACKEND=eager``, eigenvalues of more than 16 tasks on a CPU.
     """
 
     @abstractmethod
     def compiled_solver(self) -> CompiledSolver | None:
         """None: ``solve_on_host`` it is."""
 
+    @abstractmethod
+    def solve_on_host(self, gram: Array) -> Array:
+        """Weights ``[S, T]`` for finite Gram matrices ``[S, T, T]``, both float64."""
+
+    def preference(self, gram: Tensor) -> Tensor | None:
+        """What the solver gets as preferences, on the device of G; None: 1/T each."""
+        return None
+
     def solve(self, gram: Tensor) -> Solution:
         check_gram(gram)
         solver = self.compiled_solver()
-        weights = None if solver is None else compiled(solver, gram)
-        return super().solve(gram) if weights is None else Solution(weights, None)
+        answers = None if solver is None else compiled(solver, gram, self.preference(gram))
+        if answers is not None:
+            return Solution(answers, None)
+        problems, finite = on_host(gram)
+        weights = self.solve_on_host(problems)
+        if not finite.all():
+            weights[~finite] = np.nan
+        return Solution(from_host(weights, gram), None)
 
 
 def compiled(solver: CompiledSolver, gram: Tensor, preference: Tensor | None = None) -> Tensor | None:

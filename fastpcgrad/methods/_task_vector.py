@@ -35,6 +35,21 @@ def check_length(name: str, vector: Tensor, tasks: int) -> None:
         raise ValueError(f"{name} has {len(vector)} numbers, one a task; found {tasks} task gradients")
 
 
+class Preference:
+    """A preference vector, or None, for the devices that ask for it."""
+
+    def __init__(self, vector: Tensor | None) -> None:
+        self._vector = vector
+
+    def on(self, device: torch.device, tasks: int) -> Tensor | None:
+        """On that device, to which it is moved once. Raises: see ``check_length``."""
+        if self._vector is not None:
+            check_length("pref_vector", self._vector, tasks)
+            if self._vector.device != device:
+                self._vector = self._vector.to(device)
+        return self._vector
+
+
 def preferences(pref_vector: Tensor | None, tasks: int) -> Tensor:
     """The preference of each task: 1/T where None were given."""
     if pref_vector is None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import numpy as np
+from torch import Tensor
 
-from ._problems import Array, Flags, HostMethod, Indices
+from ._problems import Array, CompiledMethod, CompiledSolver, Flags, Indices
 from ._spectrum import spectrum
-from ._task_vector import TaskVector, preferences, shown, task_vector
+from ._task_vector import Preference, TaskVector, preferences, shown, task_vector
 
 ScaleMode = Literal["min", "median", "rmse"]
 
 
-class AlignedMTL(HostMethod):
+class AlignedMTL(CompiledMethod):
     """Weights that replace J by the closest matrix with equal singular values before summing it.
 
     w = √s·V Λ^(−½) Vᵀ pref over the eigenpairs of G that are numerically there; pref where there are none. The weights
@@ -26,7 +27,8 @@ class AlignedMTL(HostMethod):
     Raises:
         TypeError, ValueError: a bad preference vector; unknown ``scale_mode``; when solving, a number of tasks that
             does not fit.
-    Numerics: eigenvalues up to λ_max·T·2⁻⁵² count as zero. float64 on the host; waits for the device of G.
+    Numerics: eigenvalues up to λ_max·T·2⁻⁵² count as zero. float64, see
+        ``_problems.CompiledMethod``.
     Source: Senushkin et al. 2023, Independent Component Alignment for Multi-Task Learning, CVPR, Alg. 1
         (arXiv:2305.19000).
     Example:
@@ -40,6 +42,13 @@ class AlignedMTL(HostMethod):
             raise ValueError(f"scale_mode must be one of {', '.join(get_args(ScaleMode))}; found {scale_mode!r}")
         self.pref_vector = None if pref_vector is None else task_vector("pref_vector", pref_vector)
         self.scale_mode = scale_mode
+        self._preference = Preference(self.pref_vector)
+
+    def compiled_solver(self) -> CompiledSolver:
+        return CompiledSolver("aligned", (float(get_args(ScaleMode).index(self.scale_mode)), 0.0))
+
+    def preference(self, gram: Tensor) -> Tensor | None:
+        return self._preference.on(gram.device, gram.shape[-1])
 
     def solve_on_host(self, gram: Array) -> Array:
         preference = preferences(self.pref_vector, gram.shape[-1]).numpy()

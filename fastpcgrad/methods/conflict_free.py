@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._problems import check_gram
-from ._task_vector import TaskVector, check_length, shown, task_vector
+from ._problems import CompiledSolver, check_gram, compiled
+from ._task_vector import Preference, TaskVector, check_length, shown, task_vector
 from .base import Method, Solution
 
 _EPS = torch.finfo(torch.float64).eps
@@ -26,7 +26,8 @@ class ConFIG(Method):
         whatever the dtype of the rows. Eigenvalues below 8 T eps of the largest count as zero: a task gradient
         nearer than about 1e-7 of its norm to the span of the others depends on them, where a pseudoinverse of U sees
         down to about 1e-15. A zero gradient has no direction and weight 0; where p has no part in the span (two exact
-        opposites), all weights are 0. On a GPU ``eigh`` waits for the device.
+        opposites), all weights are 0. On the device of G, see ``_problems.CompiledMethod``; where the library is not,
+        by torch, whose ``eigh`` waits for a GPU.
     Source: Liu, Chu and Thuerey 2024, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
         arXiv:2408.11104, eq. 2.
     Example:
@@ -37,9 +38,16 @@ class ConFIG(Method):
 
     def __init__(self, pref_vector: TaskVector | None = None) -> None:
         self.pref_vector = None if pref_vector is None else task_vector("pref_vector", pref_vector)
+        self._preference = Preference(self.pref_vector)
 
     def solve(self, gram: Tensor) -> Solution:
         check_gram(gram)
+        tasks = gram.shape[-1]
+        preference = self._preference.on(gram.device, tasks)
+        weights = compiled(CompiledSolver("conflict_free"), gram, preference)
+        return Solution(self._solved(gram) if weights is None else weights, coefficients=None)
+
+    def _solved(self, gram: Tensor) -> Tensor:
         tasks = gram.shape[-1]
         if self.pref_vector is None:
             wanted = gram.new_ones(tasks)
@@ -62,8 +70,7 @@ class ConFIG(Method):
         projections, units = (torch.stack([part, solved], dim=-2) @ vectors.mT).unbind(dim=-2)
         squared = (part * solved).sum(dim=-1, keepdim=True)
         length = (norms * projections).sum(dim=-1, keepdim=True) / torch.where(squared > 0, squared, 1.0)
-        weights = (length * units * inverse).where(finite, torch.nan)
-        return Solution(weights, coefficients=None)
+        return (length * units * inverse).where(finite, torch.nan)
 
     def __repr__(self) -> str:
         return f"ConFIG(pref_vector={shown(self.pref_vector)})"

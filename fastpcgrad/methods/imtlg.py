@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._problems import Array, HostMethod
+from ._problems import Array, CompiledMethod, CompiledSolver
 from ._spectrum import spectrum
 
 
-class IMTLG(HostMethod):
+class IMTLG(CompiledMethod):
     """Weights that sum to 1 and give the merged gradient the same projection onto every unit task gradient.
 
     w = v / Σv with v = G⁺ d, where d holds the norms of the task gradients; zero where Σv vanishes (the task gradients
     then have no common direction). Weights may be negative. The merged gradient scales with the gradients.
 
     Numerics: G⁺ leaves out the eigenvalues up to λ_max·T·2⁻⁵². Σv counts as zero below 1e-12, with the gradients
-        scaled to trace G = 1 (TorchJD does not scale them). float64 on the host; waits for the device of G.
+        scaled to trace G = 1 (TorchJD does not scale them). float64, see ``_problems.CompiledMethod``.
     Source: Liu et al. 2021, Towards Impartial Multi-task Learning, ICLR; for dependent task gradients Quinton and Rey
         2024, arXiv:2406.16232.
     Example:
@@ -23,6 +23,9 @@ class IMTLG(HostMethod):
         >>> fastpcgrad.methods.IMTLG().weights(G)
         tensor([0.6667, 0.3333], dtype=torch.float64)
     """
+
+    def compiled_solver(self) -> CompiledSolver:
+        return CompiledSolver("impartial")
 
     def solve_on_host(self, gram: Array) -> Array:
         values, vectors, kept = spectrum(gram)

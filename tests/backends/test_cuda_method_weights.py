@@ -19,6 +19,9 @@ PARAMETERS = {
     "fairness": (1.0, 100.0),
     "project_each": (0.0, 1e-4),
     "project_one": (0.0, 0.0),
+    "aligned": (0.0, 0.0),
+    "impartial": (0.0, 0.0),
+    "conflict_free": (0.0, 0.0),
 }
 on_each_solver = pytest.mark.parametrize("name", PARAMETERS)
 
@@ -45,6 +48,12 @@ def test_problems_of_every_kind(name):
         assert_agree(name, [random_rows(seed, tasks, tasks) for seed in range(9)])
 
 
+@pytest.fixture(autouse=True)
+def _jacobi_for_all(monkeypatch):
+    """On the CPU too, where LAPACK would take over."""
+    monkeypatch.setattr(cpu, "_LARGEST_BY_JACOBI", 64)
+
+
 @on_each_solver
 @pytest.mark.parametrize("tasks", [31, 33])
 def test_more_and_less_tasks_than_lanes(name, tasks):
@@ -52,7 +61,7 @@ def test_more_and_less_tasks_than_lanes(name, tasks):
     assert_agree(name, [rows - 0.9 * rows.mean(dim=0)])
 
 
-@pytest.mark.parametrize("name", ["project_each", "project_one"])
+@pytest.mark.parametrize("name", ["project_each", "project_one", "aligned", "conflict_free"])
 def test_preferences(name):
     rows = [random_rows(seed, 4, 4) for seed in range(9)]
     assert_agree(name, rows, torch.tensor([0.5, 2.0, 0.0, -1.0], dtype=torch.float64))
