@@ -146,6 +146,17 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor from the host's memory on ``device``, without a wait for what a GPU has queued.
+
+    The driver has copied pageable memory when the call returns. A captured graph would read it at each replay, long
+    after it is gone: there torch waits, which the capture refuses.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.to(device, non_blocking=not torch.cuda.is_current_stream_capturing())
+
+
 def new_gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     """An uninitialised G for ``grads``: float64 ``[T, T]``, or ``[S, T, T]``."""
     tasks = grads.shape[0]

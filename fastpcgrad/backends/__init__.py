@@ -217,7 +217,7 @@ def _method_weights(name: str, gram: Tensor, parameters: Sequence[float], prefer
     # A GPU has to be waited for here, as by NumPy.
     on_host = None if preference is None else preference.cpu()
     found = cpu.method_weights(name, gram.cpu(), parameters, on_host)
-    return None if found is None else found.to(gram.device)
+    return None if found is None else _ops.to_device(found, gram.device)
 
 
 def _sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, sums: Tensor) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .._ops import to_device
 from ._problems import CompiledSolver, check_gram, compiled
 from ._task_vector import Preference, TaskVector, preferences, shown, task_vector
 from .base import Method
@@ -100,7 +101,7 @@ def project(gram: Tensor, lower: Tensor, norm_eps: float, reg_eps: float) -> Ten
     values = _solve(grams, reg_eps * traces, lower.numpy())
     if not finite.all():
         values[~finite] = np.nan
-    return torch.from_numpy(values.reshape(*gram.shape[:-2], *lower.shape)).to(gram.device)
+    return to_device(torch.from_numpy(values.reshape(*gram.shape[:-2], *lower.shape)), gram.device)
 
 
 def _solve(grams: Array, added: Array, lower: Array) -> Array:

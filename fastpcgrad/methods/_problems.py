@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._ops import KERNELS
+from .._ops import KERNELS, to_device
 from .base import Method, Solution
 
 Array = NDArray[np.float64]
@@ -89,7 +89,7 @@ def on_host(gram: Tensor) -> tuple[Array, Flags]:
 
 def from_host(weights: Array, gram: Tensor) -> Tensor:
     """Weights ``[S, T]`` in the shape that belongs to ``gram``, on its device."""
-    return torch.from_numpy(weights.reshape(gram.shape[:-1])).to(gram.device)
+    return to_device(torch.from_numpy(weights.reshape(gram.shape[:-1])), gram.device)
 
 
 def in_place(gram: Tensor) -> tuple[Any, Any, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._ops import to_device
 from ._problems import check_gram
 from ._task_vector import TaskVector, check_length, task_vector
 from .base import Method, Solution
@@ -76,7 +77,7 @@ class Constant(FixedWeights):
         weights = torch.from_numpy(self._array.copy())
         if gram.dim() == 3:
             weights = weights.repeat(len(gram), 1)
-        return Solution(weights if gram.is_cpu else weights.to(gram.device), None)
+        return Solution(weights if gram.is_cpu else to_device(weights, gram.device), None)
 
     def __repr__(self) -> str:
         return f"Constant(weights={self.task_weights.tolist()})"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import variants
+from .._ops import to_device
 from ..variants import Generator
 from ._problems import check_gram, in_place
 from .base import Method, Solution
@@ -72,9 +73,10 @@ class GradVac(Method):
     def solve_for(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
         xp, array, finite = in_place(gram)
         known = self._known(gram, tasks)
-        some = torch.tensor(tasks, device=gram.device) if len(tasks) < known.shape[-1] else None
+        some = to_device(torch.tensor(tasks), gram.device) if len(tasks) < known.shape[-1] else None
         phi = xp.asarray(known if some is None else known[..., some[:, None], some])
-        places = xp.asarray(_draw_places(gram.shape, self.generator), device=array.device)
+        drawn = torch.from_numpy(_draw_places(gram.shape, self.generator))
+        places = xp.asarray(to_device(drawn, gram.device))
         coefficients, targets = _vaccinate(xp, array, phi, places, self.beta, self.eps)
         finite = finite[..., None, None]
         targets = torch.as_tensor(xp.where(finite, targets, phi))

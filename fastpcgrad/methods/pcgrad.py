@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from .. import variants
-from .._ops import KERNELS, Blocks, Later
+from .._ops import KERNELS, Blocks, Later, to_device
 from ..functional import pcgrad_coefficients
 from ..variants import Generator
 from ._problems import check_gram
@@ -57,7 +57,7 @@ class PCGrad(Method):
         """
         check_gram(gram)
         count = gram.shape[0] if gram.dim() == 3 else None
-        order = self.variant.draw_orders(gram.shape[-1], count, self.generator).to(gram.device)
+        order = to_device(self.variant.draw_orders(gram.shape[-1], count, self.generator), gram.device)
         return pcgrad_coefficients(
             gram,
             order,
@@ -78,7 +78,7 @@ class PCGrad(Method):
         scale = 1.0 / len(tasks) if self.reduction == "mean" else 1.0
         order = variant.draw_order(len(tasks), self.generator)
         if blocks.device.type != "cpu":
-            order = order.to(blocks.device)
+            order = to_device(order, blocks.device)
         guards = (variant.self_projection, variant.eps, variant.min_squared_norm)
         later: Later = KERNELS["pcgrad_blocks"](blocks, order, *guards, scale, out)
         return later

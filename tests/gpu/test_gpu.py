@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from array import array
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import fastpcgrad
 from fastpcgrad import backends, reference
 from fastpcgrad._ops import KERNELS, Blocks
 from fastpcgrad.backends import cuda
+from tests.gpu.waiting import no_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda"
@@ -29,18 +29,6 @@ def backend(request, monkeypatch):
 
 def random_order(tasks):
     return torch.stack([torch.randperm(tasks) for _ in range(tasks)]).to(DEVICE)
-
-
-@contextmanager
-def no_waiting():
-    """Within, a call that waits for the GPU raises."""
-    try:
-        with warnings.catch_warnings():  # at its first use torch warns that it does not find every such call
-            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
-            torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def error(found, rows, weights):
