@@ -119,6 +119,12 @@ typedef enum {
 FPG_EXPORT int fpg_cpu_method_weights(int solver, const double* gram, int64_t tasks, int64_t problems,
                                       const double* parameters, const double* preference, double* answers, int threads);
 
+/* GradVac on `problems` symmetric Gram matrices [T, T]: coefficients, and the running targets of the cosines, updated
+ * in place. places[s][i] is i, then the other tasks in the order of their turns. Where G is not finite, or a place is
+ * none, the coefficients are NaN and the targets stay. */
+FPG_EXPORT int fpg_cpu_gradvac(const double* gram, const int64_t* places, int64_t tasks, int64_t problems, double beta,
+                               double eps, double* targets, double* coefficients, int threads);
+
 /* The CUDA library. It has fpg_abi_version and what follows; all pointers to data are the device's, of the device that
  * is current in the calling thread. Work is queued on `stream` (a cudaStream_t) and never waited for, nothing is
  * allocated, and no value is read back, so a call can be captured in a CUDA graph. Besides the statuses above an entry
@@ -162,6 +168,10 @@ FPG_EXPORT int64_t fpg_cuda_method_workspace(int solver, int64_t tasks, int64_t 
 FPG_EXPORT int fpg_cuda_method_weights(int solver, const double* gram, int64_t tasks, int64_t problems,
                                        const double* parameters, const double* preference, double* answers,
                                        void* workspace, void* stream);
+
+/* As the entry point of the CPU library. */
+FPG_EXPORT int fpg_cuda_gradvac(const double* gram, const int64_t* places, int64_t tasks, int64_t problems, double beta,
+                                double eps, double* targets, double* coefficients, void* stream);
 
 /* As the entry points of the CPU library. `rows`, `widths`, `problem_of`, `weights_of` and `out` lie in the host's
  * memory and are done with when the call returns; what they point to, and all else, on the device. A captured call

@@ -41,8 +41,8 @@ for _name, _schema in SCHEMAS.items():
 KERNELS: dict[str, Callable[..., Any]] = {}
 """The Python body of each op, by its name; and those that are no ops, for no schema can hold what they take:
 ``gram_blocks``, ``combine_blocks`` and ``pcgrad_blocks`` on ``Blocks``, ``sign_sums`` and ``trimmed_mean`` on single
-rows, ``method_weights`` on G. Those of ``pcgrad`` and ``pcgrad_`` leave out G, C and w, which the ops return: nobody
-who calls them here wants them."""
+rows, ``method_weights`` and ``gradvac`` on G. Those of ``pcgrad`` and ``pcgrad_`` leave out G, C and w, which the ops
+return: nobody who calls them here wants them."""
 
 
 class Figures(NamedTuple):

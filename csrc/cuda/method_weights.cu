@@ -1,38 +1,9 @@
 // method_weights: the T x T problems of the methods, a warp an answer. Nothing is read back.
 #include "../solvers/solvers.h"
 #include "launch.h"
+#include "warp_group.h"
 
 namespace fpg {
-
-struct WarpGroup {
-  static constexpr int lanes = 32;
-  int lane;
-
-  __device__ void sync() const { sync_warp(); }
-  __device__ double sum(double mine) const { return warp_sum(mine); }
-  __device__ double highest(double mine) const {
-    for (int mask = 16; mask > 0; mask /= 2) {
-      const double other = shuffle_xor(mine, mask);
-      if (other > mine) mine = other;
-    }
-    return mine;
-  }
-  // The first where several are lowest. An index is exact as a double.
-  __device__ void lowest(double* value, int64_t* index) const {
-    double place = static_cast<double>(*index);
-    for (int mask = 16; mask > 0; mask /= 2) {
-      const double other = shuffle_xor(*value, mask), other_place = shuffle_xor(place, mask);
-      if (other < *value || (other == *value && other_place < place)) {
-        *value = other;
-        place = other_place;
-      }
-    }
-    *index = static_cast<int64_t>(place);
-  }
-};
-
-// Small blocks, so that a few problems find a multiprocessor each.
-constexpr int kSolverWarps = 2, kSolverThreads = 32 * kSolverWarps;
 
 template <class Method>
 struct WeightsJob {

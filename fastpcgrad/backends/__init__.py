@@ -9,7 +9,8 @@ automatic choice takes the first backend that can run, on large packed rows the 
 For task gradients that lie where autograd put them (``_ops.Blocks``) it offers ``gram_blocks``, ``combine_blocks`` and
 ``pcgrad_blocks`` besides: its own, or those of ``stacked`` over its functions on packed rows. For methods that look at
 each column it has ``sign_sums`` and ``trimmed_mean``, on rows that need not lie together: its own, or those of
-``eager``. The compiled libraries have ``method_weights``, for which methods have NumPy otherwise.
+``eager``. The compiled libraries have ``method_weights`` and ``gradvac``, for which methods have
+NumPy and torch otherwise.
 """
 
 from __future__ import annotations
@@ -220,6 +221,23 @@ def _method_weights(name: str, gram: Tensor, parameters: Sequence[float], prefer
     return None if found is None else _ops.to_device(found, gram.device)
 
 
+def _gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tensor) -> Tensor | None:
+    """GradVac's C by a compiled library; None where none is in use on the device of G.
+
+    Args:
+        gram: ``[T, T]`` or ``[S, T, T]`` float64; C is NaN where it is not finite, and the targets stay.
+        places: ``[S·T, T]`` int64, dense: the task of each row, then the others in the order of their turns.
+        targets: of G's shape, dense; updated in place.
+    """
+    if os.environ.get("FASTPCGRAD_BACKEND") == "eager":
+        return None
+    if gram.is_cpu:
+        return None if cpu.why_unavailable("cpu") else cpu.gradvac(gram, places, beta, eps, targets)
+    turn = getattr(select(gram.device.type), "gradvac", None)
+    coefficients: Tensor | None = None if turn is None else turn(gram, places, beta, eps, targets)
+    return coefficients
+
+
 def _sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, sums: Tensor) -> None:
     """Σ_t w_t max(g_t, 0) and Σ_t w_t min(g_t, 0) of each column, w_t = 1 for None; NaN is in one of them.
 
@@ -265,6 +283,7 @@ _ops.KERNELS.update(
     gram_blocks=_gram_blocks,
     combine_blocks=_combine_blocks,
     pcgrad_blocks=_pcgrad_blocks,
+    gradvac=_gradvac,
     method_weights=_method_weights,
     sign_sums=_sign_sums,
     trimmed_mean=_trimmed_mean,

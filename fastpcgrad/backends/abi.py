@@ -102,3 +102,11 @@ def solver(name: str, gram: Tensor) -> tuple[int, int, int, int]:
 
 def new_answers(name: str, gram: Tensor) -> Tensor:
     return torch.empty_like(gram) if name == "project_each" else gram.new_empty(gram.shape[:-1])
+
+
+def gradvac(
+    gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tensor
+) -> tuple[int, int, int, int, float, float, int]:
+    tasks = gram.shape[-1]
+    problems = gram.numel() // (tasks * tasks)
+    return gram.data_ptr(), places.data_ptr(), tasks, problems, beta, eps, targets.data_ptr()

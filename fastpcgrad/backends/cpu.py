@@ -28,6 +28,7 @@ _ARGUMENTS = {
     "fpg_cpu_sign_sums": (POINTER, I64, I64, INT, POINTER, POINTER, INT),
     "fpg_cpu_trimmed_mean": (POINTER, I64, I64, INT, POINTER, I64, I64, POINTER, INT),
     "fpg_cpu_method_weights": (INT, POINTER, I64, I64, POINTER, POINTER, POINTER, INT),
+    "fpg_cpu_gradvac": (POINTER, POINTER, I64, I64, F64, F64, POINTER, POINTER, INT),
     "fpg_cpu_use_isa": (ctypes.c_char_p,),
     "fpg_cpu_isa": (),
 }
@@ -235,6 +236,12 @@ def method_weights(name: str, gram: Tensor, parameters: Sequence[float], prefere
     given = (*abi.solver(name, gram), abi.address(numbers), preferred)
     _call("fpg_cpu_method_weights", *given, answers.data_ptr())
     return answers
+
+
+def gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tensor) -> Tensor:
+    gram, coefficients = gram.contiguous(), gram.new_empty(gram.shape)
+    _call("fpg_cpu_gradvac", *abi.gradvac(gram, places, beta, eps, targets), coefficients.data_ptr())
+    return coefficients
 
 
 def _are_dense(rows: Sequence[Tensor | None]) -> bool:

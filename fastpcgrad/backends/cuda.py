@@ -28,6 +28,7 @@ _ARGUMENTS = {
     "fpg_cuda_workspace": (I64, I64, I64, INT),
     "fpg_cuda_method_weights": (INT, POINTER, I64, I64, *[POINTER] * 5),
     "fpg_cuda_method_workspace": (INT, I64, I64),
+    "fpg_cuda_gradvac": (POINTER, POINTER, I64, I64, F64, F64, POINTER, POINTER, POINTER),
     "fpg_cuda_gram_blocks": (*BLOCKS, POINTER, I64, *[POINTER] * 3),
     "fpg_cuda_combine_blocks": (*BLOCKS, POINTER, I64, *[POINTER] * 4),
     "fpg_cuda_pcgrad_blocks": (*BLOCKS, POINTER, INT, F64, F64, F64, *[POINTER] * 6),
@@ -177,6 +178,16 @@ def method_weights(name: str, gram: Tensor, parameters: Sequence[float], prefere
         workspace.data_ptr(),
     )
     return answers
+
+
+def gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tensor) -> Tensor | None:
+    if gram.shape[-1] > LARGEST_TASKS:
+        return None
+    gram, coefficients = gram.contiguous(), gram.new_empty(gram.shape)
+    if gram.numel():
+        given = abi.gradvac(gram, places, beta, eps, targets)
+        _call("fpg_cuda_gradvac", gram.device, *given, coefficients.data_ptr())
+    return coefficients
 
 
 def combine(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import variants
-from .._ops import to_device
+from .._ops import KERNELS, to_device
 from ..variants import Generator
 from ._problems import check_gram, in_place
 from .base import Method, Solution
@@ -39,7 +39,8 @@ class GradVac(Method):
     Raises:
         TypeError: a generator of another type.
         ValueError: ``beta`` or ``eps`` is out of range. From ``solve``: the state is for another shape.
-    Numerics: NumPy on a CPU, else torch on the device of G without waiting for it. NaN or inf in G gives NaN weights
+    Numerics: float64 by the compiled library on the device of G; without one NumPy on a CPU, else torch on that device.
+        Nothing waits for it. NaN or inf in G gives NaN weights
         and leaves φ̂ of that problem as it was.
     Source: Wang et al. 2021, Gradient Vaccine, arXiv:2010.05874, Alg. 1.
     Example:
@@ -71,22 +72,20 @@ class GradVac(Method):
         return self.solve_for(gram, range(gram.shape[-1]))
 
     def solve_for(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
-        xp, array, finite = in_place(gram)
+        check_gram(gram)
         known = self._known(gram, tasks)
         some = to_device(torch.tensor(tasks), gram.device) if len(tasks) < known.shape[-1] else None
-        phi = xp.asarray(known if some is None else known[..., some[:, None], some])
-        drawn = torch.from_numpy(_draw_places(gram.shape, self.generator))
-        places = xp.asarray(to_device(drawn, gram.device))
-        coefficients, targets = _vaccinate(xp, array, phi, places, self.beta, self.eps)
-        finite = finite[..., None, None]
-        targets = torch.as_tensor(xp.where(finite, targets, phi))
+        places = to_device(torch.from_numpy(_draw_places(gram.shape, self.generator)), gram.device)
+        phi = known.clone() if some is None else known[..., some[:, None], some].contiguous()
+        coefficients: Tensor | None = KERNELS["gradvac"](gram.detach(), places, self.beta, self.eps, phi)
+        if coefficients is None:
+            coefficients, phi = _vaccinated(gram, phi, places, self.beta, self.eps)
         if some is None:
-            self._phi = targets
+            self._phi = phi
         else:
             self._phi = known.clone()
-            self._phi[..., some[:, None], some] = targets
-        coefficients = xp.where(finite, coefficients, xp.nan)
-        return Solution(torch.as_tensor(coefficients.sum(-2)), torch.as_tensor(coefficients))
+            self._phi[..., some[:, None], some] = phi
+        return Solution(coefficients.sum(-2), coefficients)
 
     def _known(self, gram: Tensor, tasks: Sequence[int]) -> Tensor:
         """φ̂ of all tasks up to the last of ``tasks`` or more, on the device of ``gram``."""
@@ -149,6 +148,16 @@ def _permutation(count: int, generator: Generator | None) -> list[int]:
         generator.shuffle(items)
         return items
     return torch.randperm(count, generator=generator, device="cpu").tolist()
+
+
+def _vaccinated(gram: Tensor, phi: Tensor, places: Tensor, beta: float, eps: float) -> tuple[Tensor, Tensor]:
+    """C and the new φ̂, where no library is; both as they must be for a G that is not finite."""
+    xp, array, finite = in_place(gram)
+    given = xp.asarray(phi)
+    coefficients, targets = _vaccinate(xp, array, given, xp.asarray(places), beta, eps)
+    finite = finite[..., None, None]
+    coefficients = xp.where(finite, coefficients, xp.nan)
+    return torch.as_tensor(coefficients), torch.as_tensor(xp.where(finite, targets, given))
 
 
 def _vaccinate(xp: Any, gram: Any, phi: Any, places: Any, beta: float, eps: float) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""The methods' solvers by a warp of a GPU, or of its emulation, against those of one thread of the CPU."""
+"""The methods' solvers and GradVac's turns by a warp of a GPU, or of its emulation, against a thread of the CPU."""
 
 import pytest
 import torch
@@ -96,3 +96,19 @@ def test_an_unknown_solver_is_refused(monkeypatch):
     monkeypatch.setitem(abi.SOLVERS, "nothing", 99)
     with pytest.raises((ValueError, RuntimeError)):
         cuda.method_weights("nothing", torch.eye(2).double().to(DEVICE), (0.1, 1.0), None)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 7, 33])
+def test_gradvac(tasks):
+    kinds = ("plain", "common direction", "conflicting", "zero row", "mixed norms")
+    matrices = torch.stack([gram(random_rows(seed, tasks, tasks, kinds)) for seed in range(5)])
+    matrices[3, 0, 0] = torch.nan
+    orders = [[t, *(k for k in torch.randperm(tasks).tolist() if k != t)] for _ in range(5) for t in range(tasks)]
+    places, targets = torch.tensor(orders), torch.rand(5, tasks, tasks, dtype=torch.float64)
+    there = targets.clone().to(DEVICE)
+    expected = cpu.gradvac(matrices, places, 0.3, 1e-8, targets)
+    found = cuda.gradvac(matrices.to(DEVICE), places.to(DEVICE), 0.3, 1e-8, there)
+    torch.testing.assert_close(there.cpu(), targets, rtol=0, atol=1e-13)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+    assert found[3].isnan().all()
+    assert cuda.gradvac(matrices[:0].to(DEVICE), places.to(DEVICE), 0.3, 1e-8, there).shape == (0, tasks, tasks)
