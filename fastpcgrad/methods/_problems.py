@@ -112,10 +112,16 @@ def array_module(gram: Tensor) -> Any:
     return np if gram.is_cpu else torch
 
 
-def check_gram(gram: Tensor) -> None:
-    """TypeError for what is no tensor; ValueError unless it is float64 and ``[T, T]`` or ``[S, T, T]`` with T ≥ 1."""
+def check_gram(gram: Tensor) -> torch.Size:
+    """Its shape.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: not float64 and ``[T, T]`` or ``[S, T, T]`` with T ≥ 1.
+    """
     if not isinstance(gram, Tensor):
         raise TypeError(f"gram must be a tensor; found {type(gram).__name__}")
     shape = gram.shape
     if gram.dtype != torch.float64 or len(shape) not in (2, 3) or not shape[-1] == shape[-2] > 0:
         raise ValueError(f"gram must be float64 [T, T] or [S, T, T] with T >= 1; found {gram.dtype} {list(shape)}")
+    return shape

@@ -104,10 +104,9 @@ class RandomWeights(FixedWeights):
         self.generator = generator
 
     def solve(self, gram: Tensor) -> Solution:
-        check_gram(gram)
-        generator = self.generator
-        if generator is None and gram.is_cpu and len(gram.shape) == 2:  # arguments that say nothing take their time
-            return Solution(torch.randn(gram.shape[0], dtype=torch.float64).softmax(-1), None)
+        shape, generator = check_gram(gram), self.generator
+        if generator is None and gram.is_cpu and len(shape) == 2:  # arguments that say nothing take their time
+            return Solution(torch.randn(shape[0], dtype=torch.float64).softmax(-1), None)
         device = gram.device if generator is None else generator.device
         if gram.dim() == 2:
             normal = torch.randn(gram.shape[-1], generator=generator, dtype=torch.float64, device=device)
