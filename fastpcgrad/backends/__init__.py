@@ -208,17 +208,17 @@ def _method_weights(name: str, gram: Tensor, parameters: Sequence[float], prefer
     Returns:
         ``[T]`` or ``[S, T]``; of ``project_each`` ``[T, T]`` or ``[S, T, T]``.
     """
-    if not gram.is_cpu:
-        solve = getattr(select(gram.device.type), "method_weights", None)
-        answers: Tensor | None = None if solve is None else solve(name, gram, parameters, preference)
-        if answers is not None:
-            return answers
-    if os.environ.get("FASTPCGRAD_BACKEND") == "eager" or cpu.why_unavailable("cpu") is not None:
-        return None
-    # A GPU has to be waited for here, as by NumPy.
-    on_host = None if preference is None else preference.cpu()
-    found = cpu.method_weights(name, gram.cpu(), parameters, on_host)
-    return None if found is None else _ops.to_device(found, gram.device)
+    without_library = os.environ.get("FASTPCGRAD_BACKEND") == "eager" or cpu.why_unavailable("cpu") is not None
+    if gram.is_cpu:
+        return None if without_library else cpu.method_weights(name, gram, parameters, preference)
+    solve = getattr(select(gram.device.type), "method_weights", None)
+    answers: Tensor | None = None if solve is None else solve(name, gram, parameters, preference)
+    if answers is None and not without_library:
+        # The GPU has to be waited for, as by NumPy.
+        on_host = None if preference is None else preference.cpu()
+        answers = cpu.method_weights(name, gram.cpu(), parameters, on_host)
+        answers = None if answers is None else _ops.to_device(answers, gram.device)
+    return answers
 
 
 def _gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tensor) -> Tensor | None:

@@ -69,7 +69,8 @@ class CompiledMethod(Method):
 
 def compiled(solver: CompiledSolver, gram: Tensor, preference: Tensor | None = None) -> Tensor | None:
     """The solver's answers by a compiled library; None without one. NaN where G is not finite."""
-    answers: Tensor | None = KERNELS["method_weights"](solver.name, gram.detach(), solver.parameters, preference)
+    given = gram.detach() if gram.requires_grad else gram
+    answers: Tensor | None = KERNELS["method_weights"](solver.name, given, solver.parameters, preference)
     return answers
 
 

@@ -8,8 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from .. import variants
-from .._ops import KERNELS, Blocks, Later, to_device
-from ..functional import pcgrad_coefficients
+from .._ops import KERNELS, Blocks, Later, pcgrad_coefficients, to_device
 from ..variants import Generator
 from ._problems import check_gram
 from .base import Method, Solution
@@ -58,13 +57,9 @@ class PCGrad(Method):
         check_gram(gram)
         count = gram.shape[0] if gram.dim() == 3 else None
         order = to_device(self.variant.draw_orders(gram.shape[-1], count, self.generator), gram.device)
-        return pcgrad_coefficients(
-            gram,
-            order,
-            self.variant.self_projection,
-            self.variant.eps,
-            min_squared_norm=self.variant.min_squared_norm,
-        )
+        # Not through functional, which would look whether the order is one.
+        variant = self.variant
+        return pcgrad_coefficients(gram, order, variant.self_projection, variant.eps, variant.min_squared_norm)
 
     def solve(self, gram: Tensor) -> Solution:
         coefficients = self.coefficients(gram)
