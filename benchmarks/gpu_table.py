@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import rows
 from benchmarks.large.modes import WHOLE
+from benchmarks.pages import between
 from benchmarks.rows import Row
 
 PAGE = rows.ROOT / "docs" / "kernels.md"
@@ -186,11 +187,7 @@ def plot(latest: Sequence[Row], path: Path = PLOT) -> None:
 
 def written(page: str, latest: Sequence[Row]) -> str:
     """The page with its measured part replaced."""
-    before, start, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"the page must hold {START} and {END}")
-    return f"{before}{start}\n{table(latest)}\n{end}{after}"
+    return between(page, START, END, table(latest))
 
 
 def main() -> int:

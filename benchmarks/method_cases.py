@@ -17,6 +17,8 @@ from fastpcgrad.methods.elementwise import Elementwise
 
 TASKS = (2, 8, 32)
 PEER = "torchjd"
+FLOOR = "read twice"
+"""The op of the rows that say what reading J twice takes: less no method can that looks at G."""
 Arguments = Mapping[str, Any]
 
 

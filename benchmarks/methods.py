@@ -4,7 +4,8 @@ Every method of ``fastpcgrad.methods`` against TorchJD's, at T = 2, 8 and 32:
 
 - *weights*: G to weights, on a Gram matrix that exists: float64 for the library, for TorchJD its own of the same J.
   Methods that are no function of G have no such row.
-- *aggregation*: the merged gradient of a packed fp32 J [T, N]: Gram matrix, weights and combination.
+- *aggregation*: the merged gradient of a packed fp32 J [T, N]: Gram matrix, weights and combination. What it takes to
+  read J twice, by the faster of torch's dot and sum, says how far it can go for a method that looks at G.
 
 The task gradients conflict pairwise. The two take turns in one process (``benchmarks.measure``); the ratio is library /
 TorchJD, so below 1 is faster. ``apart`` says how far the two results are from each other on a small float64 J, as a
@@ -30,7 +31,7 @@ from torch import Tensor
 import fastpcgrad
 from benchmarks import method_cases, rows, subjects
 from benchmarks.measure import Plan, Samples, Subject, in_turn, paired_ratio, percentile
-from benchmarks.method_cases import PEER, TASKS, task_gradients
+from benchmarks.method_cases import FLOOR, PEER, TASKS, task_gradients
 from benchmarks.rows import Row
 from benchmarks.session import Session, command
 from fastpcgrad.methods.elementwise import Elementwise
@@ -112,6 +113,32 @@ def measure(name: str, grads: Tensor, session: Session, plan: Plan) -> list[Row]
     return measured
 
 
+def floor(grads: Tensor, session: Session, plan: Plan) -> Row:
+    """Two times the fastest of the ways to read J."""
+    flat = grads.view(-1)
+    reads: dict[str, Callable[[], object]] = {"torch dot": lambda: torch.dot(flat, flat), "torch sum": flat.sum}
+    timings = in_turn([Subject(name, {"call": call}) for name, call in reads.items()], plan)
+    samples = {name: phases["call"] for name, phases in timings.items()}
+    name = min(samples, key=lambda key: percentile(samples[key].values, 50))
+    p20, p50, p80 = (2 * percentile(samples[name].values, p) for p in (20, 50, 80))
+    tasks, width = grads.shape
+    return Row(
+        "method",
+        f"{FLOOR} T={tasks} N={width}",
+        FLOOR,
+        "machine",
+        session.environment,
+        T=tasks,
+        N=width,
+        dtype="float32",
+        rounds=samples[name].rounds,
+        p20_ms=p20,
+        p50_ms=p50,
+        p80_ms=p80,
+        note=f"2 x {name}",
+    )
+
+
 def _timed(template: Row, subject: str, samples: dict[str, Samples]) -> Row:
     own = samples[subject]
     p20, p50, p80 = (percentile(own.values, p) for p in (20, 50, 80))
@@ -135,7 +162,7 @@ def show(console: Console, measured: Sequence[Row]) -> None:
         title="fastpcgrad (TorchJD; TorchJD / fastpcgrad, above 1: fastpcgrad is faster)", box=box.SIMPLE_HEAD,
     )  # fmt: skip
     by_key = {(row.op, row.T, row.subject): row for row in measured}
-    keys = dict.fromkeys((row.op.partition(".")[0], row.T) for row in measured)
+    keys = dict.fromkeys((row.op.partition(".")[0], row.T) for row in measured if row.op != FLOOR)
     for name, tasks in keys:
         cells = []
         for op, scale in (("weights", 1e3), ("aggregation", 1.0)):
@@ -144,6 +171,9 @@ def show(console: Console, measured: Sequence[Row]) -> None:
         aggregation = by_key[f"{name}.aggregation", tasks, subjects.LIBRARY]
         table.add_row(name, str(tasks), *cells, aggregation.note.partition(" ")[0])
     console.print(table)
+    for row in measured:
+        if row.op == FLOOR:
+            console.print(f"{row.case}: {row.p50_ms:.4g} ms ({row.note})")
     for problem in dict.fromkeys(f"{row.op.partition('.')[0]}: {row.status}" for row in measured if not row.ok):
         console.print(problem, markup=False)
 
@@ -180,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with session.progress("methods", sum(map(len, chosen.values()))) as starts:
         for tasks, found in chosen.items():
             grads = task_gradients(tasks, width)
+            measured.append(floor(grads, session, plan))
             for name in found:
                 starts(f"{name} T={tasks}")
                 if session.late:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows, targets
+from benchmarks.pages import between
 from benchmarks.rows import Row
 
 README = rows.ROOT / "README.md"
@@ -44,10 +45,6 @@ _README_OPS = (
     ("mix_", "`mix_(J, C)`"),
 )
 _PEERS = ("torch", "torchjd", "loop", "pytorch_optimizer")
-
-
-class MarkersMissingError(ValueError):
-    """The README has no place for the table."""
 
 
 def table(latest: Sequence[Row]) -> str:
@@ -161,14 +158,6 @@ def _origin(latest: Sequence[Row]) -> str:
     machine = f"{e.device}, {e.threads} threads" + (f", {', '.join(bandwidth)}" if bandwidth else "")
     versions = f"fastpcgrad {e.fastpcgrad}, torch {e.torch}, numpy {e.numpy}"
     return f"Measured on {machine}; {versions}; commit {e.commit}; {e.date}."
-
-
-def with_table(readme: str, content: str) -> str:
-    """The README's text with ``content`` between the markers."""
-    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
-        raise MarkersMissingError(f"README.md must hold {START} and {END} once each, in this order")
-    before, rest = readme.split(START)
-    return f"{before}{START}\n{content}\n{END}{rest.split(END)[1]}"
 
 
 def draw(latest: Sequence[Row], folder: Path) -> list[Path]:
@@ -322,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     latest = rows.latest(rows.read(options.results))
     try:
         before = options.readme.read_text(encoding="utf-8")
-        after = with_table(before, table(latest))
+        after = between(before, START, END, table(latest))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -96,12 +96,6 @@ def test_without_rows_there_is_no_table():
         plot.table([])
 
 
-@pytest.mark.parametrize("readme", ["", plot.START, f"{plot.END} {plot.START}", f"{plot.START}{plot.END}" * 2])
-def test_a_readme_without_markers_is_refused(readme):
-    with pytest.raises(plot.MarkersMissingError):
-        plot.with_table(readme, "x")
-
-
 def test_check_fails_until_the_readme_is_rewritten(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     results, readme, images = tmp_path / "rows.jsonl", tmp_path / "README.md", tmp_path / "images"
