@@ -67,7 +67,7 @@ def _summary(latest: Sequence[Row]) -> str:
         if factors:
             five, slower = sum(factor >= 5 for factor in factors), sum(factor < 1 for factor in factors)
             parts.append(f"{op}: {five} of {len(factors)} at least 5 times as fast as TorchJD, {slower} slower")
-    return "; ".join(parts) + "."
+    return "; ".join(parts) + "." if parts else "Nothing to compare with."
 
 
 def _where(latest: Sequence[Row]) -> str:
