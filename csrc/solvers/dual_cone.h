@@ -95,14 +95,16 @@ FPG_SOLVER bool pivot_blocks(const Group& group, const ActiveSet& p, int64_t tas
     if (sum_of(group, tasks, [&](int64_t i) { return p.held[i]; }) == 0) {
       // A large residual means that K_PP is all but singular.
       multiply(group, p.unit, p.values, tasks, p.gradient);
-      const double residual =
-          highest_of(group, tasks, [&](int64_t i) { return std::fabs(p.gradient[i] * p.inside[i]); });
-      return residual <= kResidual * sum_of(group, tasks, [&](int64_t i) { return std::fabs(p.bound[i]); });
+      const double allowed = kResidual * sum_of(group, tasks, [&](int64_t i) { return std::fabs(p.bound[i]); });
+      return sum_of(group, tasks, [&](int64_t i) {
+               return std::fabs(p.gradient[i] * p.inside[i]) <= allowed && is_finite(p.values[i]) ? 0.0 : 1.0;
+             }) == 0;
     }
     for (int64_t task = 0; task < tasks; ++task) {
       if (p.held[task] == 0) continue;
       const bool leaves = p.inside[task] != 0;
-      if (!leaves && !(p.swept[task * tasks + task] > kDependent)) return false;
+      const double pivot = p.swept[task * tasks + task];
+      if (leaves ? !(pivot < 0 && is_finite(pivot)) : !(pivot > kDependent)) return false;
       sweep(group, p, tasks, task, leaves ? -1.0 : 1.0);
       if (group.lane == 0) {
         p.inside[task] = leaves ? 0.0 : 1.0;
@@ -177,7 +179,7 @@ FPG_SOLVER void project(const Group& group, const DualCone& method, const double
   activate(group, p, tasks);
   for_each(group, tasks, [&](int64_t i) {
     const double value = p.values[i] / p.norms[i], least = lower(i);
-    projected[i] = value > least ? value : least;
+    projected[i] = value < least ? least : value;
   });
 }
 

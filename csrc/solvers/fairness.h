@@ -1,6 +1,6 @@
 // The convex problem that Nash-MTL and FairGrad share: G x = x^(-1/alpha) with x > 0, by damped Newton. With
-// y_i = |g_i| x_i and the cosines K it reads (K y)_i = |g_i|^(1/alpha - 1) y_i^(-1/alpha), so gradients of very
-// different lengths do no harm.
+// y_i = |g_i| x_i and the cosines K it reads (K y)_i = (|g_i| / y_i)^(1/alpha) / |g_i|, so gradients of very different
+// lengths do no harm.
 #pragma once
 
 #include "group.h"
@@ -22,7 +22,7 @@ struct Fairness {
 struct Newton {
   double* cosines;  // [T, T]
   double* system;   // [T, T + 1]
-  double *demands, *y, *shares, *residual, *step, *trial;
+  double *norms, *y, *shares, *residual, *step, *trial;
   double power;
   double max_iters;
 };
@@ -34,7 +34,8 @@ template <class Group>
 FPG_SOLVER void evaluate(const Group& group, const Newton& p, const double* y, int64_t tasks) {
   multiply(group, p.cosines, y, tasks, p.residual);
   for_each(group, tasks, [&](int64_t i) {
-    p.shares[i] = p.demands[i] * pow(y[i], -p.power);
+    // Not a product of powers: they may leave the range of numbers where their product does not.
+    p.shares[i] = pow(p.norms[i] / y[i], p.power) / p.norms[i];
     p.residual[i] -= p.shares[i];
   });
   group.sync();
@@ -47,7 +48,7 @@ FPG_SOLVER void newton(const Group& group, const Newton& p, int64_t tasks) {
     const double unsolved = sum_of(group, tasks, [&](int64_t i) {
       double terms = p.shares[i];
       for (int64_t j = 0; j < tasks; ++j) terms += std::fabs(p.cosines[j * tasks + i]) * p.y[j];
-      return std::fabs(p.residual[i]) > kBackwardError * terms ? 1.0 : 0.0;
+      return std::fabs(p.residual[i]) <= kBackwardError * terms ? 0.0 : 1.0;
     });
     if (unsolved == 0) break;
     const int64_t width = tasks + 1;
@@ -95,12 +96,11 @@ FPG_SOLVER void solve(const Group& group, const Fairness& method, const double* 
               vectors + 5 * tasks,
               1 / method.alpha,
               method.max_iters};
-  double* norms = vectors + 6 * tasks;
+  double* norms = p.norms;
   const double start = (1 - method.alpha) / (1 + method.alpha);
   for_each(group, tasks, [&](int64_t i) {
     const double squared = gram[i * tasks + i];
     norms[i] = squared > 0 ? sqrt(squared) : 1.0;
-    p.demands[i] = pow(norms[i], p.power - 1);
     p.y[i] = pow(norms[i], start);  // the solution for orthogonal task gradients
   });
   group.sync();
@@ -110,15 +110,17 @@ FPG_SOLVER void solve(const Group& group, const Fairness& method, const double* 
   });
   group.sync();
   newton(group, p, tasks);
-  const double much = sum_of(group, tasks, [&](int64_t i) {
-    return kRidge * p.y[i] < 0.01 * p.demands[i] * pow(p.y[i], -p.power) ? 0.0 : 1.0;
-  });
+  const double much = sum_of(group, tasks, [&](int64_t i) { return kRidge * p.y[i] < 0.01 * p.shares[i] ? 0.0 : 1.0; });
   if (much == 0) {
     for_each(group, tasks, [&](int64_t i) { p.cosines[i * tasks + i] = 1; });
     group.sync();
     newton(group, p, tasks);
   }
-  for_each(group, tasks, [&](int64_t i) { weights[i] = gram[i * tasks + i] > 0 ? p.y[i] / norms[i] : 0.0; });
+  const double broken = sum_of(group, tasks, [&](int64_t i) { return is_finite(p.residual[i]) ? 0.0 : 1.0; });
+  for_each(group, tasks, [&](int64_t i) {
+    const double weight = gram[i * tasks + i] > 0 ? p.y[i] / norms[i] : 0.0;
+    weights[i] = broken == 0 ? weight : __builtin_nan("");
+  });
 }
 
 }  // namespace fpg

@@ -56,13 +56,13 @@ struct Place {
   int64_t index;
 };
 
-// The first of the smallest f(i) over i < n.
+// The first of the smallest f(i) over i < n, n > 0. Not a number counts as -inf: no lane may see another order.
 template <class Group, class F>
 FPG_SOLVER Place lowest_of(const Group& group, int64_t n, F f) {
   Place found = {kInfinity, n};
   FPG_FEW_STEPS
   for (int64_t i = group.lane; i < n; i += group.lanes) {
-    const double value = f(i);
+    const double given = f(i), value = given == given ? given : -kInfinity;
     if (value < found.value || found.index == n) found = {value, i};
   }
   group.lowest(&found.value, &found.index);
@@ -102,13 +102,13 @@ FPG_SOLVER bool all_finite(const Group& group, const double* gram, int64_t n) {
 }
 
 // Solves A X = B by Gauss and Jordan with row pivots. system [n, n + m] holds A and B; X takes the place of B.
-// False where A is singular to the last bit.
+// False where A is singular to the last bit, or not finite.
 template <class Group>
 FPG_SOLVER bool solve_linear(const Group& group, double* system, int64_t n, int64_t m) {
   const int64_t width = n + m;
   for (int64_t k = 0; k < n; ++k) {
     const Place pivot = lowest_of(group, n - k, [&](int64_t i) { return -std::fabs(system[(k + i) * width + k]); });
-    if (!(pivot.value < 0)) return false;
+    if (!(pivot.value < 0 && pivot.value > -kInfinity)) return false;
     double* row = system + k * width;
     if (pivot.index > 0) {
       double* other = row + pivot.index * width;

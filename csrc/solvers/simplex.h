@@ -154,7 +154,8 @@ FPG_SOLVER void minimise(const Group& group, const Simplex& p) {
 template <class Group>
 FPG_SOLVER double inverse_trace(const Group& group, const double* gram, int64_t tasks) {
   const double trace = sum_of(group, tasks, [&](int64_t i) { return gram[i * tasks + i]; });
-  return trace != 0 ? 1 / trace : 1.0;
+  // The inverse of a trace near the smallest number would be infinite; there another trace than 1 does.
+  return trace != 0 ? 1 / (trace > 0x1p-1020 ? trace : 0x1p-1020) : 1.0;
 }
 
 struct ShortestPoint {};

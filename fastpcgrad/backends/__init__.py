@@ -21,11 +21,12 @@ from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _native, _ops
-from . import cpu, crossovers
+from . import cpu, crossovers, eager
 
 NAMES = ("eager", "cpu", "cuda", "triton")
 _AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
@@ -245,7 +246,7 @@ def _sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, s
         rows: T rows ``[n]``; None: zeros.
         sums: where both go, ``[2, n]`` dense, fp64 for fp64 rows, else fp32.
     """
-    select(sums.device.type).sign_sums(rows, weights, sums)
+    _traceable(sums).sign_sums(rows, weights, sums)
 
 
 def _trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
@@ -255,7 +256,12 @@ def _trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None
         rows: T rows ``[n]``, T > 2 trim; None: zeros.
         out: ``[n]``; may be one of the rows.
     """
-    select(out.device.type).trimmed_mean(rows, trim, out)
+    _traceable(out).trimmed_mean(rows, trim, out)
+
+
+def _traceable(tensor: Tensor) -> ModuleType:
+    """The backend for what is no op: a tracer cannot look into a library."""
+    return eager if torch.compiler.is_compiling() else select(tensor.device.type)
 
 
 def _mark_written(tensor: Tensor) -> None:

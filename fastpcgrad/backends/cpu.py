@@ -33,7 +33,7 @@ _ARGUMENTS = {
     "fpg_cpu_isa": (),
 }
 _BY_EIGENVALUES = {"aligned", "impartial", "conflict_free"}
-_LARGEST_BY_JACOBI = 16
+_LARGEST_BY_JACOBI, _LARGEST_SOLVED = 16, 64
 _ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError}
 
 
@@ -227,8 +227,8 @@ def trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
 
 
 def method_weights(name: str, gram: Tensor, parameters: Sequence[float], preference: Tensor | None) -> Tensor | None:
-    """None for eigenvalues of many tasks, which LAPACK finds in less time."""
-    if name in _BY_EIGENVALUES and gram.shape[-1] > _LARGEST_BY_JACOBI:
+    """None for many tasks, of which NumPy takes less time."""
+    if gram.shape[-1] > (_LARGEST_BY_JACOBI if name in _BY_EIGENVALUES else _LARGEST_SOLVED):
         return None
     gram, numbers = gram.contiguous(), array("d", parameters)
     answers = abi.new_answers(name, gram)

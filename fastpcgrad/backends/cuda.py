@@ -44,9 +44,9 @@ _RESULTS: dict[str, Any] = {
 }
 _ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError}
 
-LARGEST_TASKS = 256
 _LARGEST_SOLVED = 64
 """Tasks of a method's problem that one warp solves; each of its answers has T×T scratch memory twice."""
+LARGEST_TASKS = 256
 """More rows than the kernels' shared memory holds: such a J goes to the eager backend."""
 
 AUTOMATIC, ONE_LAUNCH, SEVERAL_LAUNCHES = 0, 1, 2

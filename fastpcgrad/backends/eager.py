@@ -132,17 +132,18 @@ def sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, su
 
 def trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
     dtype = torch.promote_types(out.dtype, torch.float32)
+    network = sorting_network(len(rows)) if trim else ()
     step = max(1, _ENTRIES.get(out.device.type, _ENTRIES["cuda"]) // len(rows))
     for start in range(0, len(out), step):
         place = out[start : start + step]
         entries = [place.new_zeros(len(place), dtype=dtype) if r is None else r[start : start + step] for r in rows]
         columns = torch.stack([part.to(dtype) for part in entries])
-        place.copy_(_trimmed_mean(columns, trim))
+        place.copy_(_trimmed_mean(columns, trim, network))
 
 
-def _trimmed_mean(columns: Tensor, trim: int) -> Tensor:
+def _trimmed_mean(columns: Tensor, trim: int, network: Sequence[tuple[int, int]]) -> Tensor:
     entries = list(columns)
-    for low, high in sorting_network(len(entries)) if trim else ():
+    for low, high in network:
         small = torch.minimum(entries[low], entries[high])
         entries[high] = torch.maximum(entries[low], entries[high])
         entries[low] = small

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
 
-
-@cache
 def sorting_network(size: int) -> tuple[tuple[int, int], ...]:
     """Pairs of places to compare and exchange in turn, after which any ``size`` numbers are sorted.
 

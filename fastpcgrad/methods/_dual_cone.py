@@ -37,7 +37,7 @@ class DualConeMethod(Method):
         check_eps(norm_eps, reg_eps)
         self.pref_vector = None if pref_vector is None else task_vector("pref_vector", pref_vector)
         self.norm_eps, self.reg_eps = norm_eps, reg_eps
-        self._preference = Preference(self.pref_vector)
+        self._preference = Preference()
 
     def _project_each(self, gram: Tensor) -> Tensor:
         """Each task's gradient times its preference, projected: weights ``[..., T, T]``."""
@@ -57,7 +57,7 @@ class DualConeMethod(Method):
 
     def _compiled(self, solver: str, gram: Tensor) -> Tensor | None:
         check_gram(gram)
-        preference = self._preference.on(gram.device, gram.shape[-1])
+        preference = self._preference.on(gram.device, self.pref_vector, gram.shape[-1])
         return compiled(CompiledSolver(solver, (self.norm_eps, self.reg_eps)), gram, preference)
 
     def __repr__(self) -> str:

@@ -27,7 +27,7 @@ def solve(gram: Array, alpha: float, max_iters: int) -> Array:
     """x > 0 ``[S, T]`` with G x = x^(−1/α), by damped Newton; zero for a task whose gradient is zero.
 
     x is the minimum of ½xᵀGx − Σφ(x_i) with φ' = x^(−1/α), which is convex. With y_i = ‖g_i‖x_i and the cosines Ĝ it
-    reads (Ĝ y)_i = ‖g_i‖^(1/α − 1)·y_i^(−1/α), so gradients of very different lengths do no harm.
+    reads (Ĝ y)_i = (‖g_i‖/y_i)^(1/α)/‖g_i‖, so gradients of very different lengths do no harm.
 
     Args:
         gram: ``[S, T, T]`` float64, finite.
@@ -40,22 +40,27 @@ def solve(gram: Array, alpha: float, max_iters: int) -> Array:
     absent = norms == 0
     norms = np.where(absent, 1.0, norms)
     cosines = gram / norms[:, :, None] / norms[:, None, :]
-    demands = norms ** (power - 1)
     y = norms ** ((1 - alpha) / (1 + alpha))  # the solution for orthogonal task gradients
     everywhere = np.ones(len(gram), dtype=bool)
 
     _diagonal(cosines)[:] = 1 + RIDGE
-    y = _newton(cosines, demands, power, y, everywhere, max_iters)
+    y = _newton(cosines, norms, power, y, everywhere, max_iters)
     _diagonal(cosines)[:] = 1
-    little: Flags = np.logical_and.reduce(RIDGE * y < 0.01 * demands * y**-power, axis=1)
-    y = _newton(cosines, demands, power, y, little, max_iters)
+    little: Flags = np.logical_and.reduce(RIDGE * y < 0.01 * _shares(norms, y, power), axis=1)
+    y = _newton(cosines, norms, power, y, little, max_iters)
     return np.where(absent, 0.0, y / norms)
 
 
-def _newton(cosines: Array, demands: Array, power: float, y: Array, problems: Flags, max_iters: int) -> Array:
-    """y with Ĝ y = demands·y^(−power) for the flagged problems; the others stay as they are."""
+def _shares(norms: Array, y: Array, power: float) -> Array:
+    """Not a product of powers: they may leave the range of numbers where their product does not."""
+    found: Array = (norms / y) ** power / norms
+    return found
+
+
+def _newton(cosines: Array, norms: Array, power: float, y: Array, problems: Flags, max_iters: int) -> Array:
+    """y with Ĝ y = (norms/y)^power/norms for the flagged problems; the others stay as they are."""
     magnitudes = np.abs(cosines)
-    shares = demands * y**-power
+    shares = _shares(norms, y, power)
     residual = _times(cosines, y) - shares
     for _ in range(max_iters):
         error = np.abs(residual) > BACKWARD_ERROR * (_times(magnitudes, y) + shares)
@@ -69,7 +74,7 @@ def _newton(cosines: Array, demands: Array, power: float, y: Array, problems: Fl
         length = np.where(unsolved, 0.95 / np.maximum((-step / y).max(axis=1), 0.95), 0.0)
         while True:
             trial = np.maximum(y + length[:, None] * step, SMALLEST)
-            shares = demands * trial**-power
+            shares = _shares(norms, trial, power)
             residual = _times(cosines, trial) - shares
             # The slope along the step grows, from below zero; well past its zero the step is too long.
             too_long = unsolved & ((residual * step).sum(axis=1) > -0.5 * slope) & (length > 1e-6)

@@ -36,18 +36,23 @@ def check_length(name: str, vector: Tensor, tasks: int) -> None:
 
 
 class Preference:
-    """A preference vector, or None, for the devices that ask for it."""
+    """A preference vector on the devices that ask for it: copied to each of them once."""
 
-    def __init__(self, vector: Tensor | None) -> None:
-        self._vector = vector
+    def __init__(self) -> None:
+        self._copies: dict[torch.device, tuple[Tensor, int, Tensor]] = {}
 
-    def on(self, device: torch.device, tasks: int) -> Tensor | None:
-        """On that device, to which it is moved once. Raises: see ``check_length``."""
-        if self._vector is not None:
-            check_length("pref_vector", self._vector, tasks)
-            if self._vector.device != device:
-                self._vector = self._vector.to(device)
-        return self._vector
+    def on(self, device: torch.device, vector: Tensor | None, tasks: int) -> Tensor | None:
+        """``vector`` there; None for None. Raises: see ``check_length``."""
+        if vector is None:
+            return None
+        check_length("pref_vector", vector, tasks)
+        if vector.device == device:
+            return vector
+        source, version, copy = self._copies.get(device, (None, 0, vector))
+        if source is not vector or version != vector._version:
+            copy = vector.to(device)
+            self._copies[device] = (vector, vector._version, copy)
+        return copy
 
 
 def preferences(pref_vector: Tensor | None, tasks: int) -> Tensor:

@@ -42,13 +42,13 @@ class AlignedMTL(CompiledMethod):
             raise ValueError(f"scale_mode must be one of {', '.join(get_args(ScaleMode))}; found {scale_mode!r}")
         self.pref_vector = None if pref_vector is None else task_vector("pref_vector", pref_vector)
         self.scale_mode = scale_mode
-        self._preference = Preference(self.pref_vector)
+        self._preference = Preference()
 
     def compiled_solver(self) -> CompiledSolver:
         return CompiledSolver("aligned", (float(get_args(ScaleMode).index(self.scale_mode)), 0.0))
 
     def preference(self, gram: Tensor) -> Tensor | None:
-        return self._preference.on(gram.device, gram.shape[-1])
+        return self._preference.on(gram.device, self.pref_vector, gram.shape[-1])
 
     def solve_on_host(self, gram: Array) -> Array:
         preference = preferences(self.pref_vector, gram.shape[-1]).numpy()

@@ -38,12 +38,12 @@ class ConFIG(Method):
 
     def __init__(self, pref_vector: TaskVector | None = None) -> None:
         self.pref_vector = None if pref_vector is None else task_vector("pref_vector", pref_vector)
-        self._preference = Preference(self.pref_vector)
+        self._preference = Preference()
 
     def solve(self, gram: Tensor) -> Solution:
         check_gram(gram)
         tasks = gram.shape[-1]
-        preference = self._preference.on(gram.device, tasks)
+        preference = self._preference.on(gram.device, self.pref_vector, tasks)
         weights = compiled(CompiledSolver("conflict_free"), gram, preference)
         return Solution(self._solved(gram) if weights is None else weights, coefficients=None)
 

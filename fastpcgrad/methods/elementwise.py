@@ -11,6 +11,8 @@ from torch import Tensor
 from .._ops import KERNELS, Blocks, Figures, Later, flat
 from .base import Method, Solution
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class Elementwise(Method):
     """A rule that merges each column of J by itself: it needs the rows, and has no weights.
@@ -26,11 +28,16 @@ class Elementwise(Method):
         Returns:
             ``[n]``, dtype and device of ``rows``.
         Raises:
-            ValueError: a number of tasks that does not fit.
+            TypeError: rows of another dtype.
+            ValueError: not two dimensions, no rows, a number of tasks that does not fit.
         Numerics: in fp32 for fp16/bf16 rows, else in the dtype of the rows. What is not finite in any row makes its
             column of the result not finite.
         Memory: besides the result some 2²⁰ numbers on a CPU and 2²⁵ on a GPU, whatever n is.
         """
+        if rows.dim() != 2 or not len(rows):
+            raise ValueError(f"rows must be [T, n] with T >= 1; found {list(rows.shape)}")
+        if rows.dtype not in _DTYPES:
+            raise TypeError(f"rows must be fp16, bf16, fp32 or fp64; found {rows.dtype}")
         self.check_tasks(len(rows))
         out = rows.new_empty(rows.shape[1])
         self.merge_rows(list(rows.detach()), out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import _fairness
+from ._count import count
 from ._problems import Array, CompiledMethod, CompiledSolver
 
 
@@ -33,10 +34,8 @@ class FairGrad(CompiledMethod):
     def __init__(self, alpha: float, max_iters: int = 100) -> None:
         if not 0 <= alpha < np.inf:
             raise ValueError(f"alpha must be finite and not negative; found {alpha!r}")
-        if not max_iters > 0:
-            raise ValueError(f"max_iters must be positive; found {max_iters!r}")
         self.alpha = alpha
-        self.max_iters = max_iters
+        self.max_iters = count("max_iters", max_iters, 1)
 
     def compiled_solver(self) -> CompiledSolver | None:
         return _fairness.solver(self.alpha, self.max_iters) if self.alpha else None

@@ -79,7 +79,7 @@ class GradDrop(Elementwise):
         device = like.device if self.generator is None else self.generator.device
         drawn = torch.rand(len(like), generator=self.generator, dtype=dtype, device=device).to(like.device)
         # 0 or 1, as numbers: lerp is exact at both ends, and takes a tenth of the time of torch.where.
-        keep_positive = torch.gt(self.f(purity), drawn, out=drawn)
+        keep_positive = torch.lt(drawn, self.f(purity), out=drawn)
         if self.leak is None:
             merged = torch.lerp(negative, positive, keep_positive)
         else:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from . import _simplex
+from ._count import count
 from ._problems import Array, CompiledMethod, CompiledSolver, Indices
 
 Solver = Literal["frank-wolfe", "exact"]
@@ -38,12 +39,10 @@ class MGDA(CompiledMethod):
     def __init__(self, epsilon: float = 0.001, max_iters: int = 100, solver: Solver = "frank-wolfe") -> None:
         if not epsilon > 0:
             raise ValueError(f"epsilon must be positive; found {epsilon!r}")
-        if not max_iters > 0:
-            raise ValueError(f"max_iters must be positive; found {max_iters!r}")
         if solver not in get_args(Solver):
             raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}; found {solver!r}")
         self.epsilon = epsilon
-        self.max_iters = max_iters
+        self.max_iters = count("max_iters", max_iters, 1)
         self.solver = solver
 
     def compiled_solver(self) -> CompiledSolver:

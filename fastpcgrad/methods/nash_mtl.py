@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _fairness
+from ._count import count
 from ._problems import Array, Flags, check_gram, compiled, from_host, on_host
 from .base import Method, Solution
 
@@ -49,11 +50,9 @@ class NashMTL(Method):
             raise ValueError(f"max_norm must not be negative; found {max_norm!r}")
         if not update_weights_every > 0:
             raise ValueError(f"update_weights_every must be positive; found {update_weights_every!r}")
-        if not optim_niter > 0:
-            raise ValueError(f"optim_niter must be positive; found {optim_niter!r}")
         self.max_norm = max_norm
         self.update_weights_every = update_weights_every
-        self.optim_niter = optim_niter
+        self.optim_niter = count("optim_niter", optim_niter, 1)
         self.reset()
 
     def reset(self) -> None:

@@ -83,6 +83,23 @@ def test_a_single_problem_and_none(name):
     assert len(cuda.method_weights(name, matrix[None][:0], PARAMETERS[name], None)) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "matrix", "parameters"),
+    [
+        ("fairness", [[9e6, 300.0], [300.0, 1.0]], (0.01, 100.0)),
+        ("fairness", [[1e200, 0.0], [0.0, 1e-200]], (0.005, 100.0)),
+        ("frank_wolfe", [[1.69e308, -1.69e308, 1.69e308]] * 3, (1e-3, 100.0)),
+        ("shortest_point", [[1.69e308, -1.69e308], [-1.69e308, 1.69e308]], (0.0, 0.0)),
+    ],
+)
+def test_the_lanes_agree_where_numbers_are_left(name, matrix, parameters):
+    """What is no number must not send lanes different ways."""
+    given = torch.tensor(matrix, dtype=torch.float64)
+    expected = cpu.method_weights(name, given, parameters, None)
+    found = cuda.method_weights(name, given.to(DEVICE), parameters, None).cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
 def test_more_answers_than_warps(monkeypatch):
     rows = [random_rows(seed, 2, 2) for seed in range(27)]
     assert_agree("frank_wolfe", rows * (50 if GPU else 1))

@@ -1,5 +1,7 @@
 """GradDrop: TorchJD's numbers, the expected sign, hand-worked cases."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastpcgrad.methods import graddrop
 from fastpcgrad.methods.graddrop import GradDrop
+from fastpcgrad.methods.trimmed_mean import TrimmedMean
 from tests.methods.random_rows import random_rows
 
 
@@ -135,6 +138,29 @@ def test_leaks_of_another_number_of_tasks():
 def test_it_has_no_weights():
     with pytest.raises(TypeError, match="GradDrop needs the task gradients"):
         GradDrop().weights(torch.eye(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make", [GradDrop, lambda: TrimmedMean(1)])
+def test_it_can_be_compiled(make):
+    rows = torch.randn(3, 100)
+    torch.manual_seed(1)
+    expected = make().aggregate(rows)
+    torch.manual_seed(1)
+    torch.testing.assert_close(torch.compile(make().aggregate, backend="eager")(rows), expected)
+
+
+@pytest.mark.parametrize("make", [GradDrop, lambda: TrimmedMean(0)])
+def test_rows_that_are_none_are_refused(make):
+    with pytest.raises(TypeError, match=r"fp32 or fp64; found torch\.int64"):
+        make().aggregate(torch.ones(2, 3, dtype=torch.int64))
+    for shape in ((0, 3), (3,), (1, 2, 3)):
+        with pytest.raises(ValueError, match=re.escape(f"found {list(shape)}")):
+            make().aggregate(torch.ones(shape))
+
+
+def test_f_may_be_a_number():
+    rows = torch.tensor([[2.0], [-1.0]])
+    assert GradDrop(lambda purity: 1.0).aggregate(rows) == 2.0 and GradDrop(lambda purity: 0.0).aggregate(rows) == -1.0
 
 
 def test_repr():
