@@ -257,9 +257,9 @@ bool unsafe_weights(const double* weights, int64_t count) {
   return false;
 }
 
-// Results beyond this size will not be read from a cache again: they go past it. A row that is written over has just
-// been read, so its lines are there.
-constexpr int64_t kStreamBytes = 8 << 20;
+// Results of this size go past the caches: what is written there would have to be read first, which costs more than the
+// next reader gains by finding some of it. A row that is written over has just been read, so its lines are there.
+constexpr int64_t kStreamBytes = 2 << 20;
 
 bool is_row(const void* out, const Block& block) {
   return std::find(block.rows, block.rows + block.count, out) != block.rows + block.count;
@@ -270,7 +270,7 @@ void combine(const Rows& rows, const std::vector<Piece>& pieces, const double* w
   const int64_t tasks = rows.tasks();
   const bool wide = unsafe_weights(weights, count * tasks);
   const auto kernel = kernels->combine[rows.dtype()][wide];
-  const bool large = rows.width() * rows.row_bytes() > kStreamBytes;
+  const bool large = rows.width() * rows.row_bytes() >= kStreamBytes;
   const int used = threads_for(rows, static_cast<int64_t>(pieces.size()), threads);
   const int64_t scratch_bytes = tasks * static_cast<int64_t>(sizeof(double));
   for_each_piece(static_cast<int64_t>(pieces.size()), used, scratch_bytes, true, [&](int64_t k, void* memory) {
