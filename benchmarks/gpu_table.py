@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import rows
 from benchmarks.large.modes import WHOLE
-from benchmarks.pages import between
+from benchmarks.pages import between, rewrite
 from benchmarks.rows import Row
 
 PAGE = rows.ROOT / "docs" / "kernels.md"
@@ -194,14 +194,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    latest, page = rows.latest(rows.read(RESULTS)), PAGE.read_text(encoding="utf-8")
-    new = written(page, latest)
-    if arguments.check:
-        return int(new != page)
-    PAGE.write_text(new, encoding="utf-8")
-    if latest:
+    latest = rows.latest(rows.read(RESULTS))
+    if latest and not arguments.check:
         plot(latest)
-    return 0
+    return rewrite(PAGE, written(PAGE.read_text(encoding="utf-8"), latest), arguments.check)
 
 
 if __name__ == "__main__":

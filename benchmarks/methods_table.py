@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 from benchmarks import rows
 from benchmarks.method_cases import FLOOR, PEER
-from benchmarks.pages import between
+from benchmarks.pages import between, rewrite
 from benchmarks.rows import Row
+from benchmarks.subjects import LIBRARY
 
 PAGE = rows.ROOT / "docs" / "methods.md"
 RESULTS = rows.ROOT / "benchmarks" / "results" / "methods.jsonl"
 START, END = "<!-- methods-table:start -->", "<!-- methods-table:end -->"
-LIBRARY = "fastpcgrad"
 
 
 def table(latest: Sequence[Row]) -> str:
@@ -88,12 +88,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    new = written(page, rows.latest(rows.read(RESULTS)))
-    if arguments.check:
-        return int(new != page)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    new = written(PAGE.read_text(encoding="utf-8"), rows.latest(rows.read(RESULTS)))
+    return rewrite(PAGE, new, arguments.check)
 
 
 if __name__ == "__main__":

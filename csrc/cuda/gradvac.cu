@@ -9,8 +9,7 @@ namespace fpg {
 __global__ void __launch_bounds__(kSolverThreads) gradvac_kernel(const __grid_constant__ GradVacJob job) {
   const WarpGroup group = {thread_index() % 32};
   double* products = reinterpret_cast<double*>(shared_memory()) + thread_index() / 32 * job.tasks;
-  const int64_t rows = job.problems * job.tasks, step = blocks() * kSolverWarps;
-  for (int64_t row = block_index() * kSolverWarps + thread_index() / 32; row < rows; row += step) {
+  for (int64_t row = solver_warp(); row < job.problems * job.tasks; row += solver_warps()) {
     vaccinate(group, job, row, products);
     group.sync();
   }

@@ -17,9 +17,8 @@ template <class Method>
 __global__ void __launch_bounds__(kSolverThreads) weights_kernel(const __grid_constant__ WeightsJob<Method> given) {
   const int64_t each = scratch_doubles(given.method, given.job.tasks);
   const WarpGroup group = {thread_index() % 32};
-  const int64_t warp = block_index() * kSolverWarps + thread_index() / 32;
-  double* scratch = given.scratch + warp * each;
-  for (int64_t k = warp; k < given.count; k += blocks() * kSolverWarps) {
+  double* scratch = given.scratch + solver_warp() * each;
+  for (int64_t k = solver_warp(); k < given.count; k += solver_warps()) {
     answer(group, given.method, given.job, k, scratch);
     group.sync();
   }

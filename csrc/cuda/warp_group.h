@@ -9,6 +9,9 @@ namespace fpg {
 // Small blocks, so that a few problems find a multiprocessor each.
 constexpr int kSolverWarps = 2, kSolverThreads = 32 * kSolverWarps;
 
+__device__ inline int64_t solver_warp() { return block_index() * kSolverWarps + thread_index() / 32; }
+__device__ inline int64_t solver_warps() { return blocks() * kSolverWarps; }
+
 struct WarpGroup {
   static constexpr int lanes = 32;
   int lane;

@@ -9,14 +9,17 @@ namespace fpg {
 struct Spectrum {
   double* matrix;   // [T, T]: the eigenvalues end up on the diagonal
   double* vectors;  // [T, T]: an eigenvector a row
-  double* values;   // [T]
   int64_t tasks;
+
+  FPG_SOLVER double value(int64_t i) const { return matrix[i * tasks + i]; }
 };
 
-FPG_SOLVER int64_t spectrum_doubles(int64_t tasks) { return 2 * tasks * tasks + tasks; }
+FPG_SOLVER int64_t spectrum_doubles(int64_t tasks) { return 2 * tasks * tasks; }
 
-FPG_SOLVER Spectrum spectrum(int64_t tasks, double* scratch) {
-  return {scratch, scratch + tasks * tasks, scratch + 2 * tasks * tasks, tasks};
+// The largest element of the diagonal.
+template <class Group>
+FPG_SOLVER double largest_value(const Group& group, const Spectrum& p) {
+  return highest_of(group, p.tasks, [&](int64_t i) { return p.value(i); });
 }
 
 // Rows and columns i and j turned so that the element at (i, j) vanishes.
@@ -55,15 +58,17 @@ FPG_SOLVER void rotate(const Group& group, const Spectrum& p, int64_t i, int64_t
   group.sync();
 }
 
-// Of the matrix that is in place.
-template <class Group>
-FPG_SOLVER void decompose(const Group& group, const Spectrum& p) {
-  const int64_t tasks = p.tasks;
-  for_each(group, tasks * tasks, [&](int64_t k) { p.vectors[k] = k / tasks == k % tasks ? 1.0 : 0.0; });
+// Of the matrix whose elements, row by row, are element(k).
+template <class Group, class F>
+FPG_SOLVER Spectrum decompose(const Group& group, int64_t tasks, double* scratch, F element) {
+  const Spectrum p = {scratch, scratch + tasks * tasks, tasks};
+  for_each(group, tasks * tasks, [&](int64_t k) {
+    p.matrix[k] = element(k);
+    p.vectors[k] = k / tasks == k % tasks ? 1.0 : 0.0;
+  });
   group.sync();
-  const double largest = highest_of(group, tasks, [&](int64_t i) { return p.matrix[i * tasks + i]; });
   // All that is left beside the diagonal is far below the last place of the largest eigenvalue.
-  const double nothing = largest * 0x1p-60;
+  const double nothing = largest_value(group, p) * 0x1p-60;
   bool turned = true;
   for (int round = 0; turned && round < 40; ++round) {  // six to ten suffice
     turned = false;
@@ -75,13 +80,13 @@ FPG_SOLVER void decompose(const Group& group, const Spectrum& p) {
       }
     }
   }
-  for_each(group, tasks, [&](int64_t i) { p.values[i] = p.matrix[i * tasks + i]; });
-  group.sync();
+  return p;
 }
 
+// Up to here an eigenvalue is rounding.
 template <class Group>
-FPG_SOLVER double largest_value(const Group& group, const Spectrum& p) {
-  return highest_of(group, p.tasks, [&](int64_t i) { return p.values[i]; });
+FPG_SOLVER double rounding_of(const Group& group, const Spectrum& p) {
+  return largest_value(group, p) * (static_cast<double>(p.tasks) * kEps);
 }
 
 // Σ_t V_it x(t): the coordinate of x along eigenvector i.
@@ -110,35 +115,32 @@ FPG_SOLVER int64_t scratch_doubles(const Aligned&, int64_t tasks) { return spect
 template <class Group, class Preferred>
 FPG_SOLVER void align(const Group& group, const Aligned& method, const double* gram, int64_t tasks,
                       Preferred preferred_of, double* weights, double* scratch) {
-  const Spectrum p = spectrum(tasks, scratch);
+  const Spectrum p = decompose(group, tasks, scratch, [&](int64_t k) { return gram[k]; });
   double* coordinates = scratch + spectrum_doubles(tasks);
-  for_each(group, tasks * tasks, [&](int64_t k) { p.matrix[k] = gram[k]; });
-  group.sync();
-  decompose(group, p);
-  const double least = largest_value(group, p) * (static_cast<double>(tasks) * kEps);
-  const auto is_kept = [&](int64_t i) { return p.values[i] > least; };
+  const double least = rounding_of(group, p);
+  const auto is_kept = [&](int64_t i) { return p.value(i) > least; };
   const double rank = sum_of(group, tasks, [&](int64_t i) { return is_kept(i) ? 1.0 : 0.0; });
   if (rank == 0) {
     for_each(group, tasks, [&](int64_t t) { weights[t] = preferred_of(t); });
     return;
   }
+  const Scale scale = static_cast<Scale>(static_cast<int>(method.scale));
   double squared = 0;
-  if (static_cast<Scale>(static_cast<int>(method.scale)) == Scale::kMeanSquare) {
-    squared = sum_of(group, tasks, [&](int64_t i) { return is_kept(i) ? p.values[i] : 0.0; }) / rank;
+  if (scale == Scale::kMeanSquare) {
+    squared = sum_of(group, tasks, [&](int64_t i) { return is_kept(i) ? p.value(i) : 0.0; }) / rank;
   } else {
-    const bool median = static_cast<Scale>(static_cast<int>(method.scale)) == Scale::kMedian;
-    const int64_t place = median ? (static_cast<int64_t>(rank) - 1) / 2 : 0;  // the lower one
+    const int64_t place = scale == Scale::kMedian ? (static_cast<int64_t>(rank) - 1) / 2 : 0;  // the lower one
     squared = sum_of(group, tasks, [&](int64_t i) {
       int64_t before = 0;
       for (int64_t j = 0; j < tasks; ++j) {
-        const bool smaller = p.values[j] < p.values[i] || (p.values[j] == p.values[i] && j < i);
+        const bool smaller = p.value(j) < p.value(i) || (p.value(j) == p.value(i) && j < i);
         before += is_kept(j) && smaller ? 1 : 0;
       }
-      return is_kept(i) && before == place ? p.values[i] : 0.0;
+      return is_kept(i) && before == place ? p.value(i) : 0.0;
     });
   }
   for_each(group, tasks, [&](int64_t i) {
-    coordinates[i] = is_kept(i) ? along(p, i, preferred_of) * sqrt(squared / p.values[i]) : 0.0;
+    coordinates[i] = is_kept(i) ? along(p, i, preferred_of) * sqrt(squared / p.value(i)) : 0.0;
   });
   group.sync();
   for_each(group, tasks, [&](int64_t t) { weights[t] = combined(p, coordinates, t); });
@@ -152,15 +154,12 @@ template <class Group>
 FPG_SOLVER void solve(const Group& group, const Impartial&, const double* gram, int64_t tasks, double* weights,
                       double* scratch) {
   constexpr double kNoDirection = 1e-12;
-  const Spectrum p = spectrum(tasks, scratch);
+  const Spectrum p = decompose(group, tasks, scratch, [&](int64_t k) { return gram[k]; });
   double* coordinates = scratch + spectrum_doubles(tasks);
-  for_each(group, tasks * tasks, [&](int64_t k) { p.matrix[k] = gram[k]; });
-  group.sync();
-  decompose(group, p);
-  const double least = largest_value(group, p) * (static_cast<double>(tasks) * kEps);
+  const double least = rounding_of(group, p);
   const auto norm = [&](int64_t t) { return sqrt(gram[t * tasks + t]); };
   for_each(group, tasks,
-           [&](int64_t i) { coordinates[i] = p.values[i] > least ? along(p, i, norm) / p.values[i] : 0.0; });
+           [&](int64_t i) { coordinates[i] = p.value(i) > least ? along(p, i, norm) / p.value(i) : 0.0; });
   group.sync();
   for_each(group, tasks, [&](int64_t t) { weights[t] = combined(p, coordinates, t); });
   const double total = sum_of(group, tasks, [&](int64_t t) { return weights[t]; });
@@ -177,23 +176,21 @@ FPG_SOLVER int64_t scratch_doubles(const ConflictFree&, int64_t tasks) { return 
 template <class Group, class Preferred>
 FPG_SOLVER void point_conflict_free(const Group& group, const double* gram, int64_t tasks, Preferred preferred_of,
                                     double* weights, double* scratch) {
-  const Spectrum p = spectrum(tasks, scratch);
   double *part = scratch + spectrum_doubles(tasks), *solved = part + tasks, *inverse = solved + tasks;
   for_each(group, tasks, [&](int64_t t) {
     const double norm = sqrt(gram[t * tasks + t]);
     inverse[t] = norm > 0 ? 1 / norm : 0.0;
   });
   group.sync();
-  for_each(group, tasks * tasks, [&](int64_t k) { p.matrix[k] = gram[k] * inverse[k / tasks] * inverse[k % tasks]; });
-  group.sync();
-  decompose(group, p);
+  const Spectrum p =
+      decompose(group, tasks, scratch, [&](int64_t k) { return gram[k] * inverse[k / tasks] * inverse[k % tasks]; });
   const double noise = 8 * static_cast<double>(tasks) * kEps;
   const double least = noise * largest_value(group, p);
   const double length = sqrt(sum_of(group, tasks, [&](int64_t t) { return preferred_of(t) * preferred_of(t); }));
   for_each(group, tasks, [&](int64_t i) {
-    const double found = p.values[i] > least ? along(p, i, preferred_of) : 0.0;
+    const double found = p.value(i) > least ? along(p, i, preferred_of) : 0.0;
     part[i] = std::fabs(found) > noise * length ? found : 0.0;
-    solved[i] = part[i] != 0 ? part[i] / p.values[i] : 0.0;
+    solved[i] = part[i] != 0 ? part[i] / p.value(i) : 0.0;
   });
   group.sync();
   const double squared = dot(group, part, solved, tasks);

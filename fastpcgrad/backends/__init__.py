@@ -198,6 +198,11 @@ def _pcgrad_blocks(
     return result
 
 
+def _solves_on_host() -> bool:
+    """Whether T×T problems go to the host's library, whatever backend runs the passes over J."""
+    return os.environ.get("FASTPCGRAD_BACKEND") != "eager" and cpu.why_unavailable("cpu") is None
+
+
 def _method_weights(name: str, gram: Tensor, parameters: Sequence[float], preference: Tensor | None) -> Tensor | None:
     """A solver's answers by a compiled library: that of the device of G, else the host's; None where there is none.
 
@@ -209,12 +214,11 @@ def _method_weights(name: str, gram: Tensor, parameters: Sequence[float], prefer
     Returns:
         ``[T]`` or ``[S, T]``; of ``project_each`` ``[T, T]`` or ``[S, T, T]``.
     """
-    without_library = os.environ.get("FASTPCGRAD_BACKEND") == "eager" or cpu.why_unavailable("cpu") is not None
     if gram.is_cpu:
-        return None if without_library else cpu.method_weights(name, gram, parameters, preference)
+        return cpu.method_weights(name, gram, parameters, preference) if _solves_on_host() else None
     solve = getattr(select(gram.device.type), "method_weights", None)
     answers: Tensor | None = None if solve is None else solve(name, gram, parameters, preference)
-    if answers is None and not without_library:
+    if answers is None and _solves_on_host():
         # The GPU has to be waited for, as by NumPy.
         on_host = None if preference is None else preference.cpu()
         answers = cpu.method_weights(name, gram.cpu(), parameters, on_host)
@@ -230,10 +234,8 @@ def _gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Ten
         places: ``[S·T, T]`` int64, dense: the task of each row, then the others in the order of their turns.
         targets: of G's shape, dense; updated in place.
     """
-    if os.environ.get("FASTPCGRAD_BACKEND") == "eager":
-        return None
     if gram.is_cpu:
-        return None if cpu.why_unavailable("cpu") else cpu.gradvac(gram, places, beta, eps, targets)
+        return cpu.gradvac(gram, places, beta, eps, targets) if _solves_on_host() else None
     turn = getattr(select(gram.device.type), "gradvac", None)
     coefficients: Tensor | None = None if turn is None else turn(gram, places, beta, eps, targets)
     return coefficients

@@ -39,26 +39,17 @@ class DualConeMethod(Method):
         self.norm_eps, self.reg_eps = norm_eps, reg_eps
         self._preference = Preference()
 
-    def _project_each(self, gram: Tensor) -> Tensor:
-        """Each task's gradient times its preference, projected: weights ``[..., T, T]``."""
-        projected = self._compiled("project_each", gram)
-        if projected is None:
-            lower = torch.diag(preferences(self.pref_vector, gram.shape[-1]))
-            projected = project(gram, lower, self.norm_eps, self.reg_eps)
-        return projected
-
-    def _project_one(self, gram: Tensor) -> Tensor:
-        """Their sum, projected: weights ``[..., T]``."""
-        projected = self._compiled("project_one", gram)
-        if projected is None:
-            lower = preferences(self.pref_vector, gram.shape[-1])[None]
-            projected = project(gram, lower, self.norm_eps, self.reg_eps).squeeze(-2)
-        return projected
-
-    def _compiled(self, solver: str, gram: Tensor) -> Tensor | None:
-        check_gram(gram)
-        preference = self._preference.on(gram.device, self.pref_vector, gram.shape[-1])
-        return compiled(CompiledSolver(solver, (self.norm_eps, self.reg_eps)), gram, preference)
+    def _projected(self, gram: Tensor, each: bool) -> Tensor:
+        """Each task's preferred vector projected, weights ``[..., T, T]``; or their sum, ``[..., T]``."""
+        tasks = check_gram(gram)[-1]
+        solver = CompiledSolver("project_each" if each else "project_one", (self.norm_eps, self.reg_eps))
+        answers = compiled(solver, gram, self._preference.on(gram.device, self.pref_vector, tasks))
+        if answers is not None:
+            return answers
+        wanted = preferences(self.pref_vector, tasks)
+        if each:
+            return project(gram, torch.diag(wanted), self.norm_eps, self.reg_eps)
+        return project(gram, wanted[None], self.norm_eps, self.reg_eps).squeeze(-2)
 
     def __repr__(self) -> str:
         pref_vector = shown(self.pref_vector)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._problems import CompiledSolver, check_gram, compiled
-from ._task_vector import Preference, TaskVector, check_length, shown, task_vector
+from ._task_vector import Preference, TaskVector, shown, task_vector
 from .base import Method, Solution
 
 _EPS = torch.finfo(torch.float64).eps
@@ -41,19 +41,14 @@ class ConFIG(Method):
         self._preference = Preference()
 
     def solve(self, gram: Tensor) -> Solution:
-        check_gram(gram)
-        tasks = gram.shape[-1]
+        tasks = check_gram(gram)[-1]
         preference = self._preference.on(gram.device, self.pref_vector, tasks)
         weights = compiled(CompiledSolver("conflict_free"), gram, preference)
-        return Solution(self._solved(gram) if weights is None else weights, coefficients=None)
+        if weights is None:
+            weights = self._solved(gram, gram.new_ones(tasks) if preference is None else preference)
+        return Solution(weights, coefficients=None)
 
-    def _solved(self, gram: Tensor) -> Tensor:
-        tasks = gram.shape[-1]
-        if self.pref_vector is None:
-            wanted = gram.new_ones(tasks)
-        else:
-            check_length("pref_vector", self.pref_vector, tasks)
-            wanted = self.pref_vector.to(gram.device)
+    def _solved(self, gram: Tensor, wanted: Tensor) -> Tensor:
         norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
         inverse = torch.where(norms > 0, 1 / norms, 0.0)
         unit = gram * inverse[..., :, None] * inverse[..., None, :]
@@ -62,7 +57,7 @@ class ConFIG(Method):
         values, vectors = torch.linalg.eigh(torch.where(finite[..., None], unit, 0.0))
 
         # p by eigenvector; what is rounding would be blown up by a division.
-        noise = 8 * tasks * _EPS
+        noise = 8 * len(wanted) * _EPS
         part = (wanted @ vectors).where(values > noise * values[..., -1:], 0.0)
         part = part.where(part.abs() > noise * wanted.norm(), 0.0)
         solved = part / torch.where(part != 0, values, 1.0)

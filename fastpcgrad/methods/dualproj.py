@@ -26,4 +26,4 @@ class DualProj(DualConeMethod):
     """
 
     def solve(self, gram: Tensor) -> Solution:
-        return Solution(self._project_one(gram), coefficients=None)
+        return Solution(self._projected(gram, each=False), coefficients=None)

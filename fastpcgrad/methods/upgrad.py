@@ -29,4 +29,4 @@ class UPGrad(DualConeMethod):
     """
 
     def solve(self, gram: Tensor) -> Solution:
-        return Solution(self._project_each(gram).sum(dim=-2), coefficients=None)
+        return Solution(self._projected(gram, each=True).sum(dim=-2), coefficients=None)
