@@ -3,6 +3,7 @@
 from . import backends as backends  # registers the kernels of the ops
 from . import balancing, methods
 from ._version import __version__
+from ._warnings import FastPCGradWarning
 from .arrays import apply
 from .autograd import backward, grad
 from .config import show_config
@@ -16,6 +17,7 @@ from .surgery import GradientSurgery
 
 __all__ = [
     "ConflictReport",
+    "FastPCGradWarning",
     "GradientSurgery",
     "MemoryPlan",
     "MemoryPlanWarning",

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._warnings import FastPCGradWarning
 from .host_rows import IN_FLIGHT, row_width
 
 
-class MemoryPlanWarning(UserWarning):
+class MemoryPlanWarning(FastPCGradWarning):
     """A round would take more memory than is free."""
 
 

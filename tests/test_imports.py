@@ -11,7 +11,7 @@ import fastpcgrad
 PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
-    {"reference", "variants", "_version", "_graph"},
+    {"reference", "variants", "_version", "_warnings", "_graph"},
     {"_ops", "_native", "balancing"},
     {"functional"},
     {"backends"},
@@ -28,7 +28,7 @@ FLOORS = (
     {"__init__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ONLY = {"reference": set(), "backends": {"_ops", "_native", "reference"}}
+ONLY = {"reference": set(), "backends": {"_ops", "_native", "_warnings", "reference"}}
 """Rooms that may import less than all that lies below them."""
 
 THIRD_PARTY = {
