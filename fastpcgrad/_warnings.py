@@ -1,5 +1,23 @@
-"""The category of every warning of this package, so that one filter finds them all."""
+"""The category of every warning of this package, so that one filter finds them all, and how one is given."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+_NOT_THE_USERS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
 
 class FastPCGradWarning(UserWarning):
     """Something works, but most likely not as it was meant; the message says what to call instead."""
+
+
+def warn(message: str, category: type[FastPCGradWarning] = FastPCGradWarning) -> None:
+    """Warn of the user's line, however many calls of this package and of torch lie between."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

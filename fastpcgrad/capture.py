@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from operator import attrgetter
-from typing import Any
 
 from torch import Tensor
 
@@ -15,10 +14,15 @@ from .task_gradients import Row, TaskGradients
 
 _GRAD = attrgetter("grad")
 
+Aside = list[tuple[Tensor, Tensor]]
+"""Parameters and the gradients that they had before a stay."""
+
 
 class Capture:
     """Rows that are what autograd left: a task's backward passes begin with no ``.grad``, and its row is what is there
     when the task is left.
+
+    Whatever instruction an exception interrupts, ``leave`` puts right.
 
     Args:
         parameters: leaves, each once.
@@ -28,19 +32,21 @@ class Capture:
     def __init__(self, parameters: Sequence[Tensor], rows: TaskGradients) -> None:
         self.parameters, self.rows = parameters, rows
         self.task = -1
+        """The open task; -1: none."""
         self._merged: Row = []
 
-    def set_aside(self) -> list[tuple[Tensor, Tensor]]:
-        """Clear every ``.grad``; gives what was there, but not the last merged gradient: its memory is for the rows."""
-        aside = []
-        for p, merged in zip_longest(self.parameters, self._last_merged()):
-            grad = p.grad
-            if grad is not None:
-                if grad is not merged:
-                    aside.append((p, grad))
-                p.grad = None
+    def aside(self) -> Aside:
+        """What is in ``.grad``, but not the last merged gradient: its memory is for the rows. Changes nothing."""
+        return [
+            (p, grad)
+            for p, merged in zip_longest(self.parameters, self.last_merged())
+            if (grad := p.grad) is not None and grad is not merged
+        ]
+
+    def enter(self) -> None:
+        """Begin a stay: clear every ``.grad``."""
+        self._clear()
         self._merged = []
-        return aside
 
     def open(self, task: int) -> None:
         """From here on gradients are those of ``task``."""
@@ -54,21 +60,31 @@ class Capture:
         """What there is of the open task's gradients is its row."""
         row = list(map(_GRAD, self.parameters))
         self._clear()
-        self.rows.put(self.task, row)
+        self.rows.keep(self.task, row)
+        self.task = -1
 
     def drop(self) -> bool:
         """Forget what there is of the open task's gradients; whether there was any."""
         found = any(p.grad is not None for p in self.parameters)
         self._clear()
+        self.task = -1
         return found
+
+    def leave(self, aside: Aside) -> None:
+        """End a stay, whether or not it began or a task is open; what was set aside is in ``.grad`` again."""
+        if self.task >= 0:
+            self.drop()
+        for p, grad in aside:
+            p.grad = grad
 
     def give(self, merged: Row) -> None:
         """The merged gradient, made of the rows' memory, into ``.grad``."""
+        self._merged = merged
         for p, own in zip(self.parameters, merged, strict=True):
             p.grad = own
-        self._merged = merged
 
-    def _last_merged(self) -> Iterable[Tensor | None]:
+    def last_merged(self) -> Iterable[Tensor | None]:
+        """The last merged gradient of each parameter, as long as it may be in ``.grad``."""
         return self._merged
 
     def _clear(self) -> None:
@@ -79,7 +95,8 @@ class Capture:
 class MovedCapture(Capture):
     """Rows that are copies: hooks move each gradient as soon as autograd has it, so that not all are there at once.
 
-    The hooks hold this object weakly: they must not keep its rows alive as long as the model lives.
+    The hooks exist within a stay alone, and those of others come first. They hold this object weakly: where a stay was
+    cut off and nobody ended it, they are nothing once it is forgotten.
     """
 
     rows: MovedGradients
@@ -87,22 +104,34 @@ class MovedCapture(Capture):
     def __init__(self, parameters: Sequence[Tensor], rows: MovedGradients) -> None:
         super().__init__(parameters, rows)
         self._given: list[weakref.ref[Tensor] | None] = []
+
+    def enter(self) -> None:
+        super().enter()
+        self._given = []
         this = weakref.ref(self)
-        handles = [p.register_post_accumulate_grad_hook(_mover(this, i)) for i, p in enumerate(parameters)]
-        weakref.finalize(self, _remove, handles)
+        for index, p in enumerate(self.parameters):
+            p.register_post_accumulate_grad_hook(_Mover(this, index))
 
     def open(self, task: int) -> None:
-        self.rows.open(task)
         self.task = task
+        self.rows.open(task)
 
     def close(self) -> None:
-        self._move_all()
+        # What came without a hook: gradients that were assigned, or that another's later hook has looked at first.
+        for index in range(len(self.parameters)):
+            self.move(index)
         self.rows.close()
         self.task = -1
 
     def drop(self) -> bool:
-        self.task = -1
         return super().drop() | self.rows.drop()
+
+    def leave(self, aside: Aside) -> None:
+        for p in self.parameters:
+            hooks = p._post_accumulate_grad_hooks
+            for key in [key for key, hook in (hooks or {}).items() if isinstance(hook, _Mover) and hook.is_of(self)]:
+                del hooks[key]
+        super().leave(aside)
 
     def give(self, merged: Row) -> None:
         """The merged gradient into ``.grad``, while the rows are freed: an error ends the round."""
@@ -123,24 +152,22 @@ class MovedCapture(Capture):
             self.rows.add(index, p.grad)
             p.grad = None
 
-    def _last_merged(self) -> Iterable[Tensor | None]:
-        given, self._given = self._given, []
-        return (None if reference is None else reference() for reference in given)
-
-    def _move_all(self) -> None:
-        """What came without a hook: gradients that were assigned."""
-        for index in range(len(self.parameters)):
-            self.move(index)
+    def last_merged(self) -> Iterable[Tensor | None]:
+        return (None if reference is None else reference() for reference in self._given)
 
 
-def _mover(capture: weakref.ref[MovedCapture], index: int) -> Callable[[Tensor], None]:
-    def move(_: Tensor) -> None:
-        if (alive := capture()) is not None:
-            alive.move(index)
+class _Mover:
+    """A hook of ``MovedCapture`` on one parameter."""
 
-    return move
+    def __init__(self, capture: weakref.ref[MovedCapture], index: int) -> None:
+        self._capture, self._index = capture, index
 
+    def is_of(self, capture: MovedCapture) -> bool:
+        """Whether it is of that object, or of one that is gone."""
+        return self._capture() in (None, capture)
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+    def __call__(self, parameter: Tensor) -> None:
+        # A hook that was registered within the stay has still to see the gradient: that is moved when the task is left.
+        last = next(reversed(parameter._post_accumulate_grad_hooks.values()))
+        if last is self and (alive := self._capture()) is not None:
+            alive.move(self._index)

@@ -153,11 +153,14 @@ class HostRows:
         """Begin to copy a dense gradient, of any dtype, to its place in a task's row; gives the place."""
         if self._additions:  # one of a stay that failed may be for this place
             self.wait()
-        shape, stride, start = self._places[index]
-        row = self._row(task)
-        target = row.as_strided(shape, stride, row.storage_offset() + start)
+        target = self._place(task, index)
         self._begin(grad, target, None)
         return target
+
+    def place(self, task: int, row: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """A task's row, which lies elsewhere in the host's memory, in its place."""
+        self.wait()
+        return [None if own is None else self._place(task, index).copy_(own) for index, own in enumerate(row)]
 
     def add(self, target: Tensor, grad: Tensor) -> None:
         """Begin to add a dense gradient, of any dtype, to what is in a place."""
@@ -177,6 +180,11 @@ class HostRows:
     def wait(self) -> None:
         """Wait until all is in its place."""
         self._finish(-1)
+
+    def _place(self, task: int, index: int) -> Tensor:
+        shape, stride, start = self._places[index]
+        row = self._row(task)
+        return row.as_strided(shape, stride, row.storage_offset() + start)
 
     def _row(self, task: int) -> Tensor:
         if task not in self._rows:

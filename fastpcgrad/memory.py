@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._warnings import FastPCGradWarning
+from ._warnings import FastPCGradWarning, warn
 from .host_rows import IN_FLIGHT, row_width
 
 
@@ -68,9 +67,7 @@ class MemoryPlan:
         """MemoryPlanWarning where more is needed than is free."""
         for use in self._uses:
             if use.free is not None and use.total > use.free:
-                warnings.warn(
-                    f"gradient surgery needs more memory than is free: {use}", MemoryPlanWarning, stacklevel=3
-                )
+                warn(f"gradient surgery needs more memory than is free: {use}", MemoryPlanWarning)
 
     @property
     def _uses(self) -> list[MemoryUse]:

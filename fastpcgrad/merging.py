@@ -34,12 +34,38 @@ def merge(
             fresh memory.
     Returns:
         the report, and for each parameter its merged gradient, None where it has none.
+    Raises:
+        Whatever the method raises. Where rows have been written by then, and after an interrupt, ``grads`` is at risk.
     """
-    blocks, tasks = grads.blocks(), tuple(grads.tasks)
+    blocks = grads.blocks()
     complete = not any(0 in row for row in blocks.pointers)
     out = list(blocks.tensors[0]) if complete else _first_of_each(blocks)
     if not in_place:
         out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
+        return _merge(blocks, tuple(grads.tasks), method, shared, groups, out, complete)
+    before = _versions(out)
+    grads.at_risk = True
+    try:
+        return _merge(blocks, tuple(grads.tasks), method, shared, groups, out, complete)
+    except Exception:
+        grads.at_risk = _versions(out) != before
+        raise
+
+
+def _versions(out: Row) -> list[int]:
+    """What autograd counts the writes to each tensor with."""
+    return [0 if place is None or place.is_inference() else place._version for place in out]
+
+
+def _merge(
+    blocks: Blocks,
+    tasks: tuple[int, ...],
+    method: Method,
+    shared: Sequence[bool] | None,
+    groups: Sequence[int] | None,
+    out: Row,
+    complete: bool,
+) -> tuple[ConflictReport, Row]:
     one_problem = shared is groups is None and method.scope != "parameter"
     if one_problem and (complete or isinstance(method, Elementwise)):
         return ConflictReport(tasks, method.merge(blocks, out, tasks)), out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,8 +93,32 @@ class MovedGradients(TaskGradients):
         self._row, self._sums = [], []
         return found
 
+    def average(self) -> None:
+        """Divide the row of each task that was entered several times by their number."""
+        if self._host is not None:
+            self._host.wait()
+        super().average()
+
+    def snapshot(self) -> dict[str, Any]:
+        """See ``TaskGradients``."""
+        if self._host is not None:
+            self._host.wait()
+        return super().snapshot()
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """See ``TaskGradients``."""
+        if self._host is not None:
+            rows = {task: self._host.place(task, row) for task, row in snapshot["rows"].items()}
+            snapshot = {**snapshot, "rows": rows}
+        super().restore(snapshot)
+
+    def keep(self, task: int, row: Row) -> None:
+        """See ``TaskGradients``; every row is a copy, and so nobody else's."""
+        self.put(task, row)
+
     def blocks(self) -> Blocks:
         """J. Every row is a copy, and so dense and alone in its memory."""
+        self._check_whole()
         if self._host is not None:
             self._host.wait()
         tensors = [self._rows[task] for task in self.tasks]

@@ -10,10 +10,23 @@ import torch
 from torch import Tensor
 
 from . import methods
-from .functional import check_losses, check_tensors
+from ._warnings import warn
+from .functional import check_losses
 from .report import ConflictReport
 from .surgery import GradientSurgery
 from .variants import Generator
+
+_ONE_LOSS = (
+    "pc_backward() was given one loss, so there is nothing to merge: pass the task losses by themselves, not their sum"
+)
+_NO_SURGERY = (
+    "step() with gradients that no surgery has made: call pc_backward([loss_0, loss_1, ...]) of this optimizer instead "
+    "of backward(); as it is, it does what the wrapped optimizer does"
+)
+_REPLACED = (
+    "pc_backward() replaced the gradients of the last call, which no step has used; choose on_repeat='add' to "
+    "accumulate, or clear them with zero_grad()"
+)
 
 
 class PCGrad(torch.optim.Optimizer):
@@ -33,13 +46,20 @@ class PCGrad(torch.optim.Optimizer):
         generator: for the order of the projections; None: the global generator of the variant's original.
         row_dtype: dtype of the packed gradients; None: that of the parameters.
         process_group: None; distributed training is not covered by this version.
+        on_repeat: what ``pc_backward`` does where the last one's gradients were not cleared: ``replace`` them, as the
+            original does, with one warning where no step has used them; ``add`` to whatever ``.grad`` holds, as
+            backward passes do, so that several calls accumulate; or ``raise``.
     Attributes:
         optimizer: the wrapped optimizer.
         report: ``ConflictReport`` of the last surgery, None before the first.
     Memory: T·N·itemsize bytes beyond the model, kept between steps; the merged gradient lies in them.
     Raises:
         TypeError: ``optimizer`` is none, or wrong types of the others.
-        ValueError: unknown variant or reduction, or both ``method`` and a choice that belongs to a variant.
+        ValueError: unknown variant, reduction or ``on_repeat``, or both ``method`` and a choice that belongs to a
+            variant.
+    Warns:
+        FastPCGradWarning: a single loss; a step with gradients before the first ``pc_backward``; gradients that were
+            replaced before a step used them. Each once.
     Source: Yu et al. 2020, arXiv:2001.06782. Oracle: ``reference.merge``.
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -61,6 +81,7 @@ class PCGrad(torch.optim.Optimizer):
         generator: Generator | None = None,
         row_dtype: torch.dtype | None = None,
         process_group: object | None = None,
+        on_repeat: Literal["replace", "add", "raise"] = "replace",
     ) -> None:
         # Optimizer.__init__ is not called: it would give this object groups and state of its own.
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -72,27 +93,23 @@ class PCGrad(torch.optim.Optimizer):
                 "method brings its own reduction and generator; "
                 f"found besides it variant={variant!r}, reduction={reduction!r}, generator={generator!r}"
             )
+        if on_repeat not in ("replace", "add", "raise"):
+            raise ValueError(f"on_repeat must be 'replace', 'add' or 'raise'; found {on_repeat!r}")
         self.optimizer = optimizer
-        self._opt_called = False
         self.report: ConflictReport | None = None
-        self._method = method
-        self._shared = None if shared is None else check_tensors("shared", shared)
-        self._row_dtype = row_dtype
-        self._process_group = process_group
-        self._surgery = self._surgery_for(1)
-        # Schedulers look here whether a step was made; the wrapped optimizer may be the one that is asked to make it.
-        note = optimizer.register_step_post_hook(_note_step(weakref.ref(self)))
-        weakref.finalize(self, note.remove)
-
-    def _surgery_for(self, num_tasks: int) -> GradientSurgery:
-        return GradientSurgery(
-            self.optimizer,
-            num_tasks,
-            self._method,
-            shared=self._shared,
-            row_dtype=self._row_dtype,
-            process_group=self._process_group,
+        self._surgery = GradientSurgery(
+            optimizer, 1, method, shared=shared, row_dtype=row_dtype, process_group=process_group
         )
+        self._on_repeat = on_repeat
+        self._is_unused = False  # whether no step has used the merged gradient
+        self._given_warnings: set[str] = set()
+        self._opt_called = False
+        self._follow_steps()
+
+    def _follow_steps(self) -> None:
+        """Notice each step, also where not this object but the wrapped optimizer is asked to make it."""
+        note = self.optimizer.register_step_post_hook(_note_step(weakref.ref(self)))
+        weakref.finalize(self, note.remove)
 
     def pc_backward(self, objectives: Sequence[Tensor] | Tensor, retain_graph: bool = False) -> None:
         """Run each task loss backward and replace ``.grad`` by the merged gradient.
@@ -108,12 +125,52 @@ class PCGrad(torch.optim.Optimizer):
             memory is that of the rows, and as before elsewhere.
         """
         losses = check_losses(objectives)
-        if len(losses) > self._surgery.num_tasks:
-            self._surgery = self._surgery_for(len(losses))
         surgery = self._surgery
         surgery.discard()
-        surgery._run(losses, retain_graph)
-        self.report = surgery.merge()
+        if len(losses) == 1:
+            self._warn(_ONE_LOSS)
+        self._look_for_repeat()
+        surgery.num_tasks = max(surgery.num_tasks, len(losses))
+        before = surgery._gradients() if self._on_repeat == "add" else []
+        try:
+            surgery._run(losses, retain_graph)
+            self.report = surgery.merge()
+        except BaseException:
+            surgery.discard()
+            for p, grad in before:
+                p.grad = grad
+            raise
+        for p, grad in before:
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+        self._is_unused = True
+
+    def _look_for_repeat(self) -> None:
+        """Raise or warn where ``.grad`` still holds what the last ``pc_backward`` made."""
+        is_lost = self._on_repeat == "replace" and self._is_unused and _REPLACED not in self._given_warnings
+        if not is_lost and self._on_repeat != "raise":
+            return
+        # zero_grad(set_to_none=False) leaves zeros.
+        if not any(bool(grad.any()) for grad in self._surgery._last_merged()):
+            return
+        if is_lost:
+            self._warn(_REPLACED)
+            return
+        raise RuntimeError(
+            "pc_backward() before the last one's gradients were cleared: call zero_grad() first, or choose "
+            "on_repeat='add' or 'replace'"
+        )
+
+    def _warn(self, message: str) -> None:
+        """Once for each object."""
+        if message not in self._given_warnings:
+            self._given_warnings.add(message)
+            warn(message)
+
+    def _note_step(self) -> None:
+        self._opt_called = True  # where schedulers look
+        self._is_unused = False
+        if self.report is None and any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            self._warn(_NO_SURGERY)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the wrapped optimizer."""
@@ -163,25 +220,19 @@ class PCGrad(torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The rows and hooks are made anew: they belong to this process' parameters.
-        return {
-            "optimizer": self.optimizer,
-            "method": self._method,
-            "shared": self._shared,
-            "row_dtype": self._row_dtype,
-            "process_group": self._process_group,
-        }
+        return self.__dict__.copy()  # Optimizer's own holds the wrapped one's groups and state alone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        PCGrad.__init__(self, **state)
+        self.__dict__.update(state)
+        self._follow_steps()
 
     def __repr__(self) -> str:
-        return f"PCGrad({self._method!r}, {self.optimizer!r})"
+        return f"PCGrad({self._surgery.method!r}, {self.optimizer!r})"
 
 
 def _note_step(wrapper: weakref.ref[PCGrad]) -> Callable[..., None]:
     def note(*_: Any) -> None:
         if (alive := wrapper()) is not None:
-            alive._opt_called = True
+            alive._note_step()
 
     return note

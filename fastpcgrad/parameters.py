@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -44,8 +45,14 @@ def _as_list(params: Any) -> Any:
     return [params] if isinstance(params, Tensor) else params
 
 
+def are_among(tensors: Sequence[Tensor], chosen: Iterable[Tensor]) -> list[bool]:
+    """For each tensor whether it is one of those chosen."""
+    known = set(map(id, chosen))
+    return [id(tensor) in known for tensor in tensors]
+
+
 def check_parameters(
-    parameters: Sequence[Tensor], shared: dict[int, Tensor] | None, row_dtype: torch.dtype | None
+    parameters: Sequence[Tensor], shared: Sequence[Tensor] | None, row_dtype: torch.dtype | None
 ) -> None:
     for p in parameters:
         if not p.is_leaf:
@@ -55,9 +62,9 @@ def check_parameters(
         raise ValueError(
             f"parameters have several dtypes ({', '.join(dtypes)}); choose one for the rows with row_dtype"
         )
-    known = {id(p) for p in parameters}
-    for p in (shared or {}).values():
-        if p.requires_grad and id(p) not in known:
+    trainable = [p for p in shared or () if p.requires_grad]
+    for p, known in zip(trainable, are_among(trainable, parameters), strict=True):
+        if not known:
             raise ValueError(f"shared holds a tensor {list(p.shape)} that is none of the parameters")
 
 
@@ -85,7 +92,7 @@ def problem_of_each(
     parameters: Sequence[Tensor],
     granularity: Literal["model", "group", "parameter"] | Collections,
     groups: Sequence[dict[str, Any]],
-    shared: dict[int, Tensor] | None,
+    shared: Sequence[Tensor] | None,
 ) -> list[int] | None:
     """For each parameter the number of its problem; None where there is one for all.
 
@@ -104,10 +111,11 @@ def problem_of_each(
 
 
 def _check_collections(
-    parameters: Sequence[Tensor], collections: Collections, owner: dict[int, int], shared: dict[int, Tensor] | None
+    parameters: Sequence[Tensor], collections: Collections, owner: dict[int, int], shared: Sequence[Tensor] | None
 ) -> None:
-    for p in parameters:
-        if id(p) not in owner and (shared is None or id(p) in shared):
+    operated = [True] * len(parameters) if shared is None else are_among(parameters, shared)
+    for p in compress(parameters, operated):
+        if id(p) not in owner:
             raise ValueError(
                 "granularity must hold every parameter that undergoes surgery; "
                 f"one of shape {list(p.shape)} is in none of the {len(collections)} collections"

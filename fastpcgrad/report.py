@@ -111,7 +111,8 @@ class ConflictReport:
         return {prefix + key: value for key, value in zip(keys, values, strict=True)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tasks": self.tasks, "_figures": self._figures}
+        figures = self._figures  # whatever gives them stays behind
+        return {**{name: value for name, value in self.__dict__.items() if name != "_later"}, "_figures": figures}
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{key}={value:.4g}" for key, value in self.as_dict(prefix="").items())

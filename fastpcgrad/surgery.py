@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from operator import attrgetter, is_
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,14 @@ from .memory import MemoryPlan, plan_memory, plan_two_phase
 from .merging import merge
 from .methods import Method, PCGrad, check_method
 from .moved_gradients import MovedGradients, check_accumulate_dtype
-from .parameters import Granularity, check_granularity, check_parameters, parameter_source, problem_of_each
+from .parameters import (
+    Granularity,
+    are_among,
+    check_granularity,
+    check_parameters,
+    parameter_source,
+    problem_of_each,
+)
 from .report import ConflictReport
 from .task_gradients import TaskGradients
 from .two_phase import merge_in_two_phases
@@ -28,6 +35,24 @@ _KIND = attrgetter("dtype", "device", "shape")
 
 Forward = Callable[[], Tensor | None]
 """Runs a task's forward and gives its loss; None: the task is absent."""
+
+
+class _Layout(NamedTuple):
+    """What a round knows of its parameters.
+
+    Attributes:
+        found: the trainable ones, as the source has them.
+        kinds: dtype, device and shape of each.
+        problems: for each different one the number of its problem; None: one for all.
+        shared: for each whether it undergoes surgery; None: as the method's scope says.
+        capture: their rows.
+    """
+
+    found: list[Tensor]
+    kinds: list[tuple[Any, ...]]
+    problems: list[int] | None
+    shared: list[bool] | None
+    capture: Capture
 
 
 class GradientSurgery:
@@ -103,14 +128,14 @@ class GradientSurgery:
         self.row_dtype, self.row_device = row_dtype, row_device
         self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
         self._source = parameter_source(optimizer_or_params)
-        self._shared = None if shared is None else {id(p): p for p in check_tensors("shared", shared)}
-        self._inside = False
-        self._lay_out(self._trainable())
+        self._shared = None if shared is None else check_tensors("shared", shared)
+        self._stay: _Stay | None = None
+        self._layout = self._laid_out(self._trainable())
 
     @property
     def nbytes(self) -> int:
         """Bytes of T rows, whether or not they are there yet."""
-        return self.num_tasks * self._capture.rows.row_nbytes
+        return self.num_tasks * self._layout.capture.rows.row_nbytes
 
     def task(self, index: int) -> AbstractContextManager[Any]:
         """A context in which gradients go into the row of task ``index``.
@@ -161,9 +186,8 @@ class GradientSurgery:
             >>> report.tasks
             (0, 1)
         """
-        if self._inside:
-            raise RuntimeError(f"backward() inside task({self._capture.task}): leave the task first")
-        if filled := self._capture.rows.tasks:
+        self._check_outside("backward()")
+        if filled := self._layout.capture.rows.tasks:
             raise RuntimeError(f"backward() with rows of tasks {filled} filled: call merge() or discard() first")
         tensors, forwards = _check_round(losses, self.num_tasks)
         if two_phase:
@@ -175,7 +199,7 @@ class GradientSurgery:
                 self._run(list(tensors.values()), retain_graph, list(tensors))
             return self.merge()
         except BaseException:
-            self._capture.rows.clear()
+            self.discard()
             raise
 
     def memory_plan(self, *, two_phase: bool = False) -> MemoryPlan:
@@ -193,8 +217,8 @@ class GradientSurgery:
             >>> surgery.memory_plan().device.rows
             16016000
         """
-        self._resolve()
-        parameters, rows = self._capture.parameters, self._capture.rows
+        capture = self._resolve().capture
+        parameters, rows = capture.parameters, capture.rows
         moved = rows if isinstance(rows, MovedGradients) else None
         if two_phase:
             plan = plan_two_phase(self.num_tasks, parameters)
@@ -222,51 +246,81 @@ class GradientSurgery:
             torch.OutOfMemoryError: no room to convert the merged gradient or to send it back. The round is over, and
                 ``.grad`` is None.
         """
-        capture, grads = self._capture, self._capture.rows
-        if self._inside:
-            raise RuntimeError(f"merge() inside task({self._capture.task}): leave the task first")
-        if not grads.tasks:
+        self._check_outside("merge()")
+        layout = self._layout
+        rows = layout.capture.rows
+        if not rows.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         if self.accumulate == "mean":
-            grads.average()
-        report, merged = merge(grads, self.method, self._shared_ones(), self._problems, in_place=True)
-        capture.give(merged)
-        grads.clear()
+            rows.average()
+        report, merged = merge(rows, self.method, layout.shared, layout.problems, in_place=True)
+        layout.capture.give(merged)
+        rows.clear()
         return report
 
     def discard(self) -> None:
-        """Forget the rows of this round, as if no task had been there; ``.grad`` stays as it is.
+        """Forget the rows of this round, as if no task had been there; ``.grad`` is as it was before the open task.
 
-        Raises:
-            RuntimeError: inside a task.
+        Whatever an exception has cut off, an interrupt in a ``with`` line or in ``merge`` too, a round can begin anew
+        afterwards. Within a task it ends that task, which raises when it is left.
         """
-        if self._inside:
-            raise RuntimeError(f"discard() inside task({self._capture.task}): leave the task first")
-        self._capture.rows.clear()
+        if self._stay is not None:
+            self._stay.leave()
+        self._layout.capture.rows.clear()
 
-    def _resolve(self) -> None:
+    def _gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that have a gradient, with it."""
+        return [(p, p.grad) for p in self._trainable() if p.grad is not None]
+
+    def _last_merged(self) -> list[Tensor]:
+        """What the last merge made, of the parameters that still have it in ``.grad``."""
+        capture = self._layout.capture
+        pairs = zip(capture.parameters, capture.last_merged(), strict=False)  # nothing of a round that failed
+        return [merged for p, merged in pairs if merged is not None and p.grad is merged]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The layout is made anew, for the copy's parameters and its process' memory; the rows of the round go along.
+        self._check_outside("copy of the surgery")
+        state = {name: value for name, value in self.__dict__.items() if name != "_layout"}
+        return {**state, "_rows": self._layout.capture.rows.snapshot()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        rows = state.pop("_rows")
+        self.__dict__.update(state)
+        self._layout = self._laid_out(self._trainable())
+        self._layout.capture.rows.restore(rows)
+
+    def _check_outside(self, what: str) -> None:
+        if self._stay is not None:
+            raise RuntimeError(
+                f"{what} inside task({self._layout.capture.task}): leave the task first; where an interrupt has cut it "
+                "off, call discard()"
+            )
+
+    def _resolve(self) -> _Layout:
         """Look the trainable parameters up; lay the rows out anew where they changed."""
-        found, filled = self._trainable(), self._capture.rows.tasks
-        same = len(found) == len(self._found) and all(map(is_, found, self._found))
-        if same and (filled or list(map(_KIND, found)) == self._kinds):
-            return
+        layout, found = self._layout, self._trainable()
+        filled = layout.capture.rows.tasks
+        same = len(found) == len(layout.found) and all(map(is_, found, layout.found))
+        if same and (filled or list(map(_KIND, found)) == layout.kinds):
+            return layout
         if filled:
             raise RuntimeError(
-                f"the trainable parameters changed within a round ({len(self._found)} before, {len(found)} now) "
+                f"the trainable parameters changed within a round ({len(layout.found)} before, {len(found)} now) "
                 f"while rows of tasks {filled} are filled: call merge() or discard() first"
             )
-        self._lay_out(found)
+        self._layout = self._laid_out(found)
+        return self._layout
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self._source.param_groups for p in group["params"] if p.requires_grad]
 
-    def _lay_out(self, found: list[Tensor]) -> None:
+    def _laid_out(self, found: list[Tensor]) -> _Layout:
         parameters = list({id(p): p for p in found}.values())
         check_parameters(parameters, self._shared, self.row_dtype)
         problems = problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared)
-        self._capture = self._capture_for(parameters)
-        self._found, self._problems = found, problems
-        self._kinds = list(map(_KIND, found))
+        shared = None if self._shared is None else are_among(parameters, self._shared)
+        return _Layout(found, list(map(_KIND, found)), problems, shared, self._capture_for(parameters))
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
@@ -300,8 +354,8 @@ class GradientSurgery:
             raise TypeError(f"two_phase needs losses, not functions; found functions for tasks {list(forwards)}")
         if self.granularity != "model":
             raise ValueError(f"two_phase solves one problem; found granularity={self.granularity!r}")
-        self._resolve()
-        capture = self._capture
+        layout = self._resolve()
+        capture = layout.capture
         if isinstance(capture, MovedCapture):
             raise ValueError(
                 "two_phase keeps no rows: leave row_dtype, row_device and accumulate_dtype None; found "
@@ -314,15 +368,11 @@ class GradientSurgery:
                 capture.parameters,
                 self.method,
                 tasks=list(losses),
-                shared=self._shared_ones(),
+                shared=layout.shared,
                 retain_graph=retain_graph,
             )
         capture.give(merged)
         return report
-
-    def _shared_ones(self) -> list[bool] | None:
-        """For each parameter whether it undergoes surgery; None: as the method's scope says."""
-        return None if self._shared is None else [id(p) in self._shared for p in self._capture.parameters]
 
     def _run_forwards(self, forwards: dict[int, Forward], retain_graph: bool) -> None:
         """Each forward, and its loss backward, inside its task."""
@@ -343,31 +393,33 @@ class GradientSurgery:
 
 
 class _Stay:
-    """A stay inside tasks, one after the other. Gradients that were there before come back at the end."""
+    """A stay inside tasks, one after the other. Gradients that were there before come back at the end.
+
+    From the first change on the surgery knows of it, so that whatever an exception cuts off can be put right.
+    """
 
     def __init__(self, surgery: GradientSurgery) -> None:
         self._surgery = surgery
-        self._aside: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> Capture:
-        surgery = self._surgery
-        surgery._resolve()
-        capture = surgery._capture
-        self._aside = capture.set_aside()
-        surgery._inside = True
-        return capture
+        self._capture = self._surgery._resolve().capture
+        self._aside = self._capture.aside()
+        self._surgery._stay = self
+        self._capture.enter()
+        return self._capture
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        surgery = self._surgery
-        surgery._inside = False
-        if error is not None:  # what there is is no whole gradient: the open task is absent unless it is opened again
-            surgery._capture.drop()
-        for p, grad in self._aside:
-            p.grad = grad
+        if self._surgery._stay is self:
+            self.leave()
         if error is not None:
             explain(error)
+
+    def leave(self) -> None:
+        """End it. A task that is open is absent unless it is opened again: what there is is no whole gradient."""
+        self._capture.leave(self._aside)
+        self._surgery._stay = None
 
 
 class _Task(_Stay):
@@ -378,8 +430,7 @@ class _Task(_Stay):
         self._index = index
 
     def __enter__(self) -> Capture:
-        if self._surgery._inside:
-            raise RuntimeError(f"task({self._index}) inside task({self._surgery._capture.task}): tasks do not nest")
+        self._surgery._check_outside(f"task({self._index})")
         capture = super().__enter__()
         try:
             capture.open(self._index)
@@ -391,9 +442,11 @@ class _Task(_Stay):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and self._surgery._stay is not self:
+            raise RuntimeError(f"discard() inside task({self._index}) has ended it: what came later is in no row")
         try:
             if kind is None:
-                self._surgery._capture.close()
+                self._capture.close()
         finally:
             super().__exit__(kind, error, trace)
 

@@ -6,10 +6,12 @@ from array import array
 from collections.abc import Sequence
 from itertools import chain, compress
 from operator import attrgetter
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
+from ._memory import are_alone
 from ._ops import Blocks
 from .functional import ROW_DTYPES
 
@@ -23,7 +25,7 @@ class TaskGradients:
     """The rows of J, one a task, in blocks, one a parameter.
 
     Nothing is copied: a row is the tensors that a backward pass left, taken over from ``.grad``. A tensor that is not
-    dense, not alone in its memory or of another dtype than the rows is replaced by a copy that is.
+    dense, not alone in its memory, held by somebody else or of another dtype than the rows is replaced by a copy.
 
     On the CPU the rows of the last round are kept, and each is freed just before its successor is made: the new
     gradients then take over its memory, still mapped, instead of faulting in fresh pages.
@@ -46,9 +48,12 @@ class TaskGradients:
         self._strides = [_gradient_stride(p) for p in parameters]
         self._sizes = [width * self.dtype.itemsize for width in self.widths]
         self._rows: dict[int, Row] = {}
+        self._own: set[int] = set()  # tasks whose row is known to be dense and nobody else's
         self._spent: list[Row] = []
         self._stays: dict[int, int] = {}  # how often a task was entered, of those entered again
         self._averaged = False
+        self.at_risk = False
+        """Whether rows are being written: where that was cut off, they are neither what they were nor merged."""
 
     @property
     def row_nbytes(self) -> int:
@@ -64,17 +69,17 @@ class TaskGradients:
         """Give a task's row away, for more to be added; None for a task that has none, which is about to get one.
 
         Raises:
-            RuntimeError: the rows are averages by now, because a merge of them failed.
+            RuntimeError: the rows are averages by now, because a merge of them failed; or are no rows any more, because
+                one was cut off.
         """
+        self._check_whole()
         row = self._rows.get(task)
         if row is not None:
             if self._averaged:
                 raise RuntimeError(f"task {task} was averaged for a merge that failed: call merge() or discard() first")
             del self._rows[task]
             self._stays[task] = self._stays.get(task, 1) + 1
-            places = [grad.data_ptr() for grad in row if grad is not None]
-            # Autograd will add in place, for each parameter by itself.
-            return row if len(set(places)) == len(places) else _apart(row)
+            return row
         if self._stays:
             self._stays.pop(task, None)
         if self._spent:
@@ -82,22 +87,31 @@ class TaskGradients:
         return None
 
     def put(self, task: int, row: Row) -> None:
-        """Take a task's row over. What has a graph of its own (of ``create_graph=True``) loses it."""
-        for index, grad in enumerate(row):
-            if grad is not None and grad.requires_grad:
-                row[index] = grad.detach()
-        self._rows[task] = row
+        """Let a task's row be read, as long as nothing writes to it. What has a graph of its own loses it."""
+        self._own.discard(task)
+        self._rows[task] = _detached(row)
+
+    def keep(self, task: int, row: Row) -> None:
+        """Take a task's row over, which was taken from ``.grad`` and of which the caller keeps no other reference.
+
+        What somebody else holds, or its memory (a view, NumPy, a hook that saved it, another leaf's ``.grad``), is
+        copied now: a later backward pass may write there, and a merge must not.
+        """
+        self._rows[task] = self._settled(_detached(row), alone=True)
+        self._own.add(task)
 
     def average(self) -> None:
         """Divide the row of each task that was entered several times by their number."""
         if not self._stays or self._averaged:
             return
-        self.blocks()  # from here on each gradient is alone in its memory
+        self._check_whole()
+        self.at_risk = True
         for task, times in self._stays.items():
             there = [grad for grad in self._rows.get(task, ()) if grad is not None]
             if there:
                 torch._foreach_div_(there, times)
         self._averaged = True
+        self.at_risk = False
 
     def blocks(self) -> Blocks:
         """J. Looked at here, all at once: right after a backward pass this code would find the caches cold.
@@ -105,56 +119,96 @@ class TaskGradients:
         Raises:
             RuntimeError: a task's gradient lies where another task's lies: a backward pass has overwritten that one.
         """
+        self._check_whole()
         tasks = self.tasks
-        rows = [self._plain(self._rows[task]) for task in tasks]
+        rows = [self._rows[task] if task in self._own else self._settled(self._rows[task]) for task in tasks]
         pointers = [_pointers(row) for row in rows]
-        if _coincide(pointers):
+        if len(self._own) < len(tasks) and _coincide(pointers):
             rows = [_apart(row) for row in rows]
             pointers = [_pointers(row) for row in rows]
             _check_apart(tasks, pointers)
         self._rows = dict(zip(tasks, rows, strict=True))
         return Blocks(rows, pointers, self.widths, self.dtype, self.device)
 
+    def snapshot(self) -> dict[str, Any]:
+        """What a copy of this object needs to go on with the round, see ``restore``."""
+        self._check_whole()
+        return {"rows": dict(self._rows), "stays": dict(self._stays), "averaged": self._averaged}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Take up the rows of a copy's original; they are copies, too, and nobody else's."""
+        for task, row in snapshot["rows"].items():
+            self.keep(task, row)
+        self._stays, self._averaged = snapshot["stays"], snapshot["averaged"]
+
     def clear(self) -> None:
         """Forget all rows."""
-        if not self._rows:
-            return
-        self._spent = [self._rows[t] for t in self.tasks] if self.device.type == "cpu" else []
-        self._rows, self._stays, self._averaged = {}, {}, False
+        if self._rows:
+            self._spent = [self._rows[t] for t in self.tasks] if self.device.type == "cpu" else []
+        self._forget()
 
     def free(self) -> None:
         """Forget all rows, and give the memory back at once."""
-        self._rows, self._stays, self._averaged, self._spent = {}, {}, False, []
+        self._spent = []
+        self._forget()
 
-    def _plain(self, row: Row) -> Row:
+    def _forget(self) -> None:
+        self._rows, self._stays, self._own, self._averaged, self.at_risk = {}, {}, set(), False, False
+
+    def _check_whole(self) -> None:
+        if self.at_risk:
+            raise RuntimeError("a merge was cut off while it wrote over the rows: call discard(), and fill them anew")
+
+    def _settled(self, row: Row, *, alone: bool = False) -> Row:
         """The row, but copies of what is no dense tensor of its own with the rows' dtype.
 
         A row at a time, by functions that are not Python's: for many small parameters this is most of a surgery.
+
+        Args:
+            alone: copies also of what somebody else holds; the list is used up, for its references would count.
         """
-        there = [grad for grad in row if grad is not None]
         sizes, strides = self._sizes, self._strides
+        present = [grad is not None for grad in row]
+        there = [grad for grad in row if grad is not None]
         if len(there) < len(row):
-            present = [grad is not None for grad in row]
             sizes, strides = list(compress(sizes, present)), list(compress(strides, present))
-        if _need_no_copy(there, self.dtype, sizes, strides):
-            return row
-        return [
-            grad
-            if grad is None or _need_no_copy([grad], self.dtype, [size], [stride])
-            else torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(dense(grad))
-            for grad, size, stride in zip(row, self._sizes, self._strides, strict=True)
-        ]
+        if alone:
+            row.clear()
+        if not self._may_stay(there, sizes, strides, alone):
+            there.reverse()
+            there = [self._settled_one([there.pop()], *kind, alone) for kind in zip(sizes, strides, strict=True)]
+        settled = iter(there)
+        return [next(settled) if here else None for here in present]
+
+    def _settled_one(self, one: list[Tensor], size: int, stride: tuple[int, ...], alone: bool) -> Tensor:
+        if self._may_stay(one, [size], [stride], alone):
+            return one[0]
+        grad = dense(one[0])
+        return torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(grad)
+
+    def _may_stay(
+        self, grads: Sequence[Tensor], sizes: Sequence[int], strides: Sequence[tuple[int, ...]], alone: bool
+    ) -> bool:
+        """Whether all are strided, of the rows' dtype, each fills a storage of so many bytes with those strides, and if
+        asked nobody else holds any."""
+        try:
+            storages = list(map(Tensor.untyped_storage, grads))
+        except NotImplementedError:  # what is not strided has no storage
+            return False
+        return (
+            list(map(UntypedStorage.nbytes, storages)) == sizes
+            and set(map(_DTYPE, grads)) <= {self.dtype}
+            and list(map(Tensor.stride, grads)) == strides
+            and (not alone or are_alone(grads, storages))
+        )
 
 
-def _need_no_copy(
-    grads: Sequence[Tensor], dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[tuple[int, ...]]
-) -> bool:
-    """Whether all are strided, of that dtype, and each fills a storage of so many bytes with those strides."""
-    try:
-        nbytes = list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, grads)))
-    except NotImplementedError:  # what is not strided has no storage
-        return False
-    return nbytes == sizes and set(map(_DTYPE, grads)) <= {dtype} and list(map(Tensor.stride, grads)) == strides
+def _detached(row: Row) -> Row:
+    """The row without graphs of its own, which ``create_graph=True`` gives it."""
+    for index, grad in enumerate(row):
+        if grad is not None and grad.requires_grad:
+            row[index] = grad.detach()
+    return row
 
 
 def dense(grad: Tensor) -> Tensor:

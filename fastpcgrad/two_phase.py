@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import compress
 from math import isfinite
 
 import torch
@@ -53,8 +54,9 @@ def merge_in_two_phases(
         the report, and for each parameter its merged gradient, None where it has none. ``.grad`` is as it was.
     Raises:
         TypeError: bad losses or parameters; a method that needs the rows.
-        ValueError: bad losses or parameters; a method that works on each parameter by itself; hooks that wait for a
-            parameter's gradient; a graph that cannot be cut so that at least half of the rows' memory is saved.
+        ValueError: bad losses or parameters; a loss that reaches none of the parameters; a method that works on each
+            parameter by itself; hooks that wait for a parameter's gradient; a graph that cannot be cut so that at least
+            half of the rows' memory is saved.
         RuntimeError: a backward pass that is not linear, see below; a reentrant checkpoint; a compiled model whose
             graph cannot be kept.
     Memory: N elements for the merged gradient, and before it T times what a piece holds: N / T elements, or its
@@ -124,6 +126,7 @@ def _gram_of_each_problem(
     # The pieces of one task do not overlap: a checkpointed block that was cut in two is recomputed only once.
     groups = [_Recomputed() for _ in losses]
     rows: list[Row] = [[] for _ in losses]
+    unreached = set(range(count))
     for number, piece in enumerate(pieces):
         for t, (group, there) in enumerate(zip(groups, gradients, strict=True)):
             rows[t] = []  # frees those of the last piece just before their memory is needed again
@@ -133,12 +136,18 @@ def _gram_of_each_problem(
         touched = [[row[column] is not None for row in rows] for column in range(len(piece.complete))]
         kinds = []
         for index, tasks in zip(piece.complete, touched, strict=True):
+            unreached.difference_update(compress(range(count), tasks))
             chosen = all(tasks) or method.scope != "shared" if shared is None else shared[index]
             kinds.append(_SUMMED if not chosen else _WHOLE if all(tasks) else _PARTIAL)
             if any(tasks):
                 problems[index] = number * _KINDS + kinds[-1]
         own = grams[number * _KINDS : (number + 1) * _KINDS]
         _add_products(own, [parameters[index] for index in piece.complete], rows, kinds)
+    if unreached:
+        raise ValueError(
+            f"losses {sorted(unreached)} reach none of the parameters through the graph; where a hook runs the "
+            "backward pass (cached losses), merge in one phase"
+        )
     return problems, grams
 
 
@@ -232,6 +241,6 @@ def _check_linear(
                 "comes in, or there is a hook on an activation at which the graph was cut; merge in one phase"
             )
         if isfinite(square) and not isfinite(entries):
-            for own in (grad for grad, found in zip(merged, problems, strict=True) if found == problem):
-                if own is not None:
-                    own.mul_(torch.nan)
+            for index, own in enumerate(merged):
+                if own is not None and problems[index] == problem:
+                    merged[index] = own * torch.nan  # anew: a hook may hold the gradient

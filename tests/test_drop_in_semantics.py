@@ -15,6 +15,9 @@ from tests.linear_problems import KINDS, Problem, random_problem
 PROBLEMS = 500
 """For each variant."""
 
+# Problems of one task, and surgeries that follow each other without a step, are meant.
+pytestmark = pytest.mark.filterwarnings("ignore::fastpcgrad.FastPCGradWarning")
+
 for_every_variant = pytest.mark.parametrize("variant", list(variants.VARIANTS))
 
 

@@ -11,7 +11,7 @@ import fastpcgrad
 PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
-    {"reference", "variants", "_version", "_warnings", "_graph"},
+    {"reference", "variants", "_version", "_warnings", "_graph", "_memory"},
     {"_ops", "_native", "balancing"},
     {"functional"},
     {"backends"},

@@ -169,6 +169,7 @@ def test_the_report_is_that_of_the_last_surgery(model, x):
     assert isinstance(optimizer.report, fastpcgrad.ConflictReport)
     torch.testing.assert_close(optimizer.report.norms, torch.stack(norms))
     first = optimizer.report
+    optimizer.zero_grad()
     optimizer.pc_backward(losses_of(model, x)[:2])
     assert optimizer.report is not first and optimizer.report.tasks == (0, 1)
 
@@ -189,7 +190,7 @@ def test_losses_of_one_element_and_iterators_of_losses_will_do(model, x):
 def test_the_number_of_tasks_may_change_from_step_to_step(x):
     model = Model(tasks=5)
     optimizer = fixed(torch.optim.SGD(model.parameters(), lr=0.1))
-    for count in (2, 5, 1, 3, 5):
+    for count in (2, 5, 4, 3, 5):
         optimizer.zero_grad()
         optimizer.pc_backward(losses_of(model, x)[:count])
         assert_merged(list(model.parameters()), losses_of(model, x)[:count])
@@ -201,6 +202,7 @@ def test_a_retained_graph_takes_a_second_pass_and_one_that_is_not_is_freed(model
     losses = losses_of(model, x)
     optimizer.pc_backward(losses, retain_graph=True)
     first = [p.grad.clone() for p in model.parameters()]
+    optimizer.zero_grad()
     optimizer.pc_backward(losses)
     torch.testing.assert_close([p.grad for p in model.parameters()], first, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="second time"):
@@ -364,6 +366,7 @@ def test_a_group_that_is_added_takes_part_from_the_next_surgery_on(model, x):
         return model.trunk(z) + late(z)
 
     parameters = [*model.parameters(), *late.parameters()]
+    optimizer.zero_grad()
     optimizer.pc_backward(losses_of(model, x, trunk))
     assert_merged(parameters, losses_of(model, x, trunk))
 
@@ -380,6 +383,7 @@ def test_a_group_that_is_added_after_a_checkpoint_was_loaded_takes_part(model, x
         return model.trunk(z) + late(z)
 
     parameters = [*model.parameters(), *late.parameters()]
+    optimizer.zero_grad()
     optimizer.pc_backward(losses_of(model, x, trunk))
     assert_merged(parameters, losses_of(model, x, trunk))
 
@@ -505,6 +509,7 @@ def test_an_overflow_in_one_task_skips_the_step_and_lowers_the_scale(model, x, o
     scaler.update()
     assert scaler.get_scale() == 2.0**7
     torch.testing.assert_close(values(model), before, rtol=0, atol=0)
+    optimizer.zero_grad()
     optimizer.pc_backward([scaler.scale(loss) for loss in losses_of(model, x)])
     scaler.step(optimizer)
     scaler.update()
@@ -541,6 +546,7 @@ def test_the_merged_gradient_scales_with_the_losses(model, x, scale):
     optimizer = fixed(torch.optim.SGD(model.parameters(), lr=0.1))
     optimizer.pc_backward(losses_of(model, x))
     expected = [p.grad.double() for p in model.parameters()]
+    optimizer.zero_grad()
     optimizer.pc_backward([loss * scale for loss in losses_of(model, x)])
     for p, e in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad.double() / scale, e, rtol=1e-4, atol=1e-6)
@@ -670,31 +676,23 @@ def test_two_wrappers_on_one_model_do_not_disturb_each_other(x, row_dtype):
     inner = torch.optim.SGD(parameters, lr=0.1)
     first, second = fixed(inner, row_dtype=row_dtype), fixed(inner, row_dtype=row_dtype)
     for optimizer, count in ((first, 3), (second, 2), (first, 2), (first, 3), (second, 3)):
+        inner.zero_grad()
         optimizer.pc_backward(losses_of(model, x)[:count])
         assert_merged(parameters, losses_of(model, x)[:count])
 
 
-def test_a_wrapper_that_is_gone_leaves_neither_hooks_nor_rows(model, x):
+def test_a_wrapper_that_is_gone_leaves_no_rows(model, x):
     optimizer = fixed(torch.optim.SGD(model.parameters(), lr=0.1), row_dtype=torch.float64)
     optimizer.pc_backward(losses_of(model, x))
     largest = max(model.parameters(), key=torch.numel)
-    assert len(largest._post_accumulate_grad_hooks) == 1
-    gone = [weakref.ref(optimizer), weakref.ref(optimizer._surgery), weakref.ref(optimizer._surgery._capture.rows)]
+    surgery = optimizer._surgery
+    gone = [weakref.ref(held) for held in (optimizer, surgery, surgery._layout.capture.rows)]
     kept = largest.grad.clone()
-    del optimizer
+    del optimizer, surgery
     gc.collect()
     assert [reference_() for reference_ in gone] == [None] * 3
-    assert not largest._post_accumulate_grad_hooks
     assert torch.equal(largest.grad, kept)
     losses_of(model, x)[0].backward()
-
-
-def test_rows_for_more_tasks_leave_no_hooks_of_the_smaller_ones_behind(model, x):
-    optimizer = fixed(torch.optim.SGD(model.parameters(), lr=0.1), row_dtype=torch.float64)
-    for count in (1, 2, 3):
-        optimizer.pc_backward(losses_of(model, x)[:count])
-    gc.collect()
-    assert len(max(model.parameters(), key=torch.numel)._post_accumulate_grad_hooks) == 1
 
 
 # What goes wrong.
@@ -709,7 +707,7 @@ def everything(optimizer):
         "optimizer": repr(optimizer.state_dict()),
         "generators": (random.getstate(), torch.get_rng_state().tolist()),
         "report": id(optimizer.report),
-        "rows": optimizer._surgery._capture.rows.tasks,
+        "rows": optimizer._surgery._layout.capture.rows.tasks,
     }
 
 

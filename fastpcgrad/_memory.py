@@ -1,0 +1,55 @@
+"""Who else holds the memory of a gradient: only what nobody else holds may be taken over and written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor, UntypedStorage
+
+_ADDRESS = attrgetter("_cdata")
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+_Counts = tuple[set[int], set[int]]
+
+
+def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bool:
+    """Whether nobody but the list ``grads`` holds these tensors, and nobody but them their memory.
+
+    Where this version of torch cannot tell, the answer is no.
+
+    Args:
+        grads: strided tensors on one device that were taken from ``.grad``, which is None by now.
+        storages: theirs.
+    """
+    if _ALONE is None or _counts(grads, storages) != _ALONE:
+        return not grads
+    # Memory that NumPy, a file or another process may hold, whatever torch's counts say.
+    foreign = not all(map(UntypedStorage.resizable, storages))
+    return not foreign and not (grads[0].is_cpu and any(map(UntypedStorage.is_shared, storages)))
+
+
+def _counts(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> _Counts:
+    """How many references there are to the tensors, and how many to their memory.
+
+    The second finds views, DLPack capsules and NumPy arrays; not those who hold the tensor itself, who share its one
+    reference to its memory. These the first finds.
+    """
+    assert _use_count is not None
+    return set(map(sys.getrefcount, grads)), set(map(_use_count, map(_ADDRESS, storages)))
+
+
+def _counts_of_one_alone() -> _Counts | None:
+    """What ``_counts`` gives for a gradient that nobody else holds, which differs between versions; None: unknown."""
+    if _use_count is None:
+        return None
+    parameter = torch.zeros(2, device="cpu", requires_grad=True)
+    parameter.grad = torch.ones(2, device="cpu")
+    grads = [parameter.grad]
+    parameter.grad = None
+    return _counts(grads, list(map(Tensor.untyped_storage, grads)))
+
+
+_ALONE = _counts_of_one_alone()
