@@ -12,7 +12,7 @@ from torch import Tensor, UntypedStorage
 _ADDRESS = attrgetter("_cdata")
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
-_Counts = tuple[set[int], set[int]]
+_Counts = tuple[set[int], set[int], set[int]]
 
 
 def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bool:
@@ -32,13 +32,14 @@ def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bo
 
 
 def _counts(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> _Counts:
-    """How many references there are to the tensors, and how many to their memory.
+    """How many references there are to the tensors, to their memory, and to Python's name for it.
 
     The second finds views, DLPack capsules and NumPy arrays; not those who hold the tensor itself, who share its one
-    reference to its memory. These the first finds.
+    reference to its memory. These the first finds, and the third those who hold ``tensor.untyped_storage()``.
     """
     assert _use_count is not None
-    return set(map(sys.getrefcount, grads)), set(map(_use_count, map(_ADDRESS, storages)))
+    used = set(map(_use_count, map(_ADDRESS, storages)))
+    return set(map(sys.getrefcount, grads)), used, set(map(sys.getrefcount, storages))
 
 
 def _counts_of_one_alone() -> _Counts | None:

@@ -148,6 +148,8 @@ class HostRows:
         self._queue: deque[_Copy] = deque()
         self._queued = 0
         self._additions = 0
+        self.at_risk = False
+        """Whether something is being added to a place: where that was cut off, nobody knows whether it was."""
 
     def copy(self, task: int, index: int, grad: Tensor) -> Tensor:
         """Begin to copy a dense gradient, of any dtype, to its place in a task's row; gives the place."""
@@ -164,8 +166,8 @@ class HostRows:
 
     def add(self, target: Tensor, grad: Tensor) -> None:
         """Begin to add a dense gradient, of any dtype, to what is in a place."""
+        self._additions += 1  # first: where the rest is cut off, one too many costs a wait
         self._begin(grad, target, self._copies.staging(target))
-        self._additions += 1
 
     def fetch(self, place: Tensor) -> Tensor:
         """What is, or will be, in a place, on the device."""
@@ -180,6 +182,12 @@ class HostRows:
     def wait(self) -> None:
         """Wait until all is in its place."""
         self._finish(-1)
+        self._queued = self._additions = 0
+
+    def forget(self) -> None:
+        """What was given is of no use any more; the places are for other gradients."""
+        self.wait()
+        self.at_risk = False
 
     def _place(self, task: int, index: int) -> Tensor:
         shape, stride, start = self._places[index]
@@ -207,12 +215,15 @@ class HostRows:
     def _finish(self, limit: int) -> None:
         """Wait for the oldest copies, as long as more than ``limit`` bytes are on their way."""
         while self._queue and self._queued > limit:
-            done, nbytes, staged, target = self._queue.popleft()
-            self._queued -= nbytes
+            done, nbytes, staged, target = self._queue[0]
             done.synchronize()
+            self.at_risk = staged is not None
+            self._queue.popleft()
+            self._queued -= nbytes
             if staged is not None:
                 target.add_(staged)
                 self._additions -= 1
+                self.at_risk = False
 
 
 def _whole_pages(nbytes: int) -> Tensor:

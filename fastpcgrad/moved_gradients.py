@@ -142,7 +142,13 @@ class MovedGradients(TaskGradients):
 
     def clear(self) -> None:
         """Forget all rows, and give the memory back at once: to save memory is what such rows are for."""
+        if self._host is not None:
+            self._host.forget()
         self.free()
+
+    def _check_whole(self) -> None:
+        self.at_risk |= self._host is not None and self._host.at_risk
+        super()._check_whole()
 
     def _nothing(self) -> Row:
         return [None] * len(self._strides)

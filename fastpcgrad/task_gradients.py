@@ -69,8 +69,8 @@ class TaskGradients:
         """Give a task's row away, for more to be added; None for a task that has none, which is about to get one.
 
         Raises:
-            RuntimeError: the rows are averages by now, because a merge of them failed; or are no rows any more, because
-                one was cut off.
+            RuntimeError: the rows are averages by now, because a merge of them failed; or what wrote to them was cut
+                off.
         """
         self._check_whole()
         row = self._rows.get(task)
@@ -157,7 +157,7 @@ class TaskGradients:
 
     def _check_whole(self) -> None:
         if self.at_risk:
-            raise RuntimeError("a merge was cut off while it wrote over the rows: call discard(), and fill them anew")
+            raise RuntimeError("what wrote to the rows was cut off in the middle: call discard(), and fill them anew")
 
     def _settled(self, row: Row, *, alone: bool = False) -> Row:
         """The row, but copies of what is no dense tensor of its own with the rows' dtype.
