@@ -81,7 +81,12 @@ def check_kept(losses: Sequence[Tensor]) -> None:
 
 
 def explain(error: BaseException | None) -> None:
-    """RuntimeError with the remedy, from torch's own, where a compiled backward pass refused to keep its graph."""
+    """RuntimeError with the remedy, from torch's own, where a graph was freed or a compiled one cannot be kept."""
+    if isinstance(error, RuntimeError) and "backward through the graph a second time" in str(error):
+        raise RuntimeError(
+            "a loss's graph was run backward a second time, but the first pass has freed it: give the first call "
+            "retain_graph=True, as in pc_backward(losses, retain_graph=True)"
+        ) from error
     if isinstance(error, RuntimeError) and "donated buffer" in str(error):
         raise RuntimeError(
             "this compiled model's backward pass writes over its graph, which further passes need: " + _REMEDY

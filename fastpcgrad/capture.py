@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from operator import attrgetter
 
+import torch
 from torch import Tensor
 
+from ._gradients import as_real
 from .moved_gradients import MovedGradients
 from .task_gradients import Row, TaskGradients
 
@@ -26,11 +28,12 @@ class Capture:
 
     Args:
         parameters: leaves, each once.
-        rows: made for them.
+        rows: made for them, see ``as_real``.
     """
 
     def __init__(self, parameters: Sequence[Tensor], rows: TaskGradients) -> None:
         self.parameters, self.rows = parameters, rows
+        self._complex = {index for index, p in enumerate(parameters) if p.is_complex()}
         self.task = -1
         """The open task; -1: none."""
         self._merged: Row = []
@@ -53,13 +56,15 @@ class Capture:
         self.task = task
         row = self.rows.take(task)
         if row is not None:  # autograd adds to what is there
-            for p, grad in zip(self.parameters, row, strict=True):
+            for p, grad in zip(self.parameters, self._as_they_are(row), strict=True):
                 p.grad = grad
 
     def close(self) -> None:
         """What there is of the open task's gradients is its row."""
         row = list(map(_GRAD, self.parameters))
         self._clear()
+        for index in self._complex:
+            row[index] = as_real(row[index])
         self.rows.keep(self.task, row)
         self.task = -1
 
@@ -79,8 +84,8 @@ class Capture:
 
     def give(self, merged: Row) -> None:
         """The merged gradient, made of the rows' memory, into ``.grad``."""
-        self._merged = merged
-        for p, own in zip(self.parameters, merged, strict=True):
+        self._merged = self._as_they_are(merged)
+        for p, own in zip(self.parameters, self._merged, strict=True):
             p.grad = own
 
     def last_merged(self) -> Iterable[Tensor | None]:
@@ -90,6 +95,13 @@ class Capture:
     def _clear(self) -> None:
         for p in self.parameters:
             p.grad = None
+
+    def _as_they_are(self, row: Row) -> Row:
+        """The row with complex gradients of complex parameters, in the same memory."""
+        return [self._as_it_is(index, grad) for index, grad in enumerate(row)] if self._complex else row
+
+    def _as_it_is(self, index: int, grad: Tensor | None) -> Tensor | None:
+        return torch.view_as_complex(grad) if grad is not None and index in self._complex else grad
 
 
 class MovedCapture(Capture):
@@ -136,8 +148,8 @@ class MovedCapture(Capture):
     def give(self, merged: Row) -> None:
         """The merged gradient into ``.grad``, while the rows are freed: an error ends the round."""
         try:
-            for p, own in zip(self.parameters, self.rows.give(merged), strict=True):
-                p.grad = own
+            for index, (p, own) in enumerate(zip(self.parameters, self.rows.give(merged), strict=True)):
+                p.grad = self._as_it_is(index, own)
         except BaseException:  # most likely out of memory
             self.rows.clear()
             self._clear()
@@ -149,7 +161,7 @@ class MovedCapture(Capture):
         """A parameter's gradient, if a task is open and there is one, to its place in the row."""
         p = self.parameters[index]
         if self.task >= 0 and p.grad is not None:
-            self.rows.add(index, p.grad)
+            self.rows.add(index, as_real(p.grad))
             p.grad = None
 
     def last_merged(self) -> Iterable[Tensor | None]:

@@ -360,27 +360,41 @@ def _order_for(
 
 
 def check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """The task losses as a list.
+    """The task losses as a list: ``present_losses`` where none is absent."""
+    present = present_losses(losses)
+    if len(present) <= max(present):
+        absent = next(t for t in range(len(present) + 1) if t not in present)
+        raise TypeError(f"losses[{absent}] must be a torch.Tensor; found None")
+    return list(present.values())
 
+
+def present_losses(losses: Sequence[Tensor | None] | Tensor) -> dict[int, Tensor]:
+    """The task losses by the index of their task, without those that are None: tasks that are absent.
+
+    Args:
+        losses: T scalars, of any shape with one element, or one tensor ``[T]`` or ``[T, 1]``.
     Raises:
         TypeError: no sequence of tensors, or complex or integer losses.
-        ValueError: empty, not scalar, without grad, or on several devices; the message shows what was found.
+        ValueError: empty, all absent, not scalar, without grad, or on several devices; the message shows what was
+            found.
     """
-    if not isinstance(losses, list | tuple) and isinstance(losses, Tensor):
-        if losses.dim() != 1:
+    given: Iterable[Tensor | None] = losses
+    if isinstance(losses, Tensor):
+        if losses.dim() not in (1, 2) or losses.shape[1:] not in ((), (1,)):
             raise ValueError(f"losses must be scalars, or one tensor [T]; found a tensor {list(losses.shape)}")
-        losses = losses.unbind()
-    if not isinstance(losses, Iterable):
+        given = losses.flatten().unbind()
+    if not isinstance(given, Iterable):
         raise TypeError(f"losses must be a sequence of scalar tensors; found {type(losses).__name__}")
-    found = list(losses)
+    found = list(given)
     if not found:
         raise ValueError("losses must hold at least one task loss; found none")
-    for t, loss in enumerate(found):
-        check_loss(f"losses[{t}]", loss)
-    devices = {loss.device for loss in found}
+    present = {t: check_loss(f"losses[{t}]", loss) for t, loss in enumerate(found) if loss is not None}
+    if not present:
+        raise ValueError(f"losses must hold a task that is not absent; found {len(found)} times None")
+    devices = {loss.device for loss in present.values()}
     if len(devices) > 1:
         raise ValueError(f"losses must be on one device; found {', '.join(sorted(map(str, devices)))}")
-    return found
+    return present
 
 
 def check_loss(name: str, loss: Any) -> Tensor:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._gradients import dense, gradient_dtype
 from ._ops import Blocks
 from .functional import ROW_DTYPES
 from .host_rows import Copies, HostRows
-from .task_gradients import Row, TaskGradients, dense
+from .task_gradients import Row, TaskGradients
 
 
 class MovedGradients(TaskGradients):
@@ -37,7 +38,7 @@ class MovedGradients(TaskGradients):
     ) -> None:
         super().__init__(parameters, dtype)
         self.accumulate_dtype = accumulate_dtype
-        self._dtypes = [p.dtype for p in parameters]
+        self._dtypes = list(map(gradient_dtype, parameters))
         self._host: HostRows | None = None
         if copies is not None:
             self.device = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import methods
 from ._warnings import warn
-from .functional import check_losses
+from .functional import present_losses
 from .report import ConflictReport
 from .surgery import GradientSurgery
 from .variants import Generator
@@ -29,6 +29,10 @@ _REPLACED = (
 )
 
 
+_NEEDED = ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict")
+_STATE_KEY = "fastpcgrad"
+
+
 class PCGrad(torch.optim.Optimizer):
     """Wraps an optimizer; ``pc_backward`` puts the merged gradient of all task losses into ``.grad``.
 
@@ -37,7 +41,7 @@ class PCGrad(torch.optim.Optimizer):
     one loads into the other.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``.
+        optimizer: any ``torch.optim.Optimizer``, also one that a trainer has prepared, or what acts as one.
         reduction: ``mean`` or ``sum``; None: the variant's own, which is ``mean`` for the default variant.
         variant: whose PCGrad: pytorch-pcgrad, paper, tensorflow, torchjd, libmtl or tensorlogic.
         method: any ``methods.Method`` instead of a variant.
@@ -84,8 +88,12 @@ class PCGrad(torch.optim.Optimizer):
         on_repeat: Literal["replace", "add", "raise"] = "replace",
     ) -> None:
         # Optimizer.__init__ is not called: it would give this object groups and state of its own.
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer; found {type(optimizer).__name__}")
+        missing = [name for name in _NEEDED if not hasattr(optimizer, name)]
+        if missing or isinstance(optimizer, type):
+            raise TypeError(
+                f"optimizer must be an optimizer, with {', '.join(_NEEDED)}; found {type(optimizer).__name__}, without "
+                f"{', '.join(missing) or 'an instance'}"
+            )
         if method is None:
             method = methods.PCGrad(variant or "pytorch-pcgrad", reduction, generator)
         elif any(choice is not None for choice in (variant, reduction, generator)):
@@ -108,29 +116,37 @@ class PCGrad(torch.optim.Optimizer):
 
     def _follow_steps(self) -> None:
         """Notice each step, also where not this object but the wrapped optimizer is asked to make it."""
-        note = self.optimizer.register_step_post_hook(_note_step(weakref.ref(self)))
+        self._is_told_of_steps = False
+        inner = self.optimizer
+        while not hasattr(inner, "_optimizer_step_post_hooks"):  # as those that trainers wrap have none of their own
+            if not hasattr(inner, "optimizer"):
+                return
+            inner = inner.optimizer
+        note = inner.register_step_post_hook(_note_step(weakref.ref(self)))
         weakref.finalize(self, note.remove)
+        self._is_told_of_steps = True
 
-    def pc_backward(self, objectives: Sequence[Tensor] | Tensor, retain_graph: bool = False) -> None:
+    def pc_backward(self, objectives: Sequence[Tensor | None] | Tensor, retain_graph: bool = False) -> None:
         """Run each task loss backward and replace ``.grad`` by the merged gradient.
 
         Args:
-            objectives: T scalar losses, or one tensor ``[T]``; they may share a graph. Elements of a tensor share at
-                least that: a backward pass of one gives what only others depend on zeros, which count as a gradient.
+            objectives: T scalar losses, None for a task that is absent, or one tensor ``[T]``; they may share a graph.
+                Elements of a tensor share at least that: a backward pass of one gives what only others depend on zeros,
+                which count as a gradient.
             retain_graph: keep the graphs for another backward pass; else the last pass frees them.
         Raises:
             TypeError: objectives that are no real floating-point tensors.
-            ValueError: none given, not scalar, without grad, on several devices. ``.grad`` is not changed.
+            ValueError: none given, all absent, not scalar, without grad, on several devices. ``.grad`` is not changed.
             Whatever a backward pass raises; then ``.grad`` is None where it held the last merged gradient, whose
             memory is that of the rows, and as before elsewhere.
         """
-        losses = check_losses(objectives)
+        losses = present_losses(objectives)
         surgery = self._surgery
         surgery.discard()
         if len(losses) == 1:
             self._warn(_ONE_LOSS)
         self._look_for_repeat()
-        surgery.num_tasks = max(surgery.num_tasks, len(losses))
+        surgery.num_tasks = max(surgery.num_tasks, 1 + max(losses))
         before = surgery._gradients() if self._on_repeat == "add" else []
         try:
             surgery._run(losses, retain_graph)
@@ -174,7 +190,10 @@ class PCGrad(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the wrapped optimizer."""
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        if not self._is_told_of_steps:
+            self._note_step()
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters of the wrapped optimizer."""
@@ -184,13 +203,32 @@ class PCGrad(torch.optim.Optimizer):
         """Add a group to the wrapped optimizer; its parameters take part from the next surgery on."""
         self.optimizer.add_param_group(param_group)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the wrapped optimizer."""
-        return self.optimizer.state_dict()
+    def state_dict(self, *, global_generators: bool = False) -> dict[str, Any]:
+        """The state of the wrapped optimizer, and under ``fastpcgrad`` that of the surgery.
+
+        Optimizers ignore the further key, so it loads into the wrapped one, too.
+
+        Args:
+            global_generators: see ``GradientSurgery.state_dict``.
+        """
+        surgery = self._surgery.state_dict(global_generators=global_generators)
+        return {**self.optimizer.state_dict(), _STATE_KEY: surgery}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of the wrapped optimizer."""
-        self.optimizer.load_state_dict(state_dict)
+        """Load a state of this class, or one of the wrapped optimizer, which leaves that of the surgery as it is.
+
+        Raises:
+            ValueError: see ``GradientSurgery.load_state_dict``; whatever the wrapped optimizer raises.
+        """
+        surgery = state_dict.get(_STATE_KEY)
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != _STATE_KEY})
+        if surgery is not None:
+            self._surgery.load_state_dict(surgery)
+
+    @property
+    def _optim(self) -> torch.optim.Optimizer:
+        """The wrapped optimizer, by the original's name for it."""
+        return self.optimizer
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

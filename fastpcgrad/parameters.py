@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import compress
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ._gradients import as_real, gradient_dtype
 from .functional import check_tensors
 
 Granularity = Literal["model", "group", "parameter"] | Sequence[Iterable[Tensor]]
 Collections = list[list[Tensor]]
+
+
+class HasGroups(Protocol):
+    """What a surgery asks an optimizer for."""
+
+    param_groups: list[dict[str, Any]]
 
 
 class Groups:
@@ -22,11 +29,15 @@ class Groups:
         self.param_groups = param_groups
 
 
-def parameter_source(source: torch.optim.Optimizer | Iterable[Any]) -> torch.optim.Optimizer | Groups:
+def parameter_source(source: HasGroups | Iterable[Any]) -> HasGroups:
     """What has ``param_groups``: an optimizer, which is asked anew each round, or groups made of parameters."""
-    if isinstance(source, torch.optim.Optimizer):
+    if not isinstance(source, Iterable):
+        if not hasattr(source, "param_groups"):
+            raise TypeError(
+                f"optimizer_or_params must be an optimizer, with param_groups, or parameters; found {source!r}"
+            )
         return source
-    values = [] if isinstance(source, Tensor) or not isinstance(source, Iterable) else list(source)
+    values = [] if isinstance(source, Tensor) else list(source)
     if values and all(isinstance(value, dict) for value in values):
         groups = values
     else:
@@ -57,10 +68,10 @@ def check_parameters(
     for p in parameters:
         if not p.is_leaf:
             raise ValueError(f"parameters must be leaves of the graph; found {list(p.shape)} with {p.grad_fn}")
-    dtypes = sorted({str(p.dtype) for p in parameters})
+    dtypes = sorted({str(gradient_dtype(as_real(p))) for p in parameters})
     if len(dtypes) > 1 and row_dtype is None:
         raise ValueError(
-            f"parameters have several dtypes ({', '.join(dtypes)}); choose one for the rows with row_dtype"
+            f"parameters have gradients of several dtypes ({', '.join(dtypes)}); choose one for the rows with row_dtype"
         )
     trainable = [p for p in shared or () if p.requires_grad]
     for p, known in zip(trainable, are_among(trainable, parameters), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from operator import attrgetter, is_
 from types import TracebackType
@@ -10,17 +10,21 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import host_rows
+from ._gradients import as_real, gradient_dtype
 from ._graph import check_kept, explain, run_backward
 from .capture import Capture, MovedCapture
-from .functional import check_loss, check_losses, check_tensors
+from .functional import check_loss, check_tensors, present_losses
+from .generator_state import global_states, set_global_states, set_state, state_of
 from .memory import MemoryPlan, plan_memory, plan_two_phase
 from .merging import merge
 from .methods import Method, PCGrad, check_method
 from .moved_gradients import MovedGradients, check_accumulate_dtype
 from .parameters import (
     Granularity,
+    HasGroups,
     are_among,
     check_granularity,
     check_parameters,
@@ -31,7 +35,7 @@ from .report import ConflictReport
 from .task_gradients import TaskGradients
 from .two_phase import merge_in_two_phases
 
-_KIND = attrgetter("dtype", "device", "shape")
+_KIND = attrgetter(*("dtype", "device", "shape"), *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
 
 Forward = Callable[[], Tensor | None]
 """Runs a task's forward and gives its loss; None: the task is absent."""
@@ -42,17 +46,19 @@ class _Layout(NamedTuple):
 
     Attributes:
         found: the trainable ones, as the source has them.
-        kinds: dtype, device and shape of each.
+        kinds: dtype, device, shape and dtype of the gradient of each; None for one that is lazy.
         problems: for each different one the number of its problem; None: one for all.
         shared: for each whether it undergoes surgery; None: as the method's scope says.
         capture: their rows.
+        lazy: whether some have no shape yet, and no row.
     """
 
     found: list[Tensor]
-    kinds: list[tuple[Any, ...]]
+    kinds: Sequence[tuple[Any, ...] | None]
     problems: list[int] | None
     shared: list[bool] | None
     capture: Capture
+    lazy: bool
 
 
 class GradientSurgery:
@@ -63,8 +69,10 @@ class GradientSurgery:
     replaces ``.grad`` of every parameter that takes part: it is written over one of the rows.
 
     Args:
-        optimizer_or_params: an optimizer, or parameters (or dicts of them, as optimizers take). An optimizer's
-            parameters are looked up at each round, so that ones added, frozen or unfrozen later are seen.
+        optimizer_or_params: an optimizer (or what has its ``param_groups``), or parameters (or dicts of them, as
+            optimizers take). An optimizer's parameters are looked up at each round, so that ones added, frozen or
+            unfrozen later are seen; lazy ones, once a forward pass has given them a shape. The gradients of complex
+            ones are rows of real and imaginary parts.
         num_tasks: T.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         shared: the parameters that undergo surgery; the gradients of the others are summed. None: as the method's
@@ -104,7 +112,7 @@ class GradientSurgery:
 
     def __init__(
         self,
-        optimizer_or_params: torch.optim.Optimizer | Iterable[Any],
+        optimizer_or_params: HasGroups | Iterable[Any],
         num_tasks: int,
         method: Method | None = None,
         *,
@@ -196,7 +204,7 @@ class GradientSurgery:
             if forwards:
                 self._run_forwards(forwards, retain_graph)
             else:
-                self._run(list(tensors.values()), retain_graph, list(tensors))
+                self._run(tensors, retain_graph)
             return self.merge()
         except BaseException:
             self.discard()
@@ -278,6 +286,42 @@ class GradientSurgery:
         pairs = zip(capture.parameters, capture.last_merged(), strict=False)  # nothing of a round that failed
         return [merged for p, merged in pairs if merged is not None and p.grad is merged]
 
+    def state_dict(self, *, global_generators: bool = False) -> dict[str, Any]:
+        """What a run needs, besides model and optimizer, to go on with the same numbers. Between rounds.
+
+        Args:
+            global_generators: also the states of Python's, NumPy's and torch's global generators, from which methods
+                without a generator of their own draw.
+        Returns:
+            ``method``: the method's ``state_dict``; ``generator``: the state of its own generator, None without one;
+            if asked for ``global_generators``. Tensors, numbers, strings and containers of them alone.
+        """
+        state = {"method": self.method.state_dict(), "generator": state_of(self.method.generator)}
+        return {**state, "global_generators": global_states()} if global_generators else state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up what ``state_dict`` gave, the states of global generators too where it holds them.
+
+        Raises:
+            ValueError: other keys, the state of another method or of another kind of generator. The surgery is then as
+                before.
+        """
+        keys = set(state_dict)
+        if not {"method", "generator"} <= keys <= {"method", "generator", "global_generators"}:
+            raise ValueError(
+                "the state of a surgery has the keys method, generator and maybe global_generators; found "
+                f"{sorted(keys)}"
+            )
+        before = state_of(self.method.generator)
+        set_state(self.method.generator, state_dict["generator"])
+        try:
+            self.method.load_state_dict(state_dict["method"])
+        except BaseException:
+            set_state(self.method.generator, before)
+            raise
+        if "global_generators" in state_dict:
+            set_global_states(state_dict["global_generators"])
+
     def __getstate__(self) -> dict[str, Any]:
         # The layout is made anew, for the copy's parameters and its process' memory; the rows of the round go along.
         self._check_outside("copy of the surgery")
@@ -302,7 +346,7 @@ class GradientSurgery:
         layout, found = self._layout, self._trainable()
         filled = layout.capture.rows.tasks
         same = len(found) == len(layout.found) and all(map(is_, found, layout.found))
-        if same and (filled or list(map(_KIND, found)) == layout.kinds):
+        if same and (filled or _kinds(found) == layout.kinds):
             return layout
         if filled:
             raise RuntimeError(
@@ -316,32 +360,34 @@ class GradientSurgery:
         return [p for group in self._source.param_groups for p in group["params"] if p.requires_grad]
 
     def _laid_out(self, found: list[Tensor]) -> _Layout:
-        parameters = list({id(p): p for p in found}.values())
+        parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
         check_parameters(parameters, self._shared, self.row_dtype)
         problems = problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared)
         shared = None if self._shared is None else are_among(parameters, self._shared)
-        return _Layout(found, list(map(_KIND, found)), problems, shared, self._capture_for(parameters))
+        lazy = any(map(is_lazy, found))
+        return _Layout(found, _kinds(found), problems, shared, self._capture_for(parameters), lazy)
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
-        plain = TaskGradients(parameters, self.row_dtype)
+        real = [as_real(p.detach()) if p.is_complex() else p for p in parameters]
+        plain = TaskGradients(real, self.row_dtype)
         copies = host_rows.copies_for(plain.device, self.row_device)
         sums = self.accumulate_dtype
         if sums is not None:
             check_accumulate_dtype(sums, plain.dtype)
             if sums == plain.dtype and copies is None:  # the rows themselves will do
                 sums = None
-        if copies is None and sums is None and all(p.dtype == plain.dtype for p in parameters):
+        if copies is None and sums is None and all(gradient_dtype(p) == plain.dtype for p in real):
             return Capture(parameters, plain)
-        return MovedCapture(parameters, MovedGradients(parameters, plain.dtype, sums, copies))
+        return MovedCapture(parameters, MovedGradients(real, plain.dtype, sums, copies))
 
-    def _run(self, losses: Sequence[Tensor], retain_graph: bool, indices: Sequence[int] | None = None) -> None:
+    def _run(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
         left = len(losses)
         if left > 1 or retain_graph:
-            check_kept(losses)
+            check_kept(list(losses.values()))
         with _Stay(self) as capture:
-            for index, loss in zip(indices or range(left), losses, strict=True):
+            for index, loss in losses.items():
                 left -= 1
                 capture.open(index)
                 run_backward(loss, retain_graph or left > 0)
@@ -376,7 +422,7 @@ class GradientSurgery:
 
     def _run_forwards(self, forwards: dict[int, Forward], retain_graph: bool) -> None:
         """Each forward, and its loss backward, inside its task."""
-        with _Stay(self) as capture:
+        with _Stay(self, forward=True) as capture:
             for index, forward in forwards.items():
                 capture.open(index)
                 loss = forward()
@@ -396,13 +442,22 @@ class _Stay:
     """A stay inside tasks, one after the other. Gradients that were there before come back at the end.
 
     From the first change on the surgery knows of it, so that whatever an exception cuts off can be put right.
+
+    Args:
+        forward: whether forward passes run inside.
     """
 
-    def __init__(self, surgery: GradientSurgery) -> None:
-        self._surgery = surgery
+    def __init__(self, surgery: GradientSurgery, *, forward: bool = False) -> None:
+        self._surgery, self._forward = surgery, forward
 
     def __enter__(self) -> Capture:
-        self._capture = self._surgery._resolve().capture
+        layout = self._surgery._resolve()
+        if layout.lazy and self._forward:
+            raise RuntimeError(
+                "a forward pass inside a task would give lazy parameters a shape, which then are in no row: run one "
+                "before the first task"
+            )
+        self._capture = layout.capture
         self._aside = self._capture.aside()
         self._surgery._stay = self
         self._capture.enter()
@@ -426,7 +481,7 @@ class _Task(_Stay):
     """A stay inside one task."""
 
     def __init__(self, surgery: GradientSurgery, index: int) -> None:
-        super().__init__(surgery)
+        super().__init__(surgery, forward=True)
         self._index = index
 
     def __enter__(self) -> Capture:
@@ -451,28 +506,38 @@ class _Task(_Stay):
             super().__exit__(kind, error, trace)
 
 
+def _kinds(found: Sequence[Tensor]) -> Sequence[tuple[Any, ...] | None]:
+    try:
+        return list(map(_KIND, found))
+    except RuntimeError:  # a lazy one has no shape, and one that is no leaf no grad_dtype
+        return [None if is_lazy(p) else (p.dtype, p.device, p.shape, gradient_dtype(p)) for p in found]
+
+
 def _check_round(
     losses: Sequence[Forward | None] | Sequence[Tensor | None] | Tensor, tasks: int
 ) -> tuple[dict[int, Tensor], dict[int, Forward]]:
     """Losses, or functions that give them, by the index of their task; without those that are absent."""
-    given: Any = check_losses(losses) if isinstance(losses, Tensor) else losses
-    if not isinstance(given, Iterable):
+    if isinstance(losses, Tensor):
+        present = present_losses(losses)
+        _check_count(losses.numel(), tasks)
+        return present, {}
+    if not isinstance(losses, Iterable):
         raise TypeError(f"losses must be a sequence of functions or scalar tensors; found {type(losses).__name__}")
-    given = list(given)
-    if len(given) != tasks:
-        raise ValueError(f"losses must hold one for each of the {tasks} tasks, None for one absent; found {len(given)}")
-    there = {t: loss for t, loss in enumerate(given) if loss is not None}
-    if not there:
-        raise ValueError(f"losses must hold a task that is not absent; found {tasks} times None")
-    functions = {t: loss for t, loss in there.items() if callable(loss)}
-    if len(functions) == len(there):
+    given: list[Any] = list(losses)
+    _check_count(len(given), tasks)
+    functions = {t: loss for t, loss in enumerate(given) if callable(loss)}
+    others = {t: loss for t, loss in enumerate(given) if loss is not None and t not in functions}
+    if functions and not others:
         return {}, functions
-    for t, loss in there.items():
-        if functions and isinstance(loss, Tensor):
+    for t, loss in others.items() if functions else ():
+        if isinstance(loss, Tensor):
             raise TypeError(
                 f"losses must be all functions or all tensors; found tasks {list(functions)} with functions"
             )
-        if t not in functions:
-            check_loss(f"losses[{t}]", loss)
-    check_losses(list(there.values()))  # together: on one device
-    return there, {}
+        check_loss(f"losses[{t}]", loss)
+    return present_losses(given), {}
+
+
+def _check_count(found: int, tasks: int) -> None:
+    if found != tasks:
+        raise ValueError(f"losses must hold one for each of the {tasks} tasks, None for one absent; found {found}")

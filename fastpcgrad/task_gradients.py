@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
+from ._gradients import dense, gradient_dtype
 from ._memory import are_alone
 from ._ops import Blocks
 from .functional import ROW_DTYPES
@@ -41,7 +42,7 @@ class TaskGradients:
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype or _common_dtype(parameters)
         self.device = _common_device(parameters)
-        for found in (self.dtype, *(p.dtype for p in parameters)):
+        for found in (self.dtype, *map(gradient_dtype, parameters)):
             if found not in ROW_DTYPES:
                 raise TypeError(f"gradients must be float16, bfloat16, float32 or float64; found {found}")
         self.widths = array("q", (p.numel() for p in parameters))
@@ -211,12 +212,6 @@ def _detached(row: Row) -> Row:
     return row
 
 
-def dense(grad: Tensor) -> Tensor:
-    """Strided and outside of any graph (``create_graph=True`` gives gradients with a graph of their own)."""
-    grad = grad.detach() if grad.requires_grad else grad
-    return grad if grad.layout == torch.strided else grad.to_dense()
-
-
 def _pointers(row: Row) -> list[int]:
     """Where each gradient lies; 0 for none."""
     return [0 if grad is None else grad.data_ptr() for grad in row]
@@ -254,7 +249,7 @@ def _apart(row: Row) -> Row:
 
 
 def _common_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
-    dtypes = {p.dtype for p in parameters}
+    dtypes = set(map(gradient_dtype, parameters))
     if len(dtypes) > 1:
         raise ValueError(f"gradients of several dtypes cannot share a row; found {', '.join(sorted(map(str, dtypes)))}")
     return dtypes.pop() if dtypes else torch.float32

@@ -11,8 +11,8 @@ import fastpcgrad
 PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
-    {"reference", "variants", "_version", "_warnings", "_graph", "_memory"},
-    {"_ops", "_native", "balancing"},
+    {"reference", "variants", "_version", "_warnings", "_graph", "_memory", "_gradients"},
+    {"_ops", "_native", "balancing", "generator_state"},
     {"functional"},
     {"backends"},
     {"methods"},
@@ -33,7 +33,7 @@ ONLY = {"reference": set(), "backends": {"_ops", "_native", "_warnings", "refere
 
 THIRD_PARTY = {
     "torch": None,
-    "numpy": {"arrays", "config", "gradnorm", "methods"},
+    "numpy": {"arrays", "config", "generator_state", "gradnorm", "methods"},
     "triton": {"backends.triton"},
     "matplotlib": {"report"},
 }

@@ -602,19 +602,6 @@ def test_the_size_of_the_rows_is_known_beforehand_and_within_its_bound():
             ValueError,
             ["one device", "cpu", "meta"],
         ),
-        (
-            {"optimizer_or_params": [torch.ones(1, dtype=torch.complex64, requires_grad=True)]},
-            TypeError,
-            ["complex64"],
-        ),
-        (
-            {
-                "optimizer_or_params": [torch.ones(1, dtype=torch.complex64, requires_grad=True)],
-                "row_dtype": torch.float32,
-            },
-            TypeError,
-            ["complex64"],
-        ),
         ({"row_dtype": torch.int32}, TypeError, ["torch.int32", "bfloat16"]),
         ({"method": "paper"}, TypeError, ["Method", "paper"]),
         ({"granularity": "layer"}, ValueError, ["granularity", "layer", "group"]),

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from .._ops import KERNELS, Blocks, Figures, Later
+from ..variants import Generator
 
 
 class Solution(NamedTuple):
@@ -43,6 +44,8 @@ class Method(ABC):
     """What one problem spans where the caller does not say: see ``variants.Variant``."""
     looks_at_gram: bool = True
     """Whether the weights depend on G."""
+    generator: Generator | None = None
+    """What it draws from; None: nothing, or a global generator."""
 
     @abstractmethod
     def solve(self, gram: Tensor) -> Solution:

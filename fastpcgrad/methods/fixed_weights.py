@@ -99,6 +99,8 @@ class RandomWeights(FixedWeights):
         tensor(1., dtype=torch.float64)
     """
 
+    generator: torch.Generator | None
+
     def __init__(self, generator: torch.Generator | None = None) -> None:
         check_generator(generator)
         self.generator = generator

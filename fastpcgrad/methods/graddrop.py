@@ -44,6 +44,8 @@ class GradDrop(Elementwise):
         tensor([ 4.,  2., -2.])
     """
 
+    generator: torch.Generator | None
+
     def __init__(
         self,
         f: Callable[[Tensor], Tensor] = identity,
