@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import methods
-from ._graph import check_kept, explain, nodes, refuse_reentrant
+from ._graph import check_kept, explain, leaves, unreached
+from ._warnings import warn_of_one_loss
 from .functional import check_losses, check_tensors
 from .merging import merge
 from .task_gradients import TaskGradients
@@ -32,8 +33,11 @@ def grad(
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
-        TypeError, ValueError: see ``functional.check_losses``; inputs without grad, of several devices or dtypes.
+        TypeError, ValueError: see ``functional.check_losses``; inputs without grad, of several devices or dtypes; a
+            loss that depends on none of the inputs.
         RuntimeError: a reentrant checkpoint hides what lies behind it.
+    Warns:
+        FastPCGradWarning: one loss, of which the merged gradient is its own. Once.
     Memory: (T + 1)·N·itemsize bytes, allocated anew in each call; N·itemsize remain. A training loop is faster with
         ``GradientSurgery`` or ``PCGrad``, which keep their rows.
     Example:
@@ -63,6 +67,8 @@ def backward(
         method, retain_graph: see ``grad``.
     Raises:
         TypeError, ValueError, RuntimeError: see ``grad``; inputs that are no leaves. ``.grad`` is not changed.
+    Warns:
+        FastPCGradWarning: see ``grad``.
     Example:
         >>> x = torch.ones(2, requires_grad=True)
         >>> fastpcgrad.backward([x[0] - x[1], x[1]])
@@ -70,8 +76,8 @@ def backward(
         tensor([1.5000, 0.5000])
     """
     found = check_losses(losses)
-    leaves = _leaves(found)
-    targets = leaves if inputs is None else _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
+    behind = _leaves(found)
+    targets = behind if inputs is None else _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
     for target in targets:
         if not target.is_leaf:
             raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
@@ -91,6 +97,8 @@ def _merged(
     method = methods.check_method(method, methods.PCGrad)
     inputs = list({id(target): target for target in targets}.values())
     grads = TaskGradients(inputs)
+    _check_reached(losses, inputs)
+    warn_of_one_loss(len(losses))
     if retain_graph or len(losses) > 1:
         check_kept(losses)
     try:
@@ -105,6 +113,29 @@ def _merged(
     return dict(zip(map(id, inputs), merged, strict=True))
 
 
+def _check_reached(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """ValueError for a loss without a gradient with respect to any input, before any is run."""
+    lost = unreached(losses, inputs)
+    if not lost and len(losses) > 1:
+        lost = _stand_ins(losses, inputs)
+    if lost:
+        raise ValueError(
+            f"losses[{lost[0]}] depends on none of the {len(inputs)} inputs: leave it out, or name inputs that it "
+            "depends on. If a hook on it runs its real backward pass, as in losses with a gradient cache, use "
+            "PCGrad.pc_backward or 'with surgery.task(t)': these take what it leaves in .grad"
+        )
+
+
+def _stand_ins(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
+    """The losses that depend on nothing but a scalar of their own with a hook, which runs the real backward pass."""
+    scalars = {id(x) for x in inputs if x.numel() == 1 and x._backward_hooks and not isinstance(x, torch.nn.Parameter)}
+    if not scalars:
+        return []
+    suspects = unreached(losses, [x for x in inputs if id(x) not in scalars])
+    behind = [{id(leaf) for leaf in leaves([loss])} for loss in losses]
+    return [t for t in suspects if all(behind[t].isdisjoint(other) for u, other in enumerate(behind) if u != t)]
+
+
 def _check_inputs(inputs: Iterable[Any]) -> list[Tensor]:
     found = check_tensors("inputs", inputs)
     if not found:
@@ -116,11 +147,5 @@ def _check_inputs(inputs: Iterable[Any]) -> list[Tensor]:
 
 
 def _leaves(losses: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves that the losses depend on; RuntimeError where a reentrant checkpoint hides some."""
-    found: dict[int, Tensor] = {id(loss): loss for loss in losses if loss.is_leaf}
-    for node in nodes(losses):
-        refuse_reentrant(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found[id(leaf)] = leaf
-    return list(found.values())
+    """Each leaf that the losses depend on, once."""
+    return list({id(leaf): leaf for leaf in leaves(losses)}.values())
