@@ -13,6 +13,7 @@ from ._graph import check_kept, explain, leaves, unreached
 from ._warnings import warn_of_one_loss
 from .functional import check_losses, check_tensors
 from .merging import merge
+from .processes import check_graph
 from .task_gradients import TaskGradients
 
 
@@ -22,6 +23,7 @@ def grad(
     *,
     method: methods.Method | None = None,
     retain_graph: bool = False,
+    process_group: object = "auto",
 ) -> tuple[Tensor | None, ...]:
     """The merged gradient of several task losses with respect to ``inputs``; no ``.grad`` is touched.
 
@@ -30,14 +32,19 @@ def grad(
         inputs: tensors that require grad, of one device and dtype; need not be leaves.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         retain_graph: keep the graphs for another backward pass; else the last pass frees them.
+        process_group: ``local``: where DistributedDataParallel holds parameters of the graph, or there are several
+            processes without it, each merges the gradients of its own batch, which are averaged with nobody's.
+            ``auto``: the former is an error, and the latter a warning, once.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
         TypeError, ValueError: see ``functional.check_losses``; inputs without grad, of several devices or dtypes; a
-            loss that depends on none of the inputs.
+            loss that depends on none of the inputs; another ``process_group``.
         RuntimeError: a reentrant checkpoint hides what lies behind it.
+        NotImplementedError: parameters that DistributedDataParallel averages, see ``process_group``, or does so with
+            ``static_graph``; sharded ones, of FSDP, fully_shard or tensor parallelism. Nothing was run.
     Warns:
-        FastPCGradWarning: one loss, of which the merged gradient is its own. Once.
+        FastPCGradWarning: one loss, of which the merged gradient is its own; several processes (see above). Once.
     Memory: (T + 1)·N·itemsize bytes, allocated anew in each call; N·itemsize remain. A training loop is faster with
         ``GradientSurgery`` or ``PCGrad``, which keep their rows.
     Example:
@@ -47,7 +54,7 @@ def grad(
     """
     found = check_losses(losses)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
-    _leaves(found)  # for its error
+    check_graph([*_leaves(found), *targets], process_group)
     merged = _merged(found, targets, method, retain_graph)
     return tuple(merged[id(target)] for target in targets)
 
@@ -58,15 +65,17 @@ def backward(
     *,
     method: methods.Method | None = None,
     retain_graph: bool = False,
+    process_group: object = "auto",
 ) -> None:
     """Add the merged gradient of several task losses to ``.grad``, as ``torch.autograd.backward`` adds.
 
     Args:
         losses: T scalar losses, or one tensor ``[T]``; they may share a graph.
         inputs: leaves that require grad; None: all leaves of the graphs.
-        method, retain_graph: see ``grad``.
+        method, retain_graph, process_group: see ``grad``.
     Raises:
-        TypeError, ValueError, RuntimeError: see ``grad``; inputs that are no leaves. ``.grad`` is not changed.
+        TypeError, ValueError, RuntimeError, NotImplementedError: see ``grad``; inputs that are no leaves. ``.grad`` is
+            not changed.
     Warns:
         FastPCGradWarning: see ``grad``.
     Example:
@@ -81,6 +90,7 @@ def backward(
     for target in targets:
         if not target.is_leaf:
             raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
+    check_graph([*behind, *targets], process_group)
     merged = _merged(found, targets, method, retain_graph)
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
