@@ -37,6 +37,59 @@ def nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
         queue.extend(fresh)
 
 
+def leaves(outputs: Sequence[Tensor], *, hidden: bool = False) -> Iterator[Tensor]:
+    """The leaves that the outputs depend on, each at least once, in an order that depends on the graphs alone.
+
+    Raises:
+        RuntimeError: a reentrant checkpoint hides some, unless ``hidden`` says that the others will do.
+    """
+    yield from (output for output in outputs if output.is_leaf)
+    for node in nodes(outputs):
+        if not hidden:
+            refuse_reentrant(node)
+        leaf = _leaf_of(node)
+        if leaf is not None:
+            yield leaf
+
+
+def unreached(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
+    """Which of the losses depend on none of the inputs, by index.
+
+    A loss is followed to the first input that it depends on, or to where an earlier one has been followed from: losses
+    that share a graph do not cost a walk each.
+    """
+    accumulators = {id(value) for value in inputs if value.is_leaf}
+    leading = {(value.grad_fn, value.output_nr) for value in inputs if not value.is_leaf}
+    return [t for t, loss in enumerate(losses) if not _leads(loss, accumulators, leading)]
+
+
+def _leads(loss: Tensor, accumulators: set[int], leading: set[Any]) -> bool:
+    """Whether an edge of ``leading`` or a leaf is found from a loss; the edges on the way there join ``leading``."""
+    if loss.grad_fn is None:
+        return id(loss) in accumulators
+    start: Any = (loss.grad_fn, loss.output_nr)
+    came_from = {start: start}
+    queue = [start]
+    while queue:
+        edge = queue.pop()
+        if edge in leading or id(_leaf_of(edge[0])) in accumulators:
+            while edge != start:
+                leading.add(edge)
+                edge = came_from[edge]
+            leading.add(start)
+            return True
+        for parent in edge[0].next_functions:
+            if parent[0] is not None and parent not in came_from:
+                came_from[parent] = edge
+                queue.append(parent)
+    return False
+
+
+def _leaf_of(node: Any) -> Tensor | None:
+    """The leaf whose ``.grad`` a node adds to; None for any other node."""
+    return node.variable if type(node).__name__ == "AccumulateGrad" else None
+
+
 def refuse_reentrant(node: Any) -> None:
     """RuntimeError at a checkpoint behind which the graph does not show what it depends on.
 

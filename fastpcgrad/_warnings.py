@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 _NOT_THE_USERS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+_said: set[str] = set()
 
 
 class FastPCGradWarning(UserWarning):
@@ -21,3 +22,16 @@ def warn(message: str, category: type[FastPCGradWarning] = FastPCGradWarning) ->
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+def warn_once(message: str) -> None:
+    """``warn``, once a process."""
+    if message not in _said:
+        _said.add(message)
+        warn(message)
+
+
+def warn_of_one_loss(count: int) -> None:
+    """Warn once where surgery was asked for and ``count``, the number of losses, leaves nothing to merge."""
+    if count == 1:
+        warn_once("one loss: nothing to merge; pass the task losses separately, not their sum")

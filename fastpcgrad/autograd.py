@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from . import methods
-from ._graph import check_kept, explain, nodes, refuse_reentrant
+from ._graph import check_kept, explain, leaves, unreached
+from ._warnings import warn_of_one_loss
 from .functional import check_losses, check_tensors
 from .merging import merge
+from .processes import check_graph
 from .task_gradients import TaskGradients
 
 
@@ -21,6 +23,7 @@ def grad(
     *,
     method: methods.Method | None = None,
     retain_graph: bool = False,
+    process_group: object = "auto",
 ) -> tuple[Tensor | None, ...]:
     """The merged gradient of several task losses with respect to ``inputs``; no ``.grad`` is touched.
 
@@ -29,11 +32,19 @@ def grad(
         inputs: tensors that require grad, of one device and dtype; need not be leaves.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         retain_graph: keep the graphs for another backward pass; else the last pass frees them.
+        process_group: ``local``: where DistributedDataParallel holds parameters of the graph, or there are several
+            processes without it, each merges the gradients of its own batch, which are averaged with nobody's.
+            ``auto``: the former is an error, and the latter a warning, once.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
-        TypeError, ValueError: see ``functional.check_losses``; inputs without grad, of several devices or dtypes.
+        TypeError, ValueError: see ``functional.check_losses``; inputs without grad, of several devices or dtypes; a
+            loss that depends on none of the inputs; another ``process_group``.
         RuntimeError: a reentrant checkpoint hides what lies behind it.
+        NotImplementedError: parameters that DistributedDataParallel averages, see ``process_group``, or does so with
+            ``static_graph``; sharded ones, of FSDP, fully_shard or tensor parallelism. Nothing was run.
+    Warns:
+        FastPCGradWarning: one loss, of which the merged gradient is its own; several processes (see above). Once.
     Memory: (T + 1)·N·itemsize bytes, allocated anew in each call; N·itemsize remain. A training loop is faster with
         ``GradientSurgery`` or ``PCGrad``, which keep their rows.
     Example:
@@ -43,7 +54,7 @@ def grad(
     """
     found = check_losses(losses)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
-    _leaves(found)  # for its error
+    check_graph([*_leaves(found), *targets], process_group)
     merged = _merged(found, targets, method, retain_graph)
     return tuple(merged[id(target)] for target in targets)
 
@@ -54,15 +65,19 @@ def backward(
     *,
     method: methods.Method | None = None,
     retain_graph: bool = False,
+    process_group: object = "auto",
 ) -> None:
     """Add the merged gradient of several task losses to ``.grad``, as ``torch.autograd.backward`` adds.
 
     Args:
         losses: T scalar losses, or one tensor ``[T]``; they may share a graph.
         inputs: leaves that require grad; None: all leaves of the graphs.
-        method, retain_graph: see ``grad``.
+        method, retain_graph, process_group: see ``grad``.
     Raises:
-        TypeError, ValueError, RuntimeError: see ``grad``; inputs that are no leaves. ``.grad`` is not changed.
+        TypeError, ValueError, RuntimeError, NotImplementedError: see ``grad``; inputs that are no leaves. ``.grad`` is
+            not changed.
+    Warns:
+        FastPCGradWarning: see ``grad``.
     Example:
         >>> x = torch.ones(2, requires_grad=True)
         >>> fastpcgrad.backward([x[0] - x[1], x[1]])
@@ -70,11 +85,12 @@ def backward(
         tensor([1.5000, 0.5000])
     """
     found = check_losses(losses)
-    leaves = _leaves(found)
-    targets = leaves if inputs is None else _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
+    behind = _leaves(found)
+    targets = behind if inputs is None else _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
     for target in targets:
         if not target.is_leaf:
             raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
+    check_graph([*behind, *targets], process_group)
     merged = _merged(found, targets, method, retain_graph)
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
@@ -91,6 +107,8 @@ def _merged(
     method = methods.check_method(method, methods.PCGrad)
     inputs = list({id(target): target for target in targets}.values())
     grads = TaskGradients(inputs)
+    _check_reached(losses, inputs)
+    warn_of_one_loss(len(losses))
     if retain_graph or len(losses) > 1:
         check_kept(losses)
     try:
@@ -105,6 +123,29 @@ def _merged(
     return dict(zip(map(id, inputs), merged, strict=True))
 
 
+def _check_reached(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """ValueError for a loss without a gradient with respect to any input, before any is run."""
+    lost = unreached(losses, inputs)
+    if not lost and len(losses) > 1:
+        lost = _stand_ins(losses, inputs)
+    if lost:
+        raise ValueError(
+            f"losses[{lost[0]}] depends on none of the {len(inputs)} inputs: leave it out, or name inputs that it "
+            "depends on. If a hook on it runs its real backward pass, as in losses with a gradient cache, use "
+            "PCGrad.pc_backward or 'with surgery.task(t)': these take what it leaves in .grad"
+        )
+
+
+def _stand_ins(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
+    """The losses that depend on nothing but a scalar of their own with a hook, which runs the real backward pass."""
+    scalars = {id(x) for x in inputs if x.numel() == 1 and x._backward_hooks and not isinstance(x, torch.nn.Parameter)}
+    if not scalars:
+        return []
+    suspects = unreached(losses, [x for x in inputs if id(x) not in scalars])
+    behind = [{id(leaf) for leaf in leaves([loss])} for loss in losses]
+    return [t for t in suspects if all(behind[t].isdisjoint(other) for u, other in enumerate(behind) if u != t)]
+
+
 def _check_inputs(inputs: Iterable[Any]) -> list[Tensor]:
     found = check_tensors("inputs", inputs)
     if not found:
@@ -116,11 +157,5 @@ def _check_inputs(inputs: Iterable[Any]) -> list[Tensor]:
 
 
 def _leaves(losses: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves that the losses depend on; RuntimeError where a reentrant checkpoint hides some."""
-    found: dict[int, Tensor] = {id(loss): loss for loss in losses if loss.is_leaf}
-    for node in nodes(losses):
-        refuse_reentrant(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found[id(leaf)] = leaf
-    return list(found.values())
+    """Each leaf that the losses depend on, once."""
+    return list({id(leaf): leaf for leaf in leaves(losses)}.values())

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from .functional import check_tensors
 from .merging import merge
 from .methods import Method, PCGrad, check_method
+from .processes import Choice, check_behind, check_process_group
 from .report import ConflictReport
 from .task_gradients import Row, TaskGradients
 
@@ -27,6 +28,7 @@ def shared_features(
     *,
     allow_absent: bool = False,
     on_report: OnReport | None = None,
+    process_group: object = "auto",
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -38,6 +40,7 @@ def shared_features(
     *,
     allow_absent: bool = False,
     on_report: OnReport | None = None,
+    process_group: object = "auto",
 ) -> tuple[tuple[Tensor, ...], ...]: ...
 
 
@@ -48,6 +51,7 @@ def shared_features(
     *,
     allow_absent: bool = False,
     on_report: OnReport | None = None,
+    process_group: object = "auto",
 ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], ...]:
     """Hand the trunk's output to each task's head, so that the task gradients undergo surgery there.
 
@@ -57,7 +61,7 @@ def shared_features(
 
     This approximates surgery on the trunk's parameters: gradients may conflict at ``z`` and not there, or there and
     not at ``z``, for the trunk's Jacobian lies between the two. The methods and their guarantees hold for the gradients
-    at ``z``. In data-parallel training each process looks at the gradients of its own part of the batch.
+    at ``z``.
 
     Args:
         z: what the trunk gives, of any shape, fp16/bf16/fp32/fp64; or several such tensors of one dtype and device,
@@ -68,12 +72,19 @@ def shared_features(
             not, which is the default, a task whose gradient does not come with the others' is an error: it is most
             often one whose loss is run backward in a call of its own, where there is nothing to merge it with.
         on_report: called in each backward pass with the ``ConflictReport`` of its surgery.
+        process_group: ``local``: in data-parallel training each process looks at the gradients of its own part of the
+            batch, and the trunk's gradients that follow are averaged as ever: a mean of surgeries, not the surgery of
+            the whole batch. ``auto``: that is an error under DistributedDataParallel, and a warning, once, where there
+            are several processes without it.
     Returns:
         for each task ``z`` again (a tuple, where several tensors were given), in the same memory: operations in place
         are refused, use ``clone()`` before them. With gradients switched off, as in evaluation, ``z`` itself.
     Raises:
         TypeError: ``z`` that is no tensor or of a dtype that gradients cannot have, or a method that is none.
         ValueError: ``num_tasks`` < 1, no tensors, several dtypes or devices, or ``z`` does not require grad.
+        TypeError, ValueError, NotImplementedError: another ``process_group``.
+        NotImplementedError: ``z`` depends on parameters that DistributedDataParallel averages, see ``process_group``,
+            or on sharded ones, of FSDP, fully_shard or tensor parallelism.
         RuntimeError: in the backward pass, where a task's gradient is missing; or in a second derivative. Nothing of
             the trunk has a gradient then.
     Memory: during the surgery T + 1 gradients of the size of ``z``, of which autograd had made T already.
@@ -94,6 +105,7 @@ def shared_features(
     if not isinstance(num_tasks, int) or num_tasks < 1:
         raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
     method = check_method(method, PCGrad)
+    choice = check_process_group(process_group)
     features = [z] if isinstance(z, Tensor) else check_tensors("z", z)
     if not features:
         raise ValueError("z must hold at least one tensor; found none")
@@ -101,7 +113,7 @@ def shared_features(
         hand_out = _hand_out
         if torch.compiler.is_compiling():
             hand_out = torch.compiler.disable(_hand_out, reason="surgery needs the gradients themselves")
-        flat = hand_out(features, num_tasks, method, allow_absent, on_report)
+        flat = hand_out(features, num_tasks, method, allow_absent, on_report, choice)
     else:
         flat = (*features,) * num_tasks
     if isinstance(z, Tensor):
@@ -110,13 +122,19 @@ def shared_features(
 
 
 def _hand_out(
-    features: Sequence[Tensor], num_tasks: int, method: Method, allow_absent: bool, on_report: OnReport | None
+    features: Sequence[Tensor],
+    num_tasks: int,
+    method: Method,
+    allow_absent: bool,
+    on_report: OnReport | None,
+    process_group: Choice,
 ) -> tuple[Tensor, ...]:
     """The features T times, task after task, with the surgery behind them."""
     TaskGradients(features)  # for its errors
     for index, feature in enumerate(features):
         if not feature.requires_grad:
             raise ValueError(f"z must require grad; found tensor {index} of shape {list(feature.shape)} that does not")
+    check_behind(features, process_group)
     flat: tuple[Tensor, ...] = _Surgery.apply(num_tasks, method, allow_absent, on_report, *features)
     return flat
 

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from . import methods
-from ._warnings import warn
+from ._warnings import warn, warn_of_one_loss
 from .functional import present_losses
 from .report import ConflictReport
 from .surgery import GradientSurgery
 from .variants import Generator
 
-_ONE_LOSS = (
-    "pc_backward() was given one loss, so there is nothing to merge: pass the task losses by themselves, not their sum"
-)
 _NO_SURGERY = (
     "step() with gradients that no surgery has made: call pc_backward([loss_0, loss_1, ...]) of this optimizer instead "
     "of backward(); as it is, it does what the wrapped optimizer does"
@@ -49,7 +46,7 @@ class PCGrad(torch.optim.Optimizer):
             has it.
         generator: for the order of the projections; None: the global generator of the variant's original.
         row_dtype: dtype of the packed gradients; None: that of the parameters.
-        process_group: None; distributed training is not covered by this version.
+        process_group: see ``GradientSurgery``.
         on_repeat: what ``pc_backward`` does where the last one's gradients were not cleared: ``replace`` them, as the
             original does, with one warning where no step has used them; ``add`` to whatever ``.grad`` holds, as
             backward passes do, so that several calls accumulate; or ``raise``.
@@ -62,8 +59,8 @@ class PCGrad(torch.optim.Optimizer):
         ValueError: unknown variant, reduction or ``on_repeat``, or both ``method`` and a choice that belongs to a
             variant.
     Warns:
-        FastPCGradWarning: a single loss; a step with gradients before the first ``pc_backward``; gradients that were
-            replaced before a step used them. Each once.
+        FastPCGradWarning: a single loss (once a process); a step with gradients before the first ``pc_backward``, and
+            gradients that were replaced before a step used them (once an object).
     Source: Yu et al. 2020, arXiv:2001.06782. Oracle: ``reference.merge``.
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -84,7 +81,7 @@ class PCGrad(torch.optim.Optimizer):
         shared: Iterable[Tensor] | None = None,
         generator: Generator | None = None,
         row_dtype: torch.dtype | None = None,
-        process_group: object | None = None,
+        process_group: object = "auto",
         on_repeat: Literal["replace", "add", "raise"] = "replace",
     ) -> None:
         # Optimizer.__init__ is not called: it would give this object groups and state of its own.
@@ -143,8 +140,7 @@ class PCGrad(torch.optim.Optimizer):
         losses = present_losses(objectives)
         surgery = self._surgery
         surgery.discard()
-        if len(losses) == 1:
-            self._warn(_ONE_LOSS)
+        warn_of_one_loss(len(losses))
         self._look_for_repeat()
         surgery.num_tasks = max(surgery.num_tasks, 1 + max(losses))
         before = surgery._gradients() if self._on_repeat == "add" else []

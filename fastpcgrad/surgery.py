@@ -31,6 +31,7 @@ from .parameters import (
     parameter_source,
     problem_of_each,
 )
+from .processes import Processes
 from .report import ConflictReport
 from .task_gradients import TaskGradients
 from .two_phase import merge_in_two_phases
@@ -89,7 +90,9 @@ class GradientSurgery:
         granularity: ``model``: one surgery over all parameters. ``group`` or ``parameter``: one for each parameter
             group, or for each parameter. Collections of parameters, such as those of each layer: one for each, in
             one pass over all. A method whose original works on each parameter does so anyway.
-        process_group: None; distributed training is not covered by this version.
+        process_group: ``auto``: in a round with several processes, parameters whose gradients a module averages over
+            them, or that are sharded, are refused, and others get one warning. ``local``: each process merges by
+            itself; under DistributedDataParallel with one forward a task, inside ``task(t)``, the rows are averaged.
     Memory: T rows of N elements, where N counts the trainable parameters: T·N·itemsize bytes, of which one row becomes
         ``.grad``. On the CPU they stay mapped until the next round's gradients take their place, one by one. Rows of
         another dtype than the parameters are freed parameter by parameter as merged gradients take their place.
@@ -122,19 +125,18 @@ class GradientSurgery:
         accumulate: Literal["sum", "mean"] = "sum",
         accumulate_dtype: torch.dtype | None = None,
         granularity: Granularity = "model",
-        process_group: object | None = None,
+        process_group: object = "auto",
     ) -> None:
         if not isinstance(num_tasks, int) or num_tasks < 1:
             raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
         if accumulate not in ("sum", "mean"):
             raise ValueError(f"accumulate must be 'sum' or 'mean'; found {accumulate!r}")
-        if process_group is not None:
-            raise NotImplementedError("this version does not reduce gradients over processes: process_group=None")
         self.num_tasks = num_tasks
         self.method = check_method(method, PCGrad)
         self.granularity = check_granularity(granularity)
         self.row_dtype, self.row_device = row_dtype, row_device
         self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
+        self._processes = Processes(process_group)
         self._source = parameter_source(optimizer_or_params)
         self._shared = None if shared is None else check_tensors("shared", shared)
         self._stay: _Stay | None = None
@@ -154,6 +156,7 @@ class GradientSurgery:
         Raises:
             IndexError: not in 0..num_tasks-1.
             RuntimeError: inside another task, or the parameters changed since the round began.
+            NotImplementedError: what would be wrong with several processes, see ``process_group``.
         """
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.num_tasks:
             raise IndexError(f"task index must be an integer in 0..{self.num_tasks - 1}; found {index!r}")
@@ -386,7 +389,7 @@ class GradientSurgery:
         left = len(losses)
         if left > 1 or retain_graph:
             check_kept(list(losses.values()))
-        with _Stay(self) as capture:
+        with _Stay(self, shared_forward=left > 1) as capture:
             for index, loss in losses.items():
                 left -= 1
                 capture.open(index)
@@ -408,7 +411,7 @@ class GradientSurgery:
                 f"{self.row_dtype}, {self.row_device}, {self.accumulate_dtype}"
             )
         capture.rows.free()
-        with _Stay(self):
+        with _Stay(self, shared_forward=True):
             report, merged = merge_in_two_phases(
                 list(losses.values()),
                 capture.parameters,
@@ -445,10 +448,11 @@ class _Stay:
 
     Args:
         forward: whether forward passes run inside.
+        shared_forward: whether several backward passes do, maybe of one forward.
     """
 
-    def __init__(self, surgery: GradientSurgery, *, forward: bool = False) -> None:
-        self._surgery, self._forward = surgery, forward
+    def __init__(self, surgery: GradientSurgery, *, forward: bool = False, shared_forward: bool = False) -> None:
+        self._surgery, self._forward, self._shared_forward = surgery, forward, shared_forward
 
     def __enter__(self) -> Capture:
         layout = self._surgery._resolve()
@@ -457,7 +461,12 @@ class _Stay:
                 "a forward pass inside a task would give lazy parameters a shape, which then are in no row: run one "
                 "before the first task"
             )
-        self._capture = layout.capture
+        capture = layout.capture
+        processes = self._surgery._processes
+        processes.check(capture.parameters, moved=isinstance(capture, MovedCapture))
+        if self._shared_forward:
+            processes.check_shared_forward("a call with several losses")
+        self._capture = capture
         self._aside = self._capture.aside()
         self._surgery._stay = self
         self._capture.enter()

@@ -12,7 +12,7 @@ PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
     {"reference", "variants", "_version", "_warnings", "_graph", "_memory", "_gradients"},
-    {"_ops", "_native", "balancing", "generator_state"},
+    {"_ops", "_native", "balancing", "generator_state", "processes"},
     {"functional"},
     {"backends"},
     {"methods"},
@@ -113,6 +113,13 @@ def modules():
 @pytest.mark.parametrize(("module", "path", "is_package"), list(modules()))
 def test_each_module_imports_only_lower_rooms(module, path, is_package):
     assert violations(module, path.read_text(encoding="utf-8"), is_package) == []
+
+
+@pytest.mark.parametrize(("module", "path", "is_package"), list(modules()))
+def test_torch_distributed_is_not_needed_to_import_a_module(module, path, is_package):
+    """A torch need not have it, and its parts are slow to import."""
+    found = imports(module, path.read_text(encoding="utf-8"), is_package)
+    assert not [name for name, at_module_level in found if at_module_level and name.startswith("torch.distributed")]
 
 
 def test_every_room_exists():

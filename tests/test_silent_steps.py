@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import FastPCGradWarning
+from fastpcgrad import FastPCGradWarning, _warnings
 
 FIXED = "tensorflow"
 """A variant that draws nothing."""
@@ -113,7 +113,8 @@ def test_a_copy_knows_what_its_original_did(model, duplicate):
     assert caught(other.step) == []
 
 
-def test_a_single_loss_is_summed_up_most_likely(model):
+def test_a_single_loss_is_summed_up_most_likely(model, monkeypatch):
+    monkeypatch.setattr(_warnings, "_said", set())
     optimizer = wrap(model)
 
     def one():

@@ -614,7 +614,7 @@ def test_the_size_of_the_rows_is_known_beforehand_and_within_its_bound():
         ({"accumulate": "max"}, ValueError, ["accumulate", "max", "mean"]),
         ({"accumulate_dtype": torch.int32}, TypeError, ["accumulate_dtype", "torch.int32"]),
         ({"accumulate_dtype": torch.bfloat16}, ValueError, ["accumulate_dtype", "bfloat16", "float32"]),
-        ({"process_group": object()}, NotImplementedError, ["process_group"]),
+        ({"process_group": object()}, TypeError, ["process_group", "object"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )
