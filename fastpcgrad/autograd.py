@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor
 from . import methods
 from ._graph import check_kept, explain, leaves, unreached
 from ._warnings import warn_of_one_loss
-from .functional import check_losses, check_tensors
+from .functional import check_tensors, present_losses
 from .merging import merge
 from .processes import check_graph
 from .task_gradients import TaskGradients
 
 
 def grad(
-    losses: Sequence[Tensor] | Tensor,
+    losses: Sequence[Tensor | None] | Tensor,
     inputs: Sequence[Tensor] | Tensor,
     *,
     method: methods.Method | None = None,
@@ -28,7 +28,7 @@ def grad(
     """The merged gradient of several task losses with respect to ``inputs``; no ``.grad`` is touched.
 
     Args:
-        losses: T scalar losses, or one tensor ``[T]``; they may share a graph.
+        losses: T scalar losses, None for a task that is absent, or one tensor ``[T]``; they may share a graph.
         inputs: tensors that require grad, of one device and dtype; need not be leaves.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         retain_graph: keep the graphs for another backward pass; else the last pass frees them.
@@ -38,7 +38,7 @@ def grad(
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
-        TypeError, ValueError: see ``functional.check_losses``; inputs without grad, of several devices or dtypes; a
+        TypeError, ValueError: see ``functional.present_losses``; inputs without grad, of several devices or dtypes; a
             loss that depends on none of the inputs; another ``process_group``.
         RuntimeError: a reentrant checkpoint hides what lies behind it.
         NotImplementedError: parameters that DistributedDataParallel averages, see ``process_group``, or does so with
@@ -52,7 +52,7 @@ def grad(
         >>> fastpcgrad.grad([x[0] - x[1], x[1]], [x])
         (tensor([1.5000, 0.5000]),)
     """
-    found = check_losses(losses)
+    found = present_losses(losses)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
     check_graph([*_leaves(found), *targets], process_group)
     merged = _merged(found, targets, method, retain_graph)
@@ -60,7 +60,7 @@ def grad(
 
 
 def backward(
-    losses: Sequence[Tensor] | Tensor,
+    losses: Sequence[Tensor | None] | Tensor,
     inputs: Sequence[Tensor] | Tensor | None = None,
     *,
     method: methods.Method | None = None,
@@ -70,7 +70,7 @@ def backward(
     """Add the merged gradient of several task losses to ``.grad``, as ``torch.autograd.backward`` adds.
 
     Args:
-        losses: T scalar losses, or one tensor ``[T]``; they may share a graph.
+        losses: T scalar losses, None for a task that is absent, or one tensor ``[T]``; they may share a graph.
         inputs: leaves that require grad; None: all leaves of the graphs.
         method, retain_graph, process_group: see ``grad``.
     Raises:
@@ -84,7 +84,7 @@ def backward(
         >>> x.grad
         tensor([1.5000, 0.5000])
     """
-    found = check_losses(losses)
+    found = present_losses(losses)
     behind = _leaves(found)
     targets = behind if inputs is None else _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
     for target in targets:
@@ -101,7 +101,7 @@ def backward(
 
 
 def _merged(
-    losses: Sequence[Tensor], targets: Sequence[Tensor], method: methods.Method | None, retain_graph: bool
+    losses: Mapping[int, Tensor], targets: Sequence[Tensor], method: methods.Method | None, retain_graph: bool
 ) -> dict[int, Tensor | None]:
     """The merged gradient by the id of its input; an input that stands there twice counts once."""
     method = methods.check_method(method, methods.PCGrad)
@@ -110,10 +110,12 @@ def _merged(
     _check_reached(losses, inputs)
     warn_of_one_loss(len(losses))
     if retain_graph or len(losses) > 1:
-        check_kept(losses)
+        check_kept(list(losses.values()))
+    left = len(losses)
     try:
-        for t, loss in enumerate(losses):
-            keep = retain_graph or t < len(losses) - 1
+        for t, loss in losses.items():
+            left -= 1
+            keep = retain_graph or left > 0
             grads.put(t, list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)))
     except RuntimeError as error:
         explain(error)
@@ -123,15 +125,16 @@ def _merged(
     return dict(zip(map(id, inputs), merged, strict=True))
 
 
-def _check_reached(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+def _check_reached(losses: Mapping[int, Tensor], inputs: Sequence[Tensor]) -> None:
     """ValueError for a loss without a gradient with respect to any input, before any is run."""
-    lost = unreached(losses, inputs)
-    if not lost and len(losses) > 1:
-        lost = _stand_ins(losses, inputs)
+    given = list(losses.values())
+    lost = unreached(given, inputs)
+    if not lost and len(given) > 1:
+        lost = _stand_ins(given, inputs)
     if lost:
         raise ValueError(
-            f"losses[{lost[0]}] depends on none of the {len(inputs)} inputs: leave it out, or name inputs that it "
-            "depends on. If a hook on it runs its real backward pass, as in losses with a gradient cache, use "
+            f"losses[{list(losses)[lost[0]]}] depends on none of the {len(inputs)} inputs: give None for it, or name inputs "
+            "that it depends on. If a hook on it runs its real backward pass, as in losses with a gradient cache, use "
             "PCGrad.pc_backward or 'with surgery.task(t)': these take what it leaves in .grad"
         )
 
@@ -156,6 +159,6 @@ def _check_inputs(inputs: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def _leaves(losses: Sequence[Tensor]) -> list[Tensor]:
+def _leaves(losses: Mapping[int, Tensor]) -> list[Tensor]:
     """Each leaf that the losses depend on, once."""
-    return list({id(leaf): leaf for leaf in leaves(losses)}.values())
+    return list({id(leaf): leaf for leaf in leaves(list(losses.values()))}.values())

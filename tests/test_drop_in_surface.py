@@ -154,6 +154,18 @@ def test_an_absent_task_takes_no_part_and_the_report_says_who_was_there(model, p
     assert_grads(model, expected)
 
 
+@pytest.mark.parametrize("present", [(0, 2), (1, 2)], ids=str)
+def test_an_absent_task_takes_no_part_in_any_front_end(model, present):
+    expected = merged(model, present)
+    for front_end in FRONT_ENDS.values():
+        model.zero_grad()
+        front_end(model, [loss if t in present else None for t, loss in enumerate(losses_of(model))])
+        assert_grads(model, expected)
+    losses = [loss if t in present else None for t, loss in enumerate(losses_of(model))]
+    found = fastpcgrad.grad(losses, list(model.parameters()), method=methods.PCGrad(FIXED))
+    torch.testing.assert_close(list(found), list(expected), check_dtype=False)
+
+
 def test_what_a_method_keeps_stays_with_its_task(model):
     method = methods.GradVac(generator=torch.Generator().manual_seed(2))
     optimizer = fastpcgrad.PCGrad(torch.optim.SGD(model.parameters(), lr=0.0), method=method)
