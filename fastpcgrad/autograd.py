@@ -132,9 +132,10 @@ def _check_reached(losses: Mapping[int, Tensor], inputs: Sequence[Tensor]) -> No
     if not lost and len(given) > 1:
         lost = _stand_ins(given, inputs)
     if lost:
+        index = list(losses)[lost[0]]
         raise ValueError(
-            f"losses[{list(losses)[lost[0]]}] depends on none of the {len(inputs)} inputs: give None for it, or name inputs "
-            "that it depends on. If a hook on it runs its real backward pass, as in losses with a gradient cache, use "
+            f"losses[{index}] depends on none of the {len(inputs)} inputs: give None for it, or name inputs that it "
+            "depends on. If a hook on it runs its real backward pass, as in losses with a gradient cache, use "
             "PCGrad.pc_backward or 'with surgery.task(t)': these take what it leaves in .grad"
         )
 
