@@ -364,7 +364,7 @@ def check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
     present = present_losses(losses)
     if len(present) <= max(present):
         absent = next(t for t in range(len(present) + 1) if t not in present)
-        raise TypeError(f"losses[{absent}] must be a torch.Tensor; found None")
+        raise TypeError(f"losses[{absent}] must be a torch.Tensor; found NoneType")
     return list(present.values())
 
 
