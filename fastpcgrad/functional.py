@@ -360,11 +360,12 @@ def _order_for(
 
 
 def check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """The task losses as a list: ``present_losses`` where none is absent."""
-    present = present_losses(losses)
-    if len(present) <= max(present):
-        absent = next(t for t in range(len(present) + 1) if t not in present)
-        raise TypeError(f"losses[{absent}] must be a torch.Tensor; found NoneType")
+    """The task losses as a list: ``present_losses`` where none may be absent."""
+    given = list(losses) if not isinstance(losses, Tensor) and isinstance(losses, Iterable) else losses
+    present = present_losses(given)
+    absent = [t for t in range(len(given)) if t not in present]
+    if absent:
+        raise TypeError(f"losses[{absent[0]}] must be a torch.Tensor; found NoneType")
     return list(present.values())
 
 
