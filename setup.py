@@ -1,6 +1,6 @@
 """Builds the native libraries without Python's or torch's headers: one wheel serves all versions.
 
-FASTPCGRAD_BUILD: auto = those with a compiler here (the package says at run time why one is missing);
+FASTPCGRAD_BUILD: auto = those with a compiler here, for the CPU with OpenMP (else the package says at run time why);
 cpu = the CPU library, or fail; cuda = both libraries, or fail; none. CXX, CXXFLAGS and CUDA_HOME are obeyed.
 """
 
@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +34,20 @@ CXX = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ["g++"
 NVCC = shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc") or shutil.which("nvcc")
 
 
+def cpu_command():
+    return [*CXX, *CPU_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+
+
+def why_no_openmp():
+    """Why the compiler cannot build a library with OpenMP; empty if it can."""
+    source = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*cpu_command(), "-shared", "-xc++", "-", "-o", f"{folder}/probe.so"]
+        result = subprocess.run(command, input=source, text=True, stderr=subprocess.PIPE)
+    said = result.stderr.strip() or f"exit status {result.returncode}"
+    return f"{shlex.join(CXX)} cannot build with OpenMP (install it, or set CXX): {said}" if result.returncode else ""
+
+
 def why_missing(name):
     """Why a library is not built; empty if it is. nvcc needs the C++ compiler for its host code."""
     reasons = {
@@ -41,7 +56,9 @@ def why_missing(name):
         "no C++ compiler was found at build time (CXX, PATH)": not (CXX and shutil.which(CXX[0])),
         "no nvcc was found at build time (CUDA_HOME, PATH)": name == "cuda" and not NVCC,
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    if reason := next((reason for reason, holds in reasons.items() if holds), ""):
+        return reason
+    return why_no_openmp() if MODE == "auto" and name == "cpu" else ""
 
 
 if MODE not in REQUIRED:
@@ -62,10 +79,9 @@ def write_notes(folder):
 
 def cpu_commands():
     """{object file: compiler command} in link order, and the linker's command."""
-    command = [*CXX, *CPU_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    probe = [*command, "-fsyntax-only", "-xc++", "-include", "omp.h", os.devnull]
-    if (result := subprocess.run(probe, text=True, stderr=subprocess.PIPE)).returncode:
-        sys.exit(f"{shlex.join(CXX)} cannot build with OpenMP (install it, or set CXX):\n{result.stderr}")
+    if reason := why_no_openmp():
+        sys.exit(reason)
+    command = cpu_command()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     objects = {file.stem: [str(file)] for file in SOURCES["cpu"] if file.stem != "kernels"}
     # Baseline first: of an inline function that several objects hold, the linker keeps the first copy.

@@ -197,12 +197,34 @@ def test_a_compile_error_is_never_skipped(project):
     assert "broken.cpp:1" in project.run_bad(*WHEEL, FASTPCGRAD_BUILD="auto")
 
 
-def test_a_compiler_without_openmp_is_an_error_that_says_so(project):
+def without_openmp(project):
     compiler = project.folder / "compiler"
     compiler.write_text("#!/bin/sh\necho \"unsupported option '-fopenmp'\" >&2\nexit 1\n")
     compiler.chmod(0o755)
-    said = project.run_bad(*WHEEL, CXX=str(compiler), FASTPCGRAD_BUILD="auto")
+    return str(compiler)
+
+
+def test_a_compiler_without_openmp_leaves_the_library_out_and_the_package_says_so(project):
+    compiler = without_openmp(project)
+    wheel = project.wheel("--no-build-isolation", CXX=compiler, FASTPCGRAD_BUILD="auto")
+    assert {"libfastpcgrad_cpu.missing"} == {name for name in native_files(wheel) if "cpu" in name}
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(project.folder / "unpacked")
+    _, error = _native._open(project.folder / "unpacked" / "fastpcgrad" / "libfastpcgrad_cpu.so")
+    assert f"{compiler} cannot build with OpenMP" in error and "unsupported option '-fopenmp'" in error
+
+
+def test_a_compiler_without_openmp_is_an_error_where_the_library_was_asked_for(project):
+    compiler = without_openmp(project)
+    said = project.run_bad(*WHEEL, CXX=compiler, FASTPCGRAD_BUILD="cpu")
     assert f"{compiler} cannot build with OpenMP" in said and "unsupported option '-fopenmp'" in said
+
+
+@needs_compiler
+def test_headers_of_openmp_without_its_library_are_not_enough(project):
+    """As where libgomp is not installed beside the compiler: it compiles, and cannot link."""
+    wheel = project.wheel("--no-build-isolation", CXXFLAGS="-L/nowhere -lno_such_openmp", FASTPCGRAD_BUILD="auto")
+    assert "libfastpcgrad_cpu.missing" in native_files(wheel)
 
 
 @needs_compiler
