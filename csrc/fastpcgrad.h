@@ -17,7 +17,7 @@
 
 #include <stdint.h>
 
-#define FPG_ABI_VERSION 4
+#define FPG_ABI_VERSION 5
 #define FPG_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -71,6 +71,9 @@ FPG_EXPORT int fpg_cpu_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t
  * all. `gram` is [problems, T, T]. */
 FPG_EXPORT int fpg_cpu_gram_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks,
                                    int dtype, const int64_t* problem_of, int64_t problems, double* gram, int threads);
+
+/* The most bytes that the entry points for blocks take for as long as they run, of blocks with such widths. */
+FPG_EXPORT int64_t fpg_cpu_workspace_blocks(const int64_t* widths, int64_t blocks, int64_t tasks, int threads);
 
 /* out[b] = weights[weights_of[b]] J_b for each block; a null `weights_of` means 0 for all. `weights` is [count, T].
  * out[b] may be one of the block's rows. */
