@@ -179,10 +179,12 @@ FPG_EXPORT int fpg_cuda_gradvac(const double* gram, const int64_t* places, int64
 /* As the entry points of the CPU library. `rows`, `widths`, `problem_of`, `weights_of` and `out` lie in the host's
  * memory and are done with when the call returns; what they point to, and all else, on the device. A captured call
  * replays with the same pointers. Bytes of `workspace`, aligned to 8, come from fpg_cuda_workspace_blocks, with the
- * widths of all blocks and problems = count for combine, 1 for pcgrad. A row that is null takes part in nothing,
+ * widths of all blocks and problems = 1 for pcgrad; of combine, from fpg_cuda_combine_workspace_blocks. The former grow
+ * with T^2 for each block: the caller bounds how many blocks a call has. A row that is null takes part in nothing,
  * whatever the others and its weight hold; blocks without a row are left out. */
 FPG_EXPORT int64_t fpg_cuda_workspace_blocks(const int64_t* widths, int64_t blocks, int64_t tasks, int dtype,
                                              int64_t problems);
+FPG_EXPORT int64_t fpg_cuda_combine_workspace_blocks(int64_t blocks, int64_t tasks, int64_t count);
 FPG_EXPORT int fpg_cuda_gram_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks,
                                     int dtype, const int64_t* problem_of, int64_t problems, double* gram,
                                     void* workspace, void* stream);
