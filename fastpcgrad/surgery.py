@@ -206,6 +206,7 @@ class GradientSurgery:
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,
+                problems=len(parameters if self.method.scope == "parameter" else set(self._problems or [0])),
             )
         plan.warn()
         return plan
