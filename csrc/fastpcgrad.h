@@ -17,7 +17,7 @@
 
 #include <stdint.h>
 
-#define FPG_ABI_VERSION 4
+#define FPG_ABI_VERSION 5
 #define FPG_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -71,6 +71,9 @@ FPG_EXPORT int fpg_cpu_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t
  * all. `gram` is [problems, T, T]. */
 FPG_EXPORT int fpg_cpu_gram_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks,
                                    int dtype, const int64_t* problem_of, int64_t problems, double* gram, int threads);
+
+/* The most bytes that the entry points for blocks take for as long as they run, of blocks with such widths. */
+FPG_EXPORT int64_t fpg_cpu_workspace_blocks(const int64_t* widths, int64_t blocks, int64_t tasks, int threads);
 
 /* out[b] = weights[weights_of[b]] J_b for each block; a null `weights_of` means 0 for all. `weights` is [count, T].
  * out[b] may be one of the block's rows. */
@@ -176,10 +179,12 @@ FPG_EXPORT int fpg_cuda_gradvac(const double* gram, const int64_t* places, int64
 /* As the entry points of the CPU library. `rows`, `widths`, `problem_of`, `weights_of` and `out` lie in the host's
  * memory and are done with when the call returns; what they point to, and all else, on the device. A captured call
  * replays with the same pointers. Bytes of `workspace`, aligned to 8, come from fpg_cuda_workspace_blocks, with the
- * widths of all blocks and problems = count for combine, 1 for pcgrad. A row that is null takes part in nothing,
+ * widths of all blocks and problems = 1 for pcgrad; of combine, from fpg_cuda_combine_workspace_blocks. The former grow
+ * with T^2 for each block: the caller bounds how many blocks a call has. A row that is null takes part in nothing,
  * whatever the others and its weight hold; blocks without a row are left out. */
 FPG_EXPORT int64_t fpg_cuda_workspace_blocks(const int64_t* widths, int64_t blocks, int64_t tasks, int dtype,
                                              int64_t problems);
+FPG_EXPORT int64_t fpg_cuda_combine_workspace_blocks(int64_t blocks, int64_t tasks, int64_t count);
 FPG_EXPORT int fpg_cuda_gram_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks,
                                     int dtype, const int64_t* problem_of, int64_t problems, double* gram,
                                     void* workspace, void* stream);

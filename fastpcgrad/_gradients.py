@@ -14,6 +14,11 @@ def gradient_dtype(parameter: Tensor) -> torch.dtype:
     return chosen or parameter.dtype
 
 
+def gradient_nbytes(parameter: Tensor) -> int:
+    """Bytes of its gradient."""
+    return parameter.numel() * gradient_dtype(parameter).itemsize
+
+
 def dense(grad: Tensor) -> Tensor:
     """Strided and outside of any graph (``create_graph=True`` gives gradients with a graph of their own)."""
     grad = grad.detach() if grad.requires_grad else grad

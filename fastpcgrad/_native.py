@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch  # first: a library loaded after torch shares its OpenMP runtime, and so its one thread pool
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LibraryName = Literal["cpu", "cuda"]
 
 

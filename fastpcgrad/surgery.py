@@ -228,8 +228,8 @@ class GradientSurgery:
             >>> surgery.memory_plan().device.rows
             16016000
         """
-        capture = self._resolve().capture
-        parameters, rows = capture.parameters, capture.rows
+        layout = self._resolve()
+        parameters, rows = _as_real(layout.capture.parameters), layout.capture.rows
         moved = rows if isinstance(rows, MovedGradients) else None
         if two_phase:
             plan = plan_two_phase(self.num_tasks, parameters)
@@ -241,6 +241,7 @@ class GradientSurgery:
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,
+                problems=len(parameters if self.method.scope == "parameter" else set(layout.problems or [0])),
             )
         plan.warn()
         return plan
@@ -372,7 +373,7 @@ class GradientSurgery:
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
-        real = [as_real(p.detach()) if p.is_complex() else p for p in parameters]
+        real = _as_real(parameters)
         plain = TaskGradients(real, self.row_dtype)
         copies = host_rows.copies_for(plain.device, self.row_device)
         sums = self.accumulate_dtype
@@ -513,6 +514,11 @@ class _Task(_Stay):
                 self._capture.close()
         finally:
             super().__exit__(kind, error, trace)
+
+
+def _as_real(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """With the shapes, strides and dtypes that their rows have."""
+    return [as_real(p.detach()) if p.is_complex() else p for p in parameters]
 
 
 def _kinds(found: Sequence[Tensor]) -> Sequence[tuple[Any, ...] | None]:

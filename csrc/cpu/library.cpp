@@ -1,16 +1,16 @@
 // The C ABI of the CPU library: plans the chunks, spreads them over threads, reduces in fixed order.
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
-
-#include <omp.h>
 
 #include "../fastpcgrad.h"
 #include "../surgery_core.h"
 #include "kernels.h"
+#include "rows.h"
+#include "threads.h"
 
 namespace fpg {
 namespace {
@@ -31,165 +31,53 @@ const Kernels* best_kernels() {
 
 const Kernels* kernels = best_kernels();
 
-// Columns whose rows each lie in one piece. Rows that are all zero are left out.
-struct Block {
-  const void* const* rows;  // of the tasks that are there
-  const int64_t* tasks;     // which those are, ascending
-  int64_t count;
-  int64_t width;
-  int64_t problem;  // the matrix that it counts for, -1: none; the weights that it is combined with
-  void* out;
-};
-
-// J as blocks, whichever way it came.
-class Rows {
- public:
-  Rows(int64_t tasks, int dtype, int64_t problems) : tasks_(tasks), dtype_(dtype), problems_(problems) {}
-
-  static Rows packed(const void* data, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
-                     const int64_t* offsets, int64_t segments, void* out = nullptr) {
-    Rows rows(tasks, dtype, segments);
-    if (!rows.valid() || width < 0) return rows;
-    rows.reserve(segments);
-    const int64_t size = kRowBytes[dtype];
-    for (int64_t s = 0; s < segments; ++s) {
-      const int64_t first = offsets ? offsets[s] : 0, last = offsets ? offsets[s + 1] : width;
-      for (int64_t t = 0; t < tasks; ++t) {
-        rows.add_row(t, static_cast<const char*>(data) + (t * row_stride + first) * size);
-      }
-      rows.end_block(last - first, s, out ? static_cast<char*>(out) + first * size : nullptr);
-    }
-    return rows;
-  }
-
-  static Rows in_blocks(const void* const* pointers, const int64_t* widths, int64_t blocks, int64_t tasks, int dtype,
-                        const int64_t* problem_of, int64_t problems, void* const* out = nullptr) {
-    Rows rows(tasks, dtype, problems);
-    if (!rows.valid() || blocks < 0) return rows;
-    rows.reserve(blocks);
-    for (int64_t b = 0; b < blocks; ++b) {
-      for (int64_t t = 0; t < tasks; ++t) {
-        if (pointers[t * blocks + b]) rows.add_row(t, pointers[t * blocks + b]);
-      }
-      rows.end_block(widths[b], problem_of ? problem_of[b] : 0, out ? out[b] : nullptr);
-    }
-    return rows;
-  }
-
-  bool valid() const { return dtype_ >= 0 && dtype_ < kRowTypes && tasks_ > 0 && problems_ >= 0; }
-  int64_t tasks() const { return tasks_; }
-  int64_t pairs() const { return tasks_ * (tasks_ + 1) / 2; }
-  int dtype() const { return dtype_; }
-  int64_t row_bytes() const { return kRowBytes[dtype_]; }
-  int64_t problems() const { return problems_; }
-  int64_t width() const { return width_; }
-  const std::vector<Block>& blocks() const { return blocks_; }
-
- private:
-  static constexpr int64_t kRowBytes[kRowTypes] = {4, 2, 2, 8};  // in the order of fpg_dtype
-
-  // Blocks point into these vectors, which must not move any more.
-  void reserve(int64_t blocks) {
-    pointers_.reserve(static_cast<size_t>(blocks * tasks_));
-    present_.reserve(static_cast<size_t>(blocks * tasks_));
-    blocks_.reserve(static_cast<size_t>(blocks));
-  }
-  void add_row(int64_t t, const void* row) {
-    pointers_.push_back(row);
-    present_.push_back(t);
-  }
-  void end_block(int64_t width, int64_t problem, void* out) {
-    const size_t count = pointers_.size() - begun_;
-    blocks_.push_back(
-        {pointers_.data() + begun_, present_.data() + begun_, static_cast<int64_t>(count), width, problem, out});
-    begun_ += count;
-    width_ += width;
-  }
-
-  int64_t tasks_;
-  int dtype_;
-  int64_t problems_;
-  int64_t width_ = 0;
-  size_t begun_ = 0;
-  std::vector<const void*> pointers_;
-  std::vector<int64_t> present_;
-  std::vector<Block> blocks_;
-};
-
-struct Piece {
-  const Block* block;
-  Chunk chunk;
-};
-
-// Chunks depend on the problem alone, never on the threads: so does the order of every sum.
-constexpr int64_t kMinChunk = 1 << 14;  // columns
-constexpr int64_t kChunkQuantum = 1024;
 constexpr int64_t kWorkForThreads = 1 << 15;  // elements of J below which a second thread costs more than it gives
 
-int64_t chunk_columns(const Rows& rows) {
-  const int64_t chunks = rows.tasks() <= 32 ? 256 : 64;  // bounds the memory of the partial sums
-  const int64_t columns = (rows.width() + chunks - 1) / chunks;
-  const int64_t rounded = (columns + kChunkQuantum - 1) / kChunkQuantum * kChunkQuantum;
-  return rounded < kMinChunk ? kMinChunk : rounded;
-}
-
-std::vector<Piece> plan(const Rows& rows) {
-  const int64_t columns = chunk_columns(rows);
-  std::vector<Piece> pieces;
-  for (const Block& block : rows.blocks()) {
-    for (int64_t a = 0; a < block.width; a += columns) {
-      pieces.push_back({&block, {a, a + columns < block.width ? a + columns : block.width}});
-    }
-  }
-  return pieces;
-}
-
-int threads_for(const Rows& rows, int64_t pieces, int threads) {
-  if (rows.tasks() * rows.width() < kWorkForThreads) return 1;
+int threads_for(int64_t tasks, int64_t width, int64_t pieces, int threads) {
+  if (tasks * width < kWorkForThreads) return 1;
   return static_cast<int>(pieces < threads ? pieces : threads);
 }
-
-struct FreeAligned {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Scratch = std::unique_ptr<void, FreeAligned>;
-
-Scratch scratch(int64_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
-  return Scratch(memory);
+int threads_for(const Rows& rows, const std::vector<Piece>& pieces, int threads) {
+  return threads_for(rows.tasks(), rows.width(), static_cast<int64_t>(pieces.size()), threads);
 }
 
-// Runs body(k, memory of this thread) for k = 0..count-1, backwards if asked.
-template <class Body>
-void for_each_piece(int64_t count, int threads, int64_t scratch_bytes, bool backwards, Body body) {
-  // Each thread's memory is taken before the parallel region, which no exception may leave.
-  const int64_t stride = (scratch_bytes + 63) / 64 * 64;
-  const Scratch memory = scratch(stride * threads + 64);
-  if (threads <= 1) {
-    for (int64_t k = 0; k < count; ++k) body(backwards ? count - 1 - k : k, memory.get());
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    void* own = static_cast<char*>(memory.get()) + stride * omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t k = 0; k < count; ++k) body(backwards ? count - 1 - k : k, own);
+// Pieces come in waves: their partial sums are made by all threads, and added by one in the order of the pieces. So the
+// memory does not grow with the pieces, of which each parameter has one at least, and no bit depends on the waves. In
+// nearly all cases there is one; where there are more, a thread should have several pieces of each, for it waits for
+// the others at the end.
+constexpr int64_t kPartialSums = 1 << 20;  // numbers
+constexpr int64_t kPiecesOfThread = 8;
+
+int64_t pieces_of_wave(int64_t tasks, int64_t pieces, int threads) {
+  const int64_t most = std::max(kPartialSums / pairs_of(tasks), kPiecesOfThread * threads);
+  return std::min(most, pieces);
+}
+
+// Adds a piece's triangle, which spans the tasks of its block, to the lower triangle of its problem's matrix.
+void add_piece(const Block& block, const double* partial, int64_t tasks, double* gram) {
+  if (block.problem < 0) return;  // it was not computed
+  double* matrix = gram + block.problem * tasks * tasks;
+  for (int64_t i = 0; i < block.count; ++i) {
+    for (int64_t j = 0; j <= i; ++j) matrix[block.tasks[i] * tasks + block.tasks[j]] += *partial++;
   }
 }
 
-// Adds the pieces' triangles, each of which spans the tasks of its block, in the order of the pieces.
-void reduce(const std::vector<Piece>& pieces, const std::vector<double>& partial, const Rows& rows, double* gram) {
-  const int64_t tasks = rows.tasks();
+void gram_pass(const Rows& rows, const std::vector<Piece>& pieces, bool wide, double* gram, int thread_count) {
+  const int64_t tasks = rows.tasks(), pairs = pairs_of(tasks), count = static_cast<int64_t>(pieces.size());
+  const int64_t wave = pieces_of_wave(tasks, count, thread_count);
+  const std::unique_ptr<double[]> partial(new double[static_cast<size_t>(wave * pairs)]);
+  const Threads threads(thread_count, kernels->gram_scratch(tasks));
+  const auto kernel = kernels->gram[rows.dtype()][wide];
   std::fill(gram, gram + rows.problems() * tasks * tasks, 0.0);
-  for (size_t k = 0; k < pieces.size(); ++k) {
-    const Block& block = *pieces[k].block;
-    if (block.problem < 0) continue;  // whose piece was not computed
-    double* matrix = gram + block.problem * tasks * tasks;
-    const double* next = partial.data() + k * static_cast<size_t>(rows.pairs());
-    for (int64_t i = 0; i < block.count; ++i) {
-      for (int64_t j = 0; j <= i; ++j) matrix[block.tasks[i] * tasks + block.tasks[j]] += *next++;
-    }
+  for (int64_t first = 0; first < count; first += wave) {
+    const Piece* of_wave = pieces.data() + first;
+    const int64_t there = std::min(wave, count - first);
+    for_each_piece(there, threads, false, [&](int64_t k, void* own) {
+      const Block& block = *of_wave[k].block;
+      if (block.problem < 0 || block.count == 0) return;
+      kernel(block.rows, block.count, of_wave[k].chunk, partial.get() + k * pairs, own);
+    });
+    for (int64_t k = 0; k < there; ++k) add_piece(*of_wave[k].block, partial.get() + k * pairs, tasks, gram);
   }
   for (int64_t s = 0; s < rows.problems(); ++s) {
     double* matrix = gram + s * tasks * tasks;
@@ -197,19 +85,6 @@ void reduce(const std::vector<Piece>& pieces, const std::vector<double>& partial
       for (int64_t j = 0; j < i; ++j) matrix[j * tasks + i] = matrix[i * tasks + j];
     }
   }
-}
-
-void gram_pass(const Rows& rows, const std::vector<Piece>& pieces, bool wide, double* gram, int threads) {
-  std::vector<double> partial(pieces.size() * static_cast<size_t>(rows.pairs()));
-  const auto kernel = kernels->gram[rows.dtype()][wide];
-  for_each_piece(static_cast<int64_t>(pieces.size()), threads, kernels->gram_scratch(rows.tasks()), false,
-                 [&](int64_t k, void* memory) {
-                   const Piece& piece = pieces[static_cast<size_t>(k)];
-                   if (piece.block->problem < 0 || piece.block->count == 0) return;
-                   kernel(piece.block->rows, piece.block->count, piece.chunk, partial.data() + k * rows.pairs(),
-                          memory);
-                 });
-  reduce(pieces, partial, rows, gram);
 }
 
 // Whether some row's squares may have left the range in which fp32 products are exact enough. A squared norm of zero
@@ -232,8 +107,18 @@ bool needs_wide(const Rows& rows, const double* gram) {
   return false;
 }
 
+// What gram takes besides its result, of rows in blocks.
+int64_t workspace(const int64_t* widths, int64_t blocks, int64_t tasks, int thread_count) {
+  const int64_t width = std::accumulate(widths, widths + blocks, int64_t{0});
+  const int64_t pieces = most_pieces(blocks, tasks, width);
+  const int used = threads_for(tasks, width, pieces, thread_count);
+  return Rows::bytes(blocks, tasks) + pieces * static_cast<int64_t>(sizeof(Piece)) +
+         pieces_of_wave(tasks, pieces, used) * pairs_of(tasks) * static_cast<int64_t>(sizeof(double)) +
+         Threads::bytes(used, kernels->gram_scratch(tasks));
+}
+
 void gram(const Rows& rows, const std::vector<Piece>& pieces, double* result, int threads) {
-  const int used = threads_for(rows, static_cast<int64_t>(pieces.size()), threads);
+  const int used = threads_for(rows, pieces, threads);
   gram_pass(rows, pieces, false, result, used);
   if (needs_wide(rows, result)) gram_pass(rows, pieces, true, result, used);
 }
@@ -271,9 +156,8 @@ void combine(const Rows& rows, const std::vector<Piece>& pieces, const double* w
   const bool wide = unsafe_weights(weights, count * tasks);
   const auto kernel = kernels->combine[rows.dtype()][wide];
   const bool large = rows.width() * rows.row_bytes() >= kStreamBytes;
-  const int used = threads_for(rows, static_cast<int64_t>(pieces.size()), threads);
-  const int64_t scratch_bytes = tasks * static_cast<int64_t>(sizeof(double));
-  for_each_piece(static_cast<int64_t>(pieces.size()), used, scratch_bytes, true, [&](int64_t k, void* memory) {
+  const Threads used(threads_for(rows, pieces, threads), tasks * static_cast<int64_t>(sizeof(double)));
+  for_each_piece(static_cast<int64_t>(pieces.size()), used, true, [&](int64_t k, void* memory) {
     const Piece& piece = pieces[static_cast<size_t>(k)];
     const Block& block = *piece.block;
     if (block.count == 0) return;
@@ -287,13 +171,12 @@ void mix(const Rows& rows, const std::vector<Piece>& pieces, const double* coeff
   const int64_t tasks = rows.tasks();
   const bool wide = unsafe_weights(coefficients, rows.problems() * tasks * tasks);
   const auto kernel = kernels->mix[rows.dtype()][wide];
-  const int used = threads_for(rows, static_cast<int64_t>(pieces.size()), threads);
-  for_each_piece(static_cast<int64_t>(pieces.size()), used, kernels->mix_scratch(tasks), true,
-                 [&](int64_t k, void* memory) {
-                   const Piece& piece = pieces[static_cast<size_t>(k)];
-                   kernel(const_cast<void* const*>(piece.block->rows), tasks, piece.chunk,
-                          coefficients + piece.block->problem * tasks * tasks, memory);
-                 });
+  const Threads used(threads_for(rows, pieces, threads), kernels->mix_scratch(tasks));
+  for_each_piece(static_cast<int64_t>(pieces.size()), used, true, [&](int64_t k, void* memory) {
+    const Piece& piece = pieces[static_cast<size_t>(k)];
+    kernel(const_cast<void* const*>(piece.block->rows), tasks, piece.chunk,
+           coefficients + piece.block->problem * tasks * tasks, memory);
+  });
 }
 
 // Of one block, whose pieces they are; sums [2, width].
@@ -301,9 +184,8 @@ void sign_sums(const Rows& rows, const double* weights, void* sums, int threads)
   const std::vector<Piece> pieces = plan(rows);
   const auto kernel = kernels->sign_sums[rows.dtype()];
   void* negative = static_cast<char*>(sums) + rows.width() * (rows.dtype() == FPG_F64 ? 8 : 4);
-  const int used = threads_for(rows, static_cast<int64_t>(pieces.size()), threads);
-  const int64_t scratch_bytes = rows.tasks() * static_cast<int64_t>(sizeof(double));
-  for_each_piece(static_cast<int64_t>(pieces.size()), used, scratch_bytes, false, [&](int64_t k, void* memory) {
+  const Threads used(threads_for(rows, pieces, threads), rows.tasks() * static_cast<int64_t>(sizeof(double)));
+  for_each_piece(static_cast<int64_t>(pieces.size()), used, false, [&](int64_t k, void* memory) {
     const Piece& piece = pieces[static_cast<size_t>(k)];
     double* own = static_cast<double*>(memory);
     for (int64_t i = 0; i < piece.block->count; ++i) own[i] = weights ? weights[piece.block->tasks[i]] : 1.0;
@@ -314,13 +196,11 @@ void sign_sums(const Rows& rows, const double* weights, void* sums, int threads)
 void trimmed_mean(const Rows& rows, SortingNetwork network, int64_t trim, int threads) {
   const std::vector<Piece> pieces = plan(rows);
   const auto kernel = kernels->trimmed_mean[rows.dtype()];
-  const int used = threads_for(rows, static_cast<int64_t>(pieces.size()), threads);
-  for_each_piece(static_cast<int64_t>(pieces.size()), used, kernels->trimmed_mean_scratch(rows.tasks()), false,
-                 [&](int64_t k, void* memory) {
-                   const Piece& piece = pieces[static_cast<size_t>(k)];
-                   kernel(piece.block->rows, piece.block->count, rows.tasks(), piece.chunk, network, trim,
-                          piece.block->out, memory);
-                 });
+  const Threads used(threads_for(rows, pieces, threads), kernels->trimmed_mean_scratch(rows.tasks()));
+  for_each_piece(static_cast<int64_t>(pieces.size()), used, false, [&](int64_t k, void* memory) {
+    const Piece& piece = pieces[static_cast<size_t>(k)];
+    kernel(piece.block->rows, piece.block->count, rows.tasks(), piece.chunk, network, trim, piece.block->out, memory);
+  });
 }
 
 // The surgery of `rows`: merged to their `out`, or mixed in place.
@@ -391,6 +271,10 @@ int fpg_cpu_gram_blocks(const void* const* rows, const int64_t* widths, int64_t 
                         const int64_t* problem_of, int64_t problems, double* gram, int threads) {
   return fpg::guarded([&] { return Rows::in_blocks(rows, widths, blocks, tasks, dtype, problem_of, problems); },
                       [&](const Rows& found) { fpg::gram(found, fpg::plan(found), gram, threads); });
+}
+
+int64_t fpg_cpu_workspace_blocks(const int64_t* widths, int64_t blocks, int64_t tasks, int threads) {
+  return tasks > 0 ? fpg::workspace(widths, blocks, tasks, threads) : 0;
 }
 
 int fpg_cpu_pcgrad_coefficients(const double* gram, int64_t tasks, int64_t segments, const int64_t* order,

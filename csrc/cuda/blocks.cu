@@ -42,6 +42,10 @@ int upload(const Device& device, const std::vector<uint64_t>& words, void* to, v
 
 }  // namespace fpg
 
+int64_t fpg_cuda_combine_workspace_blocks(int64_t blocks, int64_t tasks, int64_t count) {
+  return fpg::BlockTable::number_of_words(blocks, tasks, count) * static_cast<int64_t>(sizeof(uint64_t));
+}
+
 int64_t fpg_cuda_workspace_blocks(const int64_t* widths, int64_t blocks, int64_t tasks, int dtype, int64_t problems) {
   const fpg::GivenBlocks given = {nullptr, widths, blocks, tasks, dtype, nullptr, problems, nullptr};
   if (!given.valid()) return 0;

@@ -25,6 +25,7 @@ _ARGUMENTS = {
     "fpg_cpu_gram_blocks": (*BLOCKS, POINTER, I64, POINTER, INT),
     "fpg_cpu_combine_blocks": (*BLOCKS, POINTER, I64, POINTER, POINTER, INT),
     "fpg_cpu_pcgrad_blocks": (*BLOCKS, POINTER, INT, F64, F64, F64, POINTER, POINTER, POINTER, POINTER, INT),
+    "fpg_cpu_workspace_blocks": (POINTER, I64, I64, INT),
     "fpg_cpu_sign_sums": (POINTER, I64, I64, INT, POINTER, POINTER, INT),
     "fpg_cpu_trimmed_mean": (POINTER, I64, I64, INT, POINTER, I64, I64, POINTER, INT),
     "fpg_cpu_method_weights": (INT, POINTER, I64, I64, POINTER, POINTER, POINTER, INT),
@@ -43,6 +44,7 @@ def _load() -> ctypes.CDLL | None:
         for name, arguments in _ARGUMENTS.items():
             getattr(library, name).argtypes = arguments
         library.fpg_cpu_isa.restype = ctypes.c_char_p
+        library.fpg_cpu_workspace_blocks.restype = I64
     return library
 
 
@@ -207,6 +209,13 @@ def pcgrad_blocks(
         abi.places(out),
     )
     return lambda: abi.read_figures(torch.frombuffer(result, dtype=torch.float64).view(-1, tasks))
+
+
+def workspace_nbytes(tasks: int, widths: Sequence[int], dtype: torch.dtype, problems: int) -> int:
+    """What the library takes, and the tables that it is given: addresses of the rows and of results, problems."""
+    numbers = abi.indices(widths)
+    size = _entry("fpg_cpu_workspace_blocks")(abi.address(numbers), len(widths), tasks, torch.get_num_threads())
+    return int(size) + 8 * (tasks + 2) * len(widths)
 
 
 def sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, sums: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import _native, _ops
 from . import abi, eager
 from .abi import BLOCKS, DTYPES, F64, I64, INT, POINTER, ROWS, SOLVE
+from .stacked import combine_projected
 
 _ARGUMENTS = {
     "fpg_cuda_gram": (*ROWS, POINTER, POINTER, POINTER),
@@ -33,12 +34,14 @@ _ARGUMENTS = {
     "fpg_cuda_combine_blocks": (*BLOCKS, POINTER, I64, *[POINTER] * 4),
     "fpg_cuda_pcgrad_blocks": (*BLOCKS, POINTER, INT, F64, F64, F64, *[POINTER] * 6),
     "fpg_cuda_workspace_blocks": (POINTER, I64, I64, INT, I64),
+    "fpg_cuda_combine_workspace_blocks": (I64, I64, I64),
     "fpg_cuda_error": (INT,),
     "fpg_cuda_probe": (),
 }
 _RESULTS: dict[str, Any] = {
     "fpg_cuda_workspace": I64,
     "fpg_cuda_workspace_blocks": I64,
+    "fpg_cuda_combine_workspace_blocks": I64,
     "fpg_cuda_method_workspace": I64,
     "fpg_cuda_error": ctypes.c_char_p,
 }
@@ -48,6 +51,9 @@ _LARGEST_SOLVED = 64
 """Tasks of a method's problem that one warp solves; each of its answers has T×T scratch memory twice."""
 LARGEST_TASKS = 256
 """More rows than the kernels' shared memory holds: such a J goes to the eager backend."""
+
+_PARTIALS_NBYTES = 64 << 20
+"""Of partial Gram matrices, of which each block has one at least: more blocks come in groups, one after the other."""
 
 AUTOMATIC, ONE_LAUNCH, SEVERAL_LAUNCHES = 0, 1, 2
 launches = AUTOMATIC
@@ -279,8 +285,37 @@ def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems:
     tasks = len(blocks.tensors)
     if tasks > LARGEST_TASKS:
         return eager.gram_blocks(blocks, problem_of, problems)
+    most = _blocks_of_group(tasks)
+    if len(blocks.widths) <= most:
+        return _gram_blocks(blocks, problem_of, problems)
+    result = torch.zeros((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
+    for first in range(0, len(blocks.widths), most):
+        chosen = slice(first, first + most)
+        owners = [0] * len(blocks.widths[chosen]) if problem_of is None else problem_of[chosen]
+        lowest, highest = min((p for p in owners if p >= 0), default=0), max(owners)
+        if highest >= 0:
+            own = [max(p - lowest, -1) for p in owners]
+            result[lowest : highest + 1] += _gram_blocks(_group(blocks, chosen), own, highest + 1 - lowest)
+    return result
+
+
+def _blocks_of_group(tasks: int) -> int:
+    return max(1, _PARTIALS_NBYTES // (4 * tasks * (tasks + 1)))
+
+
+def _group(blocks: _ops.Blocks, chosen: slice) -> _ops.Blocks:
+    return blocks._replace(
+        tensors=[row[chosen] for row in blocks.tensors],
+        pointers=[row[chosen] for row in blocks.pointers],
+        widths=blocks.widths[chosen],
+    )
+
+
+def _gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+    tasks = len(blocks.tensors)
     result = torch.empty((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
-    owners, workspace = abi.indices(problem_of), _workspace_blocks(blocks, problems)
+    owners = abi.indices(problem_of)
+    workspace = _workspace(_workspace_blocks_nbytes(tasks, blocks.widths, blocks.dtype, problems), blocks.device)
     _call(
         "fpg_cuda_gram_blocks",
         blocks.device,
@@ -299,7 +334,8 @@ def combine_blocks(
     if len(blocks.tensors) > LARGEST_TASKS:
         return eager.combine_blocks(blocks, weights, weights_of, out)
     weights, count, owners = weights.contiguous(), weights.shape[0], abi.indices(weights_of)
-    workspace = _workspace_blocks(blocks, count)
+    nbytes = _combine_workspace_nbytes(len(blocks.tensors), len(blocks.widths), count)
+    workspace = _workspace(nbytes, blocks.device)
     _call(
         "fpg_cuda_combine_blocks",
         blocks.device,
@@ -325,10 +361,14 @@ def pcgrad_blocks(
     tasks = len(blocks.tensors)
     if tasks > LARGEST_TASKS:
         return eager.pcgrad_blocks(blocks, order, self_projection, eps, min_squared_norm, scale, out)
+    if len(blocks.widths) > _blocks_of_group(tasks):
+        gram = gram_blocks(blocks, None, 1)[0]
+        coefficients = pcgrad_coefficients(gram, order, self_projection, eps, min_squared_norm)
+        return combine_projected(combine_blocks, blocks, gram, coefficients, scale, out)
     order = order.contiguous()
     # Apart from the workspace, which they would keep in memory.
     figures = torch.empty((2 * tasks + 1, tasks), dtype=torch.float64, device=blocks.device)
-    workspace = _workspace_blocks(blocks, 1)
+    workspace = _workspace(_workspace_blocks_nbytes(tasks, blocks.widths, blocks.dtype, 1), blocks.device)
     _call(
         "fpg_cuda_pcgrad_blocks",
         blocks.device,
@@ -345,12 +385,24 @@ def pcgrad_blocks(
     return lambda: abi.read_figures(figures)
 
 
-def _workspace_blocks(blocks: _ops.Blocks, problems: int) -> Tensor:
-    widths = blocks.widths
-    size = _entry("fpg_cuda_workspace_blocks")(
-        abi.address(widths), len(widths), len(blocks.tensors), DTYPES[blocks.dtype], problems
-    )
-    return _workspace(size, blocks.device)
+def _workspace_blocks_nbytes(tasks: int, widths: array[int], dtype: torch.dtype, problems: int) -> int:
+    size = _entry("fpg_cuda_workspace_blocks")(abi.address(widths), len(widths), tasks, DTYPES[dtype], problems)
+    return int(size)
+
+
+def _combine_workspace_nbytes(tasks: int, blocks: int, count: int) -> int:
+    return int(_entry("fpg_cuda_combine_workspace_blocks")(blocks, tasks, count))
+
+
+def workspace_nbytes(tasks: int, widths: Sequence[int], dtype: torch.dtype, problems: int) -> int:
+    """What gram takes of the largest group, and its result where there are several; or combine's tables of all."""
+    if tasks > LARGEST_TASKS:
+        return eager.workspace_nbytes(tasks, widths, dtype, problems)
+    most, numbers = _blocks_of_group(tasks), array("q", widths)
+    groups = [numbers[first : first + most] for first in range(0, len(numbers), most)]
+    largest = max((_workspace_blocks_nbytes(tasks, group, dtype, problems) for group in groups), default=0)
+    result = 8 * problems * tasks * tasks if len(groups) > 1 else 0
+    return max(largest + result, _combine_workspace_nbytes(tasks, len(numbers), 2 * problems + 1))
 
 
 sign_sums, trimmed_mean = eager.sign_sums, eager.trimmed_mean

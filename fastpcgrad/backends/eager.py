@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from .. import _ops
 from .sorting_network import sorting_network
-from .stacked import Stacked
+from .stacked import Stacked, batch_columns
 
 _CHUNK = 1 << 16
 """Columns a step: bounds the float64 copies, and is fixed, so that the sums have one order."""
@@ -41,9 +41,13 @@ def _batched(matrix: Tensor, segments: Tensor | None) -> Tensor:
 def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     result = _ops.new_gram(grads, segments).zero_()
     for s, a, b in _chunks(grads, segments):
-        parts = pad(grads[:, a:b].double(), (0, -(b - a) % _PART)).unflatten(1, (-1, _PART)).movedim(1, 0)
-        _batched(result, segments)[s] += (parts @ parts.mT).sum(dim=0)
+        _batched(result, segments)[s] += _products(grads[:, a:b])
     return result.tril() + result.tril(-1).mT  # to the bit symmetric, which a matrix product need not be
+
+
+def _products(rows: Tensor) -> Tensor:
+    parts = pad(rows.double(), (0, -rows.shape[1] % _PART)).unflatten(1, (-1, _PART)).movedim(1, 0)
+    return (parts @ parts.mT).sum(dim=0)
 
 
 def pcgrad_coefficients(
@@ -149,6 +153,15 @@ def _trimmed_mean(columns: Tensor, trim: int, network: Sequence[tuple[int, int]]
         entries[low] = small
     merged = torch.stack(entries[trim : len(entries) - trim]).mean(dim=0)
     return merged.add_((columns * 0).sum(dim=0))  # zero, or NaN where an entry is not finite
+
+
+def workspace_nbytes(tasks: int, widths: Sequence[int], dtype: torch.dtype, problems: int) -> int:
+    """A batch of blocks with float64 copies of a step, one padded, or one and its products; or what a solve copies."""
+    columns = batch_columns(tasks, sum(widths), dtype)
+    parts, square = -(-min(columns, _CHUNK) // _PART), tasks * tasks
+    step = tasks * parts * _PART
+    passes = tasks * columns * dtype.itemsize + 8 * (step + max(step, (parts + 4) * square))
+    return max(passes, 8 * 5 * problems * square)
 
 
 _stacked = Stacked(gram, pcgrad_coefficients, combine)

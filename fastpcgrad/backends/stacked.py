@@ -6,6 +6,7 @@ Every pass packs anew, so that no more than one batch exists beside the gradient
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,22 @@ from torch import Tensor
 from .. import _ops
 
 _BATCH_BYTES = 64 << 20
+
+
+class _Part(NamedTuple):
+    """Columns of a block; a block of more than a batch holds has several."""
+
+    block: int
+    first: int
+    last: int
+
+    @property
+    def width(self) -> int:
+        return self.last - self.first
+
+    def of(self, tensor: Tensor | None) -> Tensor:
+        assert tensor is not None
+        return _ops.flat(tensor)[self.first : self.last]
 
 
 class Stacked:
@@ -26,10 +43,10 @@ class Stacked:
     def gram_blocks(self, blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
         tasks = len(blocks.tensors)
         result = torch.zeros((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
-        for problem, present, members in _batches(blocks, problem_of):
+        for problem, present, parts in _batches(blocks, problem_of):
             if problem < 0:
                 continue
-            found = self._gram(_pack(blocks, present, members), None)
+            found = self._gram(_pack(blocks, present, parts), None)
             if len(present) == tasks:
                 result[problem] += found
             else:  # the index goes to the device, which waits for it
@@ -40,12 +57,13 @@ class Stacked:
     def combine_blocks(
         self, blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
     ) -> None:
-        for problem, present, members in _batches(blocks, weights_of):
-            packed = _pack(blocks, present, members)
+        for problem, present, parts in _batches(blocks, weights_of):
+            packed = _pack(blocks, present, parts)
             chosen = weights[problem] if len(present) == len(blocks.tensors) else weights[problem, list(present)]
             self._combine(packed, chosen, None, packed[0])
-            pieces = packed[0].split([blocks.widths[b] for b in members])
-            torch._foreach_copy_([_ops.flat(_there(out[b])) for b in members], pieces)
+            merged = packed[0].split([part.width for part in parts])
+            torch._foreach_copy_([part.of(out[part.block]) for part in parts], merged)
+            del packed, merged  # before the next batch is packed
 
     def pcgrad_blocks(
         self,
@@ -59,38 +77,54 @@ class Stacked:
     ) -> _ops.Later:
         gram = self.gram_blocks(blocks, None, 1)[0]
         coefficients = self._pcgrad_coefficients(gram, order, self_projection, eps, min_squared_norm)
-        weights = scale * coefficients.sum(dim=0)
-        self.combine_blocks(blocks, weights[None], None, out)
-        return lambda: _ops.Figures(gram, weights, coefficients)
+        return combine_projected(self.combine_blocks, blocks, gram, coefficients, scale, out)
 
 
-def _batches(blocks: _ops.Blocks, problem_of: Sequence[int] | None) -> Iterator[tuple[int, tuple[int, ...], list[int]]]:
-    """(problem, the tasks that are there, blocks) of neighbours that go together; blocks of no task are left out."""
-    columns = _BATCH_BYTES // (len(blocks.tensors) * blocks.dtype.itemsize)
+def combine_projected(
+    combine_blocks: Callable[..., None],
+    blocks: _ops.Blocks,
+    gram: Tensor,
+    coefficients: Tensor,
+    scale: float,
+    out: Sequence[Tensor | None],
+) -> _ops.Later:
+    """The second half of a surgery: from C to the merged gradient."""
+    weights = scale * coefficients.sum(dim=0)
+    combine_blocks(blocks, weights[None], None, out)
+    return lambda: _ops.Figures(gram, weights, coefficients)
+
+
+def batch_columns(tasks: int, width: int, dtype: torch.dtype) -> int:
+    """Columns of the largest batch of J in blocks of ``width`` columns together; 1 at least."""
+    return max(1, min(width, _BATCH_BYTES // (tasks * dtype.itemsize)))
+
+
+def _batches(
+    blocks: _ops.Blocks, problem_of: Sequence[int] | None
+) -> Iterator[tuple[int, tuple[int, ...], list[_Part]]]:
+    """(problem, the tasks that are there, columns) of neighbours that go together; blocks of no task are left out."""
+    most = batch_columns(len(blocks.tensors), sum(blocks.widths), blocks.dtype)
     kind: tuple[int, tuple[int, ...]] = (0, ())
-    members: list[int] = []
+    parts: list[_Part] = []
+    width = 0
     for b, column in enumerate(zip(*blocks.tensors, strict=True)):
         present = tuple(t for t, row in enumerate(column) if row is not None)
         found = (problem_of[b] if problem_of is not None else 0, present)
-        full = sum(blocks.widths[m] for m in members) + blocks.widths[b] > columns
-        if members and (found != kind or full):
-            yield *kind, members
-            members = []
-        if present:
+        for first in range(0, blocks.widths[b] if present else 0, most):
+            part = _Part(b, first, min(first + most, blocks.widths[b]))
+            if parts and (found != kind or width + part.width > most):
+                yield *kind, parts
+                parts, width = [], 0
             kind = found
-            members.append(b)
-    if members:
-        yield *kind, members
+            parts.append(part)
+            width += part.width
+    if parts:
+        yield *kind, parts
 
 
-def _pack(blocks: _ops.Blocks, present: Sequence[int], members: Sequence[int]) -> Tensor:
-    widths = [blocks.widths[b] for b in members]
+def _pack(blocks: _ops.Blocks, present: Sequence[int], parts: Sequence[_Part]) -> Tensor:
+    widths = [part.width for part in parts]
     packed = torch.empty((len(present), sum(widths)), dtype=blocks.dtype, device=blocks.device)
     for row, t in zip(packed, present, strict=True):
-        torch._foreach_copy_(row.split(widths), [_ops.flat(_there(blocks.tensors[t][b])) for b in members])
+        torch._foreach_copy_(row.split(widths), [part.of(blocks.tensors[t][part.block]) for part in parts])
     return packed
-
-
-def _there(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor

@@ -312,14 +312,13 @@ def test_the_workspace_that_is_asked_for_is_enough(library, monkeypatch):
     """Fewer blocks can need more partial sums: slots are rounded. Nothing behind the workspace is written."""
     if library is None:
         pytest.skip("the memory checker looks for this on a GPU")
-    ask, taken = cuda._workspace_blocks, []
+    taken = []
 
-    def guarded(blocks, problems):
-        size = len(ask(blocks, problems))
-        taken.append(torch.full((size + 64,), 0xA5, dtype=torch.uint8))
-        return taken[-1][:size]
+    def guarded(nbytes, device):
+        taken.append(torch.full((nbytes + 64,), 0xA5, dtype=torch.uint8, device=device))
+        return taken[-1][:nbytes]
 
-    monkeypatch.setattr(cuda, "_workspace_blocks", guarded)
+    monkeypatch.setattr(cuda, "_workspace", guarded)
     for steps in range(5, 16):
         for extra in (0, 1, 3):
             problem = Scattered(3, torch.float32, (2048 * steps, *[1] * extra), absent=0.0)
@@ -329,6 +328,72 @@ def test_the_workspace_that_is_asked_for_is_enough(library, monkeypatch):
                 problem.blocks, torch.ones(3, 3, dtype=torch.float64), [0] * (1 + extra), problem.firsts()
             )
     assert all(bool((memory[-64:] == 0xA5).all()) for memory in taken)
+
+
+@pytest.fixture
+def in_groups(monkeypatch):
+    """Blocks come in groups of two; gives the bytes of each workspace that is taken."""
+    taken, take = [], cuda._workspace
+
+    def counted(nbytes, device):
+        taken.append(nbytes)
+        return take(nbytes, device)
+
+    monkeypatch.setattr(cuda, "_blocks_of_group", lambda tasks: 2)
+    monkeypatch.setattr(cuda, "_workspace", counted)
+    return taken
+
+
+@in_each_dtype
+@pytest.mark.parametrize("tasks", [3, 11])
+def test_blocks_in_groups_count_for_their_problem_only(in_groups, tasks, dtype):
+    for seed in range(3):
+        problem, draw = Scattered(tasks, dtype, seed=seed), random.Random(seed)
+        owners = [draw.randrange(-1, 4) for _ in WIDTHS]
+        owners[4:6] = [-1, -1]  # a group of no problem
+        found = cuda.gram_blocks(problem.blocks, owners, 5)
+        for number in range(5):
+            inside = [problem.columns(b) for b, owner in enumerate(owners) if owner == number]
+            exact = torch.cat([problem.rows[:, :0], *inside], dim=1)
+            assert gram_error(found[number], exact) <= cases.GRAM_TOLERANCE[dtype]
+    assert 0 < max(in_groups) <= cuda.workspace_nbytes(tasks, WIDTHS, dtype, 5)
+
+
+@in_each_dtype
+@pytest.mark.parametrize("tasks", [3, 11])
+def test_the_whole_surgery_of_blocks_in_groups(in_groups, tasks, dtype):
+    problem, order = Scattered(tasks, dtype, seed=tasks), random_order(tasks)
+    out = problem.firsts()
+    gram, weights, coefficients, _ = cuda.pcgrad_blocks(problem.blocks, order, True, 0.0, 0.0, 0.5, out)()
+    assert gram_error(gram, problem.rows) <= cases.GRAM_TOLERANCE[dtype]
+    exact = reference.coefficients(reference.gram(problem.rows), order.cpu(), True, 0.0, 0.0)
+    torch.testing.assert_close(coefficients.cpu(), exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights, 0.5 * coefficients.sum(dim=0))
+    assert_merged(problem, out, weights.cpu())
+    assert problem.nothing_around_is_touched()
+    assert len(in_groups) > 1 and max(in_groups) <= cuda.workspace_nbytes(tasks, WIDTHS, dtype, 1)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e18])
+def test_groups_hold_what_fp32_squares_do_not(in_groups, scale):
+    problem = Scattered(3, torch.float32, scale=scale)
+    assert gram_error(cuda.gram_blocks(problem.blocks, None, 1)[0], problem.rows) <= 1e-6
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_one_group_is_seen(in_groups, bad):
+    problem = Scattered(3, torch.float32, absent=0.0)
+    problem.blocks.tensors[1][6][100] = bad
+    gram = cuda.gram_blocks(problem.blocks, None, 1)[0]
+    assert not gram[1].isfinite().any() and gram[[0, 2]][:, [0, 2]].isfinite().all()
+
+
+def test_the_workspace_does_not_grow_with_the_blocks_but_for_their_tables():
+    """With 200 tasks the partial sums of a block take 157 KiB, the addresses of its rows 2."""
+    nbytes = [cuda.workspace_nbytes(200, [16] * blocks, torch.float32, 1) for blocks in (300, 1500, 15_000)]
+    assert nbytes[0] < nbytes[1] == nbytes[2] < 100 << 20
+    tables = 8 * (200 + 4) * 150_000
+    assert tables < cuda.workspace_nbytes(200, [16] * 150_000, torch.float32, 1) < tables + 1024
 
 
 @pytest.mark.parametrize("tasks", [8, 30, 64, 250])

@@ -90,6 +90,7 @@ def test_the_library_loads_and_answers_without_a_gpu(built):
     found = library.fpg_cuda_workspace_blocks(widths.buffer_info()[0], 2, 8, 0, 1)
     assert found == (978 + 2) * 36 * 8 + 8 * 4 + (2 * 12 + 3) * 8
     assert library.fpg_cuda_workspace_blocks(widths.buffer_info()[0], 2, 257, 0, 1) == 0
+    assert library.fpg_cuda_combine_workspace_blocks(2, 8, 1) == (2 * 12 + 3) * 8
     # UPGrad of 3 problems of 8 tasks: 24 warps with two matrices and 8 vectors each. There is no solver 99.
     assert library.fpg_cuda_method_workspace(4, 8, 3) == 24 * (2 * 64 + 8 * 8) * 8
     assert library.fpg_cuda_method_workspace(99, 8, 3) == -1

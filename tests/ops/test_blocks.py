@@ -1,13 +1,15 @@
 """Task gradients that lie where autograd put them: gram, combine and the whole surgery on blocks of columns."""
 
 import random
+from array import array
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from fastpcgrad import reference
-from fastpcgrad._ops import KERNELS
+from fastpcgrad._ops import KERNELS, Blocks
+from fastpcgrad.backends import stacked
 from fastpcgrad.task_gradients import TaskGradients
 from tests.ops import cases
 
@@ -165,3 +167,120 @@ def test_autograd_notices_what_is_written(backend):
     KERNELS["combine_blocks"](problem.blocks, torch.ones(1, 2, dtype=torch.float64), None, out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@on_all_backends
+def test_blocks_without_columns_have_a_gram_matrix_of_zeros(backend):
+    problem = scattered(0, torch.float32, tasks=3, shapes=((0,), (2, 0)), absent=0.0)
+    order, out = torch.arange(3).repeat(3, 1), places(problem.blocks)
+    assert not KERNELS["gram_blocks"](problem.blocks, [1, 0], 2).any()
+    gram, weights, *_ = KERNELS["pcgrad_blocks"](problem.blocks, order, False, 0.0, 0.0, 1.0, out)()
+    assert not gram.any() and weights.tolist() == [1.0] * 3
+
+
+PIECE = 1 << 14
+"""Columns of a block that the CPU library takes at a time, of a J of less than a million columns."""
+
+
+def one_piece(blocks, b, first):
+    """Some columns of a block, by themselves."""
+    tensors = [[None if row[b] is None else row[b].flatten()[first : first + PIECE]] for row in blocks.tensors]
+    pointers = [[0 if row is None else row.data_ptr() for row in task] for task in tensors]
+    width = min(PIECE, blocks.widths[b] - first)
+    return Blocks(tensors, pointers, array("q", [width]), blocks.dtype, blocks.device)
+
+
+def added_in_order(blocks, owners, problems):
+    """The matrices of single pieces, added one after the other."""
+    tasks = len(blocks.tensors)
+    grams = torch.zeros(problems, tasks, tasks, dtype=torch.float64)
+    for b, owner in enumerate(owners):
+        for first in range(0, blocks.widths[b], PIECE):
+            if owner >= 0:
+                grams[owner] += KERNELS["gram_blocks"](one_piece(blocks, b, first), None, 1)[0]
+    return grams
+
+
+def many_pieces(tasks, dtype, scale=1.0):
+    """More than have their partial sums at a time, and with 400 tasks another number of them for each thread."""
+    widths = [3] * 30 if tasks == 400 else [3] * 70 + [PIECE + 500] + [2, 0, 5] * 25
+    return scattered(tasks, dtype, tasks, [(width,) for width in widths], scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("backend", "tasks", "dtype", "scale"),
+    [
+        *((name, 150, torch.float32, 1.0) for name in EVERYWHERE[1:-1]),
+        *(("cpu", 150, dtype, 1.0) for dtype in cases.DTYPES[1:]),
+        # Squares that leave fp32's range: all products are made again.
+        ("cpu", 150, torch.float32, 1e-30),
+        ("cpu", 150, torch.bfloat16, 1e25),
+        ("cpu", 400, torch.float32, 1.0),
+    ],
+    indirect=["backend"],
+    ids=str,
+)
+def test_partial_sums_are_added_in_the_order_of_the_pieces(backend, tasks, dtype, scale, with_threads):
+    """To the bit, however many threads there are and however many pieces they make at a time."""
+    problem, draw = many_pieces(tasks, dtype, scale), random.Random(tasks)
+    owners = [draw.randrange(-1, 3) for _ in problem.blocks.widths]
+    expected = added_in_order(problem.blocks, owners, 3)
+    assert expected.isfinite().all() and expected[:, 0, 0].all()
+    for threads in (1, 2, 3):
+        found = with_threads(threads, lambda: KERNELS["gram_blocks"](problem.blocks, owners, 3))
+        assert torch.equal(found, expected), threads
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_a_surgery_of_many_pieces_adds_in_the_same_order(backend, with_threads):
+    problem, order = many_pieces(150, torch.float32), torch.arange(150).repeat(150, 1)
+    expected = added_in_order(problem.blocks, [0] * len(problem.blocks.widths), 1)[0]
+    for threads in (1, 2, 3):
+        out = [None if place is None else torch.empty_like(place) for place in places(problem.blocks)]
+        found = with_threads(
+            threads,
+            lambda out=out: KERNELS["pcgrad_blocks"](problem.blocks, order, False, 0.0, 0.0, 1.0, out)(),
+        )
+        assert torch.equal(found.gram, expected), threads
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("block", [0, 20, 140])
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_what_is_not_finite_in_one_of_many_pieces_stays_in_its_row_and_column(backend, block, bad):
+    problem = scattered(4, torch.float32, 150, [(3,)] * 150, absent=0.0)
+    problem.blocks.tensors[7][block][1] = bad
+    gram = KERNELS["gram_blocks"](problem.blocks, None, 1)[0]
+    others = [t for t in range(150) if t != 7]
+    assert not gram[7].isfinite().any() and gram[others][:, others].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*(("eager", dtype) for dtype in cases.DTYPES), ("triton", torch.float32)],
+    indirect=["backend"],
+    ids=str,
+)
+def test_blocks_are_packed_a_batch_at_a_time_and_those_of_more_columns_in_parts(backend, dtype, monkeypatch):
+    packed, pack = [], stacked._pack
+
+    def recorded(*arguments):
+        packed.append(pack(*arguments).nbytes)
+        return pack(*arguments)
+
+    monkeypatch.setattr(stacked, "_BATCH_BYTES", 4000)
+    monkeypatch.setattr(stacked, "_pack", recorded)
+    for seed in range(3 if backend == "eager" else 1):
+        problem, draw = scattered(seed, dtype, tasks=3), random.Random(seed)
+        owners = [draw.randrange(2) for _ in SHAPES]
+        grams = KERNELS["gram_blocks"](problem.blocks, owners, 2)
+        for number in range(2):
+            inside = [problem.rows[:, problem.columns(b)] for b, owner in enumerate(owners) if owner == number]
+            assert gram_error(grams[number], torch.cat(inside, dim=1)) <= cases.GRAM_TOLERANCE[dtype]
+        weights, out = torch.randn(2, 3, dtype=torch.float64), places(problem.blocks)
+        KERNELS["combine_blocks"](problem.blocks, weights, owners, out)
+        for b, merged in enumerate(out):
+            if merged is not None:
+                rows = problem.rows[:, problem.columns(b)]
+                assert cases.error(merged.flatten(), rows, weights[owners[b]]) <= cases.ROW_TOLERANCE[dtype]
+    assert 3000 < max(packed) <= 4000

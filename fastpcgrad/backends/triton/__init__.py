@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         pcgrad_,
         pcgrad_blocks,
         pcgrad_coefficients,
+        workspace_nbytes,
     )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "sign_sums",
     "trimmed_mean",
     "why_unavailable",
+    "workspace_nbytes",
 ]
 
 

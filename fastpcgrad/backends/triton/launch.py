@@ -7,6 +7,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..stacked import Stacked
+from ..stacked import Stacked, batch_columns
 from . import kernels
 
 _WARPS = 4
@@ -323,6 +324,14 @@ def pcgrad_(
     coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
     mix_(grads, coefficients, segments)
     return matrix, coefficients
+
+
+def workspace_nbytes(tasks: int, widths: Sequence[int], dtype: torch.dtype, problems: int) -> int:
+    """A batch of blocks, its partial Grams, and what they add up to with its flags."""
+    columns = batch_columns(tasks, sum(widths), dtype)
+    slots, _ = _shares(_Rows(tasks, columns, 0, 1, None, 1), gram_choice(tasks, dtype, 1, segmented=False))
+    pairs = tasks * (tasks + 1) // 2
+    return tasks * columns * dtype.itemsize + 8 * (slots * pairs + tasks * tasks) + 4 * tasks
 
 
 _stacked = Stacked(gram, pcgrad_coefficients, combine)
