@@ -10,7 +10,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from ._ops import Blocks
+from ._ops import Blocks, addresses
 from .functional import ROW_DTYPES
 
 _DTYPE = attrgetter("dtype")
@@ -72,7 +72,7 @@ class TaskGradients:
                 raise RuntimeError(f"task {task} was averaged for a merge that failed: call merge() or discard() first")
             del self._rows[task]
             self._stays[task] = self._stays.get(task, 1) + 1
-            places = [grad.data_ptr() for grad in row if grad is not None]
+            places = addresses([grad for grad in row if grad is not None])
             # Autograd will add in place, for each parameter by itself.
             return row if len(set(places)) == len(places) else _apart(row)
         if self._stays:
@@ -107,10 +107,10 @@ class TaskGradients:
         """
         tasks = self.tasks
         rows = [self._plain(self._rows[task]) for task in tasks]
-        pointers = [_pointers(row) for row in rows]
+        pointers = [addresses(row) for row in rows]
         if _coincide(pointers):
             rows = [_apart(row) for row in rows]
-            pointers = [_pointers(row) for row in rows]
+            pointers = [addresses(row) for row in rows]
             _check_apart(tasks, pointers)
         self._rows = dict(zip(tasks, rows, strict=True))
         return Blocks(rows, pointers, self.widths, self.dtype, self.device)
@@ -163,11 +163,6 @@ def dense(grad: Tensor) -> Tensor:
     return grad if grad.layout == torch.strided else grad.to_dense()
 
 
-def _pointers(row: Row) -> list[int]:
-    """Where each gradient lies; 0 for none."""
-    return [0 if grad is None else grad.data_ptr() for grad in row]
-
-
 def _coincide(pointers: Sequence[Sequence[int]]) -> bool:
     """Whether two gradients lie at the same place."""
     taken = list(filter(None, chain.from_iterable(pointers)))
@@ -190,12 +185,9 @@ def _apart(row: Row) -> Row:
     """A row whose parameters share a gradient (views of one tensor), with one for each."""
     seen: set[int] = {0}
     result: Row = []
-    for grad in row:
-        own = grad
-        if own is not None and own.numel() and own.data_ptr() in seen:
-            own = own.clone()
-        result.append(own)
-        seen.add(0 if own is None else own.data_ptr())
+    for grad, address in zip(row, addresses(row), strict=True):
+        result.append(grad.clone() if grad is not None and grad.numel() and address in seen else grad)
+        seen.add(address)
     return result
 
 
