@@ -1,6 +1,7 @@
-"""Every ``torch.ops.fastpcgrad`` schema, its fake and its autograd formula. No maths of the algorithms.
+"""Every ``torch.ops.fastpcgrad`` schema and its fake. No maths of the algorithms.
 
-Backends register their kernels on ``LIBRARY``; ``functional`` validates and calls the ops. ``grads`` is J
+Backends register their kernels on ``LIBRARY``, ``_derivatives`` what is differentiated; ``functional`` validates and
+calls the ops. ``grads`` is J
 ``[T, N]``; ``segments`` is None or int64 offsets ``[S + 1]`` on the same device, which cut the N columns into S
 ranges, each with a Gram matrix, weights or coefficients of its own.
 """
@@ -9,14 +10,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from functools import reduce
-from operator import or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set
-from torch._C._autograd import _profiler_enabled
+
+from ._modes import is_fake, is_watched
 
 LIBRARY = torch.library.Library("fastpcgrad", "DEF")
 
@@ -82,37 +81,25 @@ class Blocks(NamedTuple):
     device: torch.device
 
 
-_UNWATCHED = reduce(
-    or_,
-    (
-        DispatchKeySet(key).raw_repr()
-        for key in (
-            *(DispatchKey.CPU, DispatchKey.AutogradCPU, DispatchKey.AutocastCPU),
-            *(DispatchKey.CUDA, DispatchKey.AutogradCUDA, DispatchKey.AutocastCUDA),
-            *(DispatchKey.ADInplaceOrView, DispatchKey.BackendSelect),
-        )
-    ),
-)
-"""The dispatch keys of plain tensors outside of every mode."""
-
-_NO_TENSORS = {type(None), bool, float}
+def first_of(blocks: Blocks) -> Tensor | None:
+    """One of the rows, if there is any."""
+    for row in blocks.tensors:
+        for tensor in row:
+            if tensor is not None:
+                return tensor
+    return None
 
 
-def is_watched(arguments: Sequence[object]) -> bool:
-    """Whether a call concerns more than the kernel: autograd, a transform, a mode, a tracer, the profiler.
+def addresses(row: Sequence[Tensor | None]) -> list[int]:
+    """Where each begins, 0 for None; where no memory is behind them, a number that is another for other memory."""
+    first = next((tensor for tensor in row if tensor is not None), None)
+    if first is not None and is_fake(first):
+        return [0 if x is None else (x.untyped_storage()._cdata << 48) + x.storage_offset() for x in row]
+    return [0 if tensor is None else tensor.data_ptr() for tensor in row]
 
-    Or the dispatcher itself, where a tensor is no plain one on a CPU or a CUDA device.
-    """
-    keys = _dispatch_tls_local_include_set().raw_repr()
-    differentiated = torch.is_grad_enabled()
-    for argument in arguments:
-        if type(argument) is Tensor:
-            if differentiated and argument.requires_grad:
-                return True
-            keys |= _dispatch_keys(argument).raw_repr()
-        elif type(argument) not in _NO_TENSORS:
-            return True
-    return bool(keys & ~_UNWATCHED) or _profiler_enabled()
+
+def op_named(name: str) -> Any:
+    return getattr(torch.ops.fastpcgrad, name).default
 
 
 def _entry(name: str) -> Callable[..., Any]:
@@ -121,7 +108,7 @@ def _entry(name: str) -> Callable[..., Any]:
     The dispatcher takes as long as the rest of a small call: a second Python function where there is a derivative, and
     every result is wrapped anew.
     """
-    op = getattr(torch.ops.fastpcgrad, name).default
+    op = op_named(name)
 
     def call(*arguments: object) -> Any:
         if torch.compiler.is_compiling() or is_watched(arguments):
@@ -134,11 +121,10 @@ def _entry(name: str) -> Callable[..., Any]:
 gram = _entry("gram")
 pcgrad_coefficients = _entry("pcgrad_coefficients")
 combine = _entry("combine")
+combine_out = _entry("combine_out")
+mix_ = _entry("mix_")
 pcgrad = _entry("pcgrad")
 pcgrad_ = _entry("pcgrad_")
-# Without a derivative and a result the dispatcher costs no more than to look whether it is needed.
-combine_out = torch.ops.fastpcgrad.combine_out.default
-mix_ = torch.ops.fastpcgrad.mix_.default
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -232,51 +218,3 @@ def _(
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return new_figures(grads, segments)[:2]
-
-
-# The backward formulas are plain differentiable torch, so that second derivatives exist too.
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _owner_of_each_column(segments: Tensor, width: int) -> Tensor:
-    return torch.repeat_interleave(
-        torch.arange(segments.shape[0] - 1, device=segments.device), segments.diff(), output_size=width
-    )
-
-
-def _gram_backward(ctx: Any, grad_gram: Tensor) -> tuple[Tensor, None]:
-    """dJ = (dG + dGᵀ) J, for each segment."""
-    grads, segments = ctx.saved_tensors
-    symmetric = (grad_gram + grad_gram.mT).to(grads.dtype)
-    if segments is None:
-        return symmetric @ grads, None
-    pieces = grads.split(segments.diff().tolist(), dim=1)
-    return torch.cat([s @ piece for s, piece in zip(symmetric, pieces, strict=True)], dim=1), None
-
-
-def _combine_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
-    """dJ = w ⊗ dg and dw = J dg, for each segment."""
-    grads, weights, segments = ctx.saved_tensors
-    scaled = weights.to(grads.dtype)
-    if segments is None:
-        return scaled[:, None] * grad_out, grads.to(weights.dtype) @ grad_out.to(weights.dtype), None
-    owner = _owner_of_each_column(segments, grads.shape[1])
-    products = grads.to(weights.dtype) * grad_out.to(weights.dtype)
-    grad_weights = products.new_zeros(weights.shape[::-1]).index_add(1, owner, products).mT
-    return scaled.mT[:, owner] * grad_out, grad_weights, None
-
-
-def _no_derivative(ctx: Any, *grad_outputs: Tensor) -> None:
-    raise RuntimeError(
-        "fastpcgrad: PCGrad's projections have no derivative here; differentiate through gram and combine, "
-        "with the coefficients detached"
-    )
-
-
-torch.library.register_autograd("fastpcgrad::gram", _gram_backward, setup_context=_save_inputs, lib=LIBRARY)
-torch.library.register_autograd("fastpcgrad::combine", _combine_backward, setup_context=_save_inputs, lib=LIBRARY)
-for _name in ("pcgrad_coefficients", "pcgrad"):
-    torch.library.register_autograd(f"fastpcgrad::{_name}", _no_derivative, lib=LIBRARY)

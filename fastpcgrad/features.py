@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._ops import addresses
 from .functional import check_tensors
 from .merging import merge
 from .methods import Method, PCGrad, check_method
@@ -191,6 +192,7 @@ def _apart(rows: list[Row]) -> list[Row]:
             if grad is None:
                 continue
             own = grad if grad.layout == torch.strided else grad.to_dense()
-            row[index] = own.clone() if own.data_ptr() in seen else own
-            seen.add(own.data_ptr())
+            (address,) = addresses([own])
+            row[index] = own.clone() if address in seen else own
+            seen.add(address)
     return rows

@@ -1,4 +1,4 @@
-"""Typed functions on packed task gradients J ``[T, N]``; the one place that validates.
+"""Typed functions on packed task gradients J ``[T, N]``; what they refuse is in ``_checks``.
 
 Everything that needs N runs in two streaming passes (``gram`` and ``combine`` or ``mix_``); what lies between
 them runs on the T×T Gram matrix. The kernels check nothing.
@@ -13,12 +13,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import _derivatives as _derivatives  # registers them
 from . import _ops, variants
+from ._checks import ROW_DTYPES as ROW_DTYPES
+from ._checks import (
+    check_gram,
+    check_guards,
+    check_matrix,
+    check_offsets,
+    check_order,
+    check_out_kind,
+    check_rows,
+    check_segments_kind,
+    check_separate_rows,
+    check_tensor,
+    is_readable,
+)
 from .variants import Generator
 
 Segments = Tensor | Sequence[int]
-
-ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def gram(grads: Tensor, segments: Segments | None = None) -> Tensor:
@@ -42,7 +55,7 @@ def gram(grads: Tensor, segments: Segments | None = None) -> Tensor:
         tensor([[25.,  0.],
                 [ 0., 25.]], dtype=torch.float64)
     """
-    _check_rows(grads)
+    check_rows(grads)
     return _ops.gram(grads, _offsets(segments, grads))
 
 
@@ -78,13 +91,9 @@ def pcgrad_coefficients(
         tensor([[1.0000, 0.5000],
                 [1.0000, 1.0000]], dtype=torch.float64)
     """
-    _check_tensor("gram", gram)
-    if gram.dtype != torch.float64:
-        raise TypeError(f"gram must be float64; found {gram.dtype}")
-    if gram.dim() not in (2, 3) or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
-        raise ValueError(f"gram must be [T, T] or [S, T, T] with T >= 1; found {list(gram.shape)}")
-    _check_guards(eps, min_squared_norm)
-    order = _check_order(order, gram.shape[-1], gram.shape[0] if gram.dim() == 3 else None, gram.device)
+    check_gram(gram)
+    check_guards(eps, min_squared_norm)
+    check_order(order, gram.shape[-1], gram.shape[0] if gram.dim() == 3 else None, gram.device)
     return _ops.pcgrad_coefficients(gram, order, self_projection, float(eps), float(min_squared_norm))
 
 
@@ -111,9 +120,9 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor | None = None, *, segmen
         >>> fastpcgrad.combine(J, torch.tensor([1.0, -1.0], dtype=torch.float64))
         tensor([-2., -3.])
     """
-    _check_rows(grads)
+    check_rows(grads)
     offsets = _offsets(segments, grads)
-    _check_matrix("weights", weights, grads, offsets, (grads.shape[0],))
+    check_matrix("weights", weights, grads, _problems(offsets), (grads.shape[0],))
     if out is None:
         return _ops.combine(grads, weights, offsets)
     _check_out(out, grads, weights)
@@ -142,10 +151,11 @@ def mix_(grads: Tensor, coefficients: Tensor, *, segments: Segments | None = Non
         tensor([[ 4.,  7.],
                 [ 6., 10.]])
     """
-    _check_rows(grads)
+    check_rows(grads)
     _check_writable("grads", grads)
+    check_separate_rows(grads)
     offsets = _offsets(segments, grads)
-    _check_matrix("coefficients", coefficients, grads, offsets, (grads.shape[0], grads.shape[0]))
+    check_matrix("coefficients", coefficients, grads, _problems(offsets), (grads.shape[0], grads.shape[0]))
     if coefficients.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("mix_ has no derivative: coefficients requires grad; use torch.no_grad()")
     _ops.mix_(grads, coefficients, offsets)
@@ -186,7 +196,7 @@ def pcgrad(
         tensor([[0.5000, 0.5000],
                 [0.0000, 1.0000]])
     """
-    _check_rows(grads)
+    check_rows(grads)
     chosen = variants.get(variant)
     if reduction not in ("sum", "mean", "none", None):
         raise ValueError(f"reduction must be 'sum', 'mean', 'none' or None; found {reduction!r}")
@@ -227,8 +237,9 @@ def pcgrad_(
         tensor([[0.5000, 0.5000],
                 [0.0000, 1.0000]])
     """
-    _check_rows(grads)
+    check_rows(grads)
     _check_writable("grads", grads)
+    check_separate_rows(grads)
     chosen = variants.get(variant)
     offsets = _offsets(segments, grads)
     order = _order_for(grads, offsets, chosen, order, generator)
@@ -236,72 +247,15 @@ def pcgrad_(
     return grads
 
 
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; found {type(value).__name__}")
-
-
-def _check_rows(grads: Tensor) -> None:
-    _check_tensor("grads", grads)
-    if grads.layout != torch.strided:
-        raise ValueError(f"grads must be dense; found layout {grads.layout}")
-    if grads.dtype not in ROW_DTYPES:
-        raise TypeError(f"grads must be float16, bfloat16, float32 or float64; found {grads.dtype}")
-    if grads.dim() != 2 or grads.shape[0] == 0:
-        raise ValueError(f"grads must be [T, N] with T >= 1 task gradients; found {list(grads.shape)}")
-    if grads.shape[1] > 1 and grads.stride(1) != 1:
-        raise ValueError(f"the rows of grads must be contiguous; found strides {grads.stride()}")
-
-
 def _check_writable(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name} requires grad and would be overwritten; detach it or use torch.no_grad()")
-    if tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[-1] and tensor.dim() == 2:
-        raise ValueError(f"{name} has overlapping rows and would be overwritten; strides {tensor.stride()}")
 
 
 def _check_out(out: Tensor, grads: Tensor, weights: Tensor) -> None:
-    _check_tensor("out", out)
-    if out.dtype != grads.dtype or out.device != grads.device:
-        raise ValueError(f"out must be {grads.dtype} on {grads.device}, as grads; found {out.dtype} on {out.device}")
-    if out.shape != grads.shape[1:] or (out.numel() > 1 and out.stride(0) != 1):
-        raise ValueError(
-            f"out must be contiguous [{grads.shape[1]}]; found {list(out.shape)} with strides {out.stride()}"
-        )
+    check_out_kind(out, grads)
     if torch.is_grad_enabled() and (out.requires_grad or grads.requires_grad or weights.requires_grad):
         raise RuntimeError("combine with out= has no derivative: a tensor requires grad; use torch.no_grad()")
-    if not torch.compiler.is_compiling() and _overlaps_rows(out, grads):
-        raise ValueError(
-            "out overlaps the rows of grads without being one of them: it would be read after it is written"
-        )
-
-
-def _overlaps_rows(out: Tensor, grads: Tensor) -> bool:
-    """Whether ``out`` shares memory with some row but does not begin where that row does."""
-    (tasks, width), stride = grads.shape, grads.stride(0)
-    distance = (out.data_ptr() - grads.data_ptr()) // grads.element_size()
-    if not -width < distance < (tasks - 1) * stride + width:
-        return False
-    within = distance % stride if stride else distance
-    return within != 0 and (within < width or within + width > stride)
-
-
-def _check_matrix(name: str, value: Tensor, grads: Tensor, offsets: Tensor | None, shape: tuple[int, ...]) -> None:
-    _check_tensor(name, value)
-    if value.dtype != torch.float64:
-        raise TypeError(f"{name} must be float64; found {value.dtype}")
-    expected = shape if offsets is None else (offsets.shape[0] - 1, *shape)
-    if tuple(value.shape) != expected:
-        raise ValueError(f"{name} must be {list(expected)} for grads {list(grads.shape)}; found {list(value.shape)}")
-    if value.device != grads.device:
-        raise ValueError(f"{name} must be on {grads.device}, as grads; found {value.device}")
-
-
-def _check_guards(eps: float, min_squared_norm: float) -> None:
-    if not eps >= 0 or not min_squared_norm >= 0:
-        raise ValueError(
-            f"eps and min_squared_norm must not be negative; found eps={eps}, min_squared_norm={min_squared_norm}"
-        )
 
 
 def _offsets(segments: Segments | None, grads: Tensor) -> Tensor | None:
@@ -309,11 +263,8 @@ def _offsets(segments: Segments | None, grads: Tensor) -> Tensor | None:
     if segments is None:
         return None
     if isinstance(segments, Tensor):
-        if segments.dtype != torch.int64 or segments.dim() != 1 or segments.shape[0] < 2:
-            raise ValueError(
-                f"segments must be int64 offsets [S + 1] with S >= 1; found {segments.dtype} {list(segments.shape)}"
-            )
-        if segments.device.type != "cpu" or torch.compiler.is_compiling():
+        check_segments_kind(segments)
+        if not is_readable(segments):
             return segments.to(grads.device)
         values = segments.tolist()
     else:
@@ -321,28 +272,12 @@ def _offsets(segments: Segments | None, grads: Tensor) -> Tensor | None:
             values = [index(offset) for offset in segments]
         except TypeError:
             raise TypeError(f"segments must be a tensor or a sequence of integers; found {segments!r}") from None
-    if len(values) < 2 or values[0] != 0 or values[-1] != grads.shape[1] or values != sorted(values):
-        shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
-        raise ValueError(f"segments must be non-decreasing offsets from 0 to N={grads.shape[1]}; found {shown}")
+    check_offsets(values, grads.shape[1])
     return torch.tensor(values, dtype=torch.int64, device="cpu").to(grads.device)
 
 
-def _check_order(order: Tensor, tasks: int, count: int | None, device: torch.device) -> Tensor:
-    _check_tensor("order", order)
-    shape = tuple(order.shape)
-    if order.dtype != torch.int64 or (shape != (tasks, tasks) and shape != (count, tasks, tasks)):
-        allowed = [[tasks, tasks]] if count is None else [[tasks, tasks], [count, tasks, tasks]]
-        raise ValueError(
-            f"order must be int64 {' or '.join(map(str, allowed))}; found {order.dtype} {list(order.shape)}"
-        )
-    if order.device != device:
-        raise ValueError(f"order must be on {device}, as the gradients; found {order.device}")
-    if order.is_cpu and not torch.compiler.is_compiling():
-        wanted = list(range(tasks))
-        for row in order.reshape(-1, tasks).tolist():
-            if sorted(row) != wanted:
-                raise ValueError(f"each row of order must be a permutation of 0..{tasks - 1}; found {row}")
-    return order
+def _problems(offsets: Tensor | None) -> int | None:
+    return None if offsets is None else offsets.shape[0] - 1
 
 
 def _order_for(
@@ -352,9 +287,10 @@ def _order_for(
     order: Tensor | None,
     generator: Generator | None,
 ) -> Tensor:
-    tasks, count = grads.shape[0], None if offsets is None else offsets.shape[0] - 1
+    tasks, count = grads.shape[0], _problems(offsets)
     if order is not None:
-        return _check_order(order, tasks, count, grads.device)
+        check_order(order, tasks, count, grads.device)
+        return order
     variants.check_generator(generator)
     return variant.draw_orders(tasks, count, generator).to(grads.device)
 
@@ -427,5 +363,5 @@ def check_tensors(name: str, values: Iterable[Any]) -> list[Tensor]:
         raise TypeError(f"{name} must be an iterable of tensors; found {found}")
     tensors = list(values)
     for i, value in enumerate(tensors):
-        _check_tensor(f"{name}[{i}]", value)
+        check_tensor(f"{name}[{i}]", value)
     return tensors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._gradients import dense, gradient_dtype
-from ._ops import Blocks
+from ._ops import Blocks, addresses
 from .functional import ROW_DTYPES
 from .host_rows import Copies, HostRows
 from .task_gradients import Row, TaskGradients
@@ -123,7 +123,7 @@ class MovedGradients(TaskGradients):
         if self._host is not None:
             self._host.wait()
         tensors = [self._rows[task] for task in self.tasks]
-        pointers = [[0 if grad is None else grad.data_ptr() for grad in row] for row in tensors]
+        pointers = [addresses(row) for row in tensors]
         return Blocks(tensors, pointers, self.widths, self.dtype, self.device)
 
     def give(self, merged: Row) -> Iterator[Tensor | None]:

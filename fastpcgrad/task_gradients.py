@@ -13,7 +13,7 @@ from torch import Tensor, UntypedStorage
 
 from ._gradients import dense, gradient_dtype
 from ._memory import are_alone
-from ._ops import Blocks
+from ._ops import Blocks, addresses
 from .functional import ROW_DTYPES
 
 _DTYPE = attrgetter("dtype")
@@ -123,10 +123,10 @@ class TaskGradients:
         self._check_whole()
         tasks = self.tasks
         rows = [self._rows[task] if task in self._own else self._settled(self._rows[task]) for task in tasks]
-        pointers = [_pointers(row) for row in rows]
+        pointers = [addresses(row) for row in rows]
         if len(self._own) < len(tasks) and _coincide(pointers):
             rows = [_apart(row) for row in rows]
-            pointers = [_pointers(row) for row in rows]
+            pointers = [addresses(row) for row in rows]
             _check_apart(tasks, pointers)
         self._rows = dict(zip(tasks, rows, strict=True))
         return Blocks(rows, pointers, self.widths, self.dtype, self.device)
@@ -212,11 +212,6 @@ def _detached(row: Row) -> Row:
     return row
 
 
-def _pointers(row: Row) -> list[int]:
-    """Where each gradient lies; 0 for none."""
-    return [0 if grad is None else grad.data_ptr() for grad in row]
-
-
 def _coincide(pointers: Sequence[Sequence[int]]) -> bool:
     """Whether two gradients lie at the same place."""
     taken = list(filter(None, chain.from_iterable(pointers)))
@@ -239,12 +234,9 @@ def _apart(row: Row) -> Row:
     """A row whose parameters share a gradient (views of one tensor), with one for each."""
     seen: set[int] = {0}
     result: Row = []
-    for grad in row:
-        own = grad
-        if own is not None and own.numel() and own.data_ptr() in seen:
-            own = own.clone()
-        result.append(own)
-        seen.add(0 if own is None else own.data_ptr())
+    for grad, address in zip(row, addresses(row), strict=True):
+        result.append(grad.clone() if grad is not None and grad.numel() and address in seen else grad)
+        seen.add(address)
     return result
 
 

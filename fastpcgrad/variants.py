@@ -15,6 +15,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from . import _modes
+
 Generator = torch.Generator | random.Random
 Reduction = Literal["sum", "mean"]
 
@@ -77,7 +79,9 @@ class Variant:
                 items = list(range(tasks))
             source.shuffle(items)
             rows.append(tuple(items))
-        return _small_order(tuple(rows)) if tasks <= 3 else torch.tensor(rows, dtype=torch.int64, device="cpu")
+        if tasks > 3 or torch.compiler.is_compiling() or _modes.is_on():
+            return torch.tensor(rows, dtype=torch.int64, device="cpu")
+        return _small_order(tuple(rows))
 
     def draw_orders(self, tasks: int, count: int | None, generator: Generator | None = None) -> Tensor:
         """One order ``[T, T]``, or for ``count`` independent problems one each: ``[count, T, T]``."""
@@ -89,8 +93,12 @@ class Variant:
 
 @cache
 def _small_order(rows: tuple[tuple[int, ...], ...]) -> Tensor:
-    """The few orders of up to three tasks, made once: for a small model a new tensor is a cost."""
-    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+    """The few orders of up to three tasks, made once: for a small model a new tensor is a cost.
+
+    They are for every later call: a mode or a tracer would put tensors of its own here.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 VARIANTS: dict[str, Variant] = {

@@ -11,8 +11,9 @@ import fastpcgrad
 PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
-    {"reference", "variants", "_version", "_warnings", "_graph", "_memory", "_gradients"},
-    {"_ops", "_native", "balancing", "generator_state", "processes"},
+    {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
+    {"_ops", "_native", "_checks", "variants", "balancing", "processes"},
+    {"_derivatives", "generator_state"},
     {"functional"},
     {"backends"},
     {"methods"},
@@ -28,7 +29,11 @@ FLOORS = (
     {"__init__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ONLY = {"reference": set(), "backends": {"_ops", "_native", "_warnings", "reference"}}
+ONLY = {
+    "reference": set(),
+    "variants": {"_modes"},
+    "backends": {"_ops", "_native", "_checks", "_modes", "_warnings", "reference"},
+}
 """Rooms that may import less than all that lies below them."""
 
 THIRD_PARTY = {

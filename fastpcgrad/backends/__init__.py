@@ -10,23 +10,25 @@ For task gradients that lie where autograd put them (``_ops.Blocks``) it offers 
 ``pcgrad_blocks`` besides: its own, or those of ``stacked`` over its functions on packed rows. For methods that look at
 each column it has ``sign_sums`` and ``trimmed_mean``, on rows that need not lie together: its own, or those of
 ``eager``. The compiled libraries have ``method_weights`` and ``gradvac``, for which methods have
-NumPy and torch otherwise.
+NumPy and torch otherwise. ``shapes`` stands for all of these where tensors have no memory.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import _native, _ops
-from . import cpu, crossovers, eager
+from .. import _modes, _native, _ops
+from .._checks import check_apart, check_arguments, check_out
+from . import cpu, crossovers, eager, shapes
 
 NAMES = ("eager", "cpu", "cuda", "triton")
 _AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
@@ -64,6 +66,8 @@ def select(device_type: str, forced: str | None = None) -> ModuleType:
 def _choose(forced: str | None, device_type: str) -> ModuleType:
     if forced is not None and forced not in NAMES:
         raise ValueError(f"FASTPCGRAD_BACKEND must be one of {', '.join(NAMES)}; found {forced!r}")
+    if device_type == "meta":
+        return shapes
     for name in (forced,) if forced else _AUTOMATIC.get(device_type, ("eager",)):
         reason = why_unavailable(name, device_type)
         if reason is None:
@@ -110,11 +114,14 @@ def _combine(grads: Tensor, weights: Tensor, segments: Tensor | None = None) -> 
 
 
 def _combine_out(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:
+    check_out(out, grads)
+    check_apart("out", out, weights, segments)
     _mark_written(out)
     select_for("combine", grads).combine(grads, weights, segments, out)
 
 
 def _mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None = None) -> None:
+    check_apart("grads", grads, coefficients, segments)
     _mark_written(grads)
     select_for("mix_", grads).mix_(grads, coefficients, segments)
 
@@ -144,6 +151,8 @@ def _pcgrad_out(
     segments: Tensor | None,
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_out(out, grads)
+    check_apart("out", out, order, segments)
     _mark_written(out)
     result: tuple[Tensor, Tensor, Tensor] = select_for("pcgrad", grads).pcgrad(
         grads, order, self_projection, eps, min_squared_norm, scale, segments, out
@@ -160,6 +169,7 @@ def _pcgrad_(
     segments: Tensor | None = None,
     figures: bool = True,
 ) -> tuple[Tensor, ...]:
+    check_apart("grads", grads, order, segments)
     _mark_written(grads)
     result: tuple[Tensor, ...] = select(grads.device.type).pcgrad_(
         grads, order, self_projection, eps, min_squared_norm, segments, figures
@@ -167,9 +177,36 @@ def _pcgrad_(
     return result
 
 
+_PLAIN = {Tensor, type(None)}
+
+
+def _has_memory(given: Tensor | None, *besides: Tensor | None) -> bool:
+    """Whether what is no op can be given to a library, which gets pointers; else ``shapes`` stands for it.
+
+    Args:
+        given: what the work is on.
+        besides: what comes with it.
+    Raises:
+        RuntimeError: under a tracer or a transform of torch.func, which would see nothing of it.
+        TypeError: what comes with ``given`` has no memory, and that has.
+    """
+    if type(given) in _PLAIN and {*map(type, besides)} <= _PLAIN and not _modes.is_on():
+        return True
+    _modes.refuse_tracers(given)
+    if _modes.is_fake(given):
+        return False
+    if any(map(_modes.is_fake, besides)):
+        raise TypeError("a tensor of FakeTensorMode or of the meta device cannot be used with gradients that are none")
+    return True
+
+
+def _for_blocks(blocks: _ops.Blocks, *besides: Tensor | None) -> ModuleType:
+    return select(blocks.device.type) if _has_memory(_ops.first_of(blocks), *besides) else shapes
+
+
 def _gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     """G of each problem, ``[problems, T, T]``; block b counts for ``problem_of[b]``, -1: none; None: 0 for all."""
-    result: Tensor = select(blocks.device.type).gram_blocks(blocks, problem_of, problems)
+    result: Tensor = _for_blocks(blocks).gram_blocks(blocks, problem_of, problems)
     return result
 
 
@@ -177,8 +214,9 @@ def _combine_blocks(
     blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
 ) -> None:
     """Each block combined with its row of ``weights`` ``[count, T]`` into ``out[b]``, which may be a row of it."""
+    backend = _for_blocks(blocks, weights)
     increment_version([tensor for tensor in out if tensor is not None])
-    select(blocks.device.type).combine_blocks(blocks, weights, weights_of, out)
+    backend.combine_blocks(blocks, weights, weights_of, out)
 
 
 def _pcgrad_blocks(
@@ -191,10 +229,9 @@ def _pcgrad_blocks(
     out: Sequence[Tensor | None],
 ) -> _ops.Later:
     """G, C and w of one problem over all blocks, and w J in ``out``."""
+    backend = _for_blocks(blocks, order)
     increment_version([tensor for tensor in out if tensor is not None])
-    result: _ops.Later = select(blocks.device.type).pcgrad_blocks(
-        blocks, order, self_projection, eps, min_squared_norm, scale, out
-    )
+    result: _ops.Later = backend.pcgrad_blocks(blocks, order, self_projection, eps, min_squared_norm, scale, out)
     return result
 
 
@@ -214,6 +251,8 @@ def _method_weights(name: str, gram: Tensor, parameters: Sequence[float], prefer
     Returns:
         ``[T]`` or ``[S, T]``; of ``project_each`` ``[T, T]`` or ``[S, T, T]``.
     """
+    if not _has_memory(gram, preference):
+        return shapes.method_weights(name, gram, parameters, preference)
     if gram.is_cpu:
         return cpu.method_weights(name, gram, parameters, preference) if _solves_on_host() else None
     solve = getattr(select(gram.device.type), "method_weights", None)
@@ -234,6 +273,8 @@ def _gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Ten
         places: ``[S·T, T]`` int64, dense: the task of each row, then the others in the order of their turns.
         targets: of G's shape, dense; updated in place.
     """
+    if not _has_memory(gram, places, targets):
+        return shapes.gradvac(gram, places, beta, eps, targets)
     if gram.is_cpu:
         return cpu.gradvac(gram, places, beta, eps, targets) if _solves_on_host() else None
     turn = getattr(select(gram.device.type), "gradvac", None)
@@ -248,7 +289,7 @@ def _sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, s
         rows: T rows ``[n]``; None: zeros.
         sums: where both go, ``[2, n]`` dense, fp64 for fp64 rows, else fp32.
     """
-    _traceable(sums).sign_sums(rows, weights, sums)
+    _traceable(sums, rows).sign_sums(rows, weights, sums)
 
 
 def _trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
@@ -258,18 +299,33 @@ def _trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None
         rows: T rows ``[n]``, T > 2 trim; None: zeros.
         out: ``[n]``; may be one of the rows.
     """
-    _traceable(out).trimmed_mean(rows, trim, out)
+    _traceable(out, rows).trimmed_mean(rows, trim, out)
 
 
-def _traceable(tensor: Tensor) -> ModuleType:
-    """The backend for what is no op: a tracer cannot look into a library."""
-    return eager if torch.compiler.is_compiling() else select(tensor.device.type)
+def _traceable(written: Tensor, rows: Sequence[Tensor | None]) -> ModuleType:
+    """The backend for work on columns, which torch does as well: a tracer or a mode cannot look into a library."""
+    if torch.compiler.is_compiling() or _modes.is_on() or not {type(written), *map(type, rows)} <= _PLAIN:
+        return eager
+    return select(written.device.type)
 
 
 def _mark_written(tensor: Tensor) -> None:
     # Autograd must notice that a tensor which it saved has been overwritten.
     if not tensor.is_inference():
         increment_version(tensor)
+
+
+def _checked(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel for calls that come through the dispatcher, where nobody has looked at the arguments."""
+    arguments = _ops.op_named(name)._schema.arguments
+    names = [argument.name for argument in arguments]
+    written = next((argument.name for argument in arguments if argument.alias_info is not None), None)
+
+    def call(*given: Any) -> Any:
+        check_arguments(dict(zip(names, given, strict=False)), written)
+        return kernel(*given)
+
+    return call
 
 
 _ops.KERNELS.update(
@@ -285,7 +341,7 @@ _ops.KERNELS.update(
 for _name, _kernel in _ops.KERNELS.items():
     # One Python body serves both dispatch keys: the backend decides by the tensor's device.
     for _key in ("CPU", "CUDA"):
-        _ops.LIBRARY.impl(_name, _kernel, _key)
+        _ops.LIBRARY.impl(_name, _checked(_name, _kernel), _key)
 
 _ops.KERNELS.update(
     gram_blocks=_gram_blocks,

@@ -104,7 +104,7 @@ def new_answers(name: str, gram: Tensor) -> Tensor:
     if name == "project_each":
         return torch.empty_like(gram)
     shape = gram.shape  # a number takes a third of the time of a shape
-    return torch.empty(shape[0] if len(shape) == 2 else shape[:-1], dtype=gram.dtype, device=gram.device)
+    return gram.new_empty(shape[0] if len(shape) == 2 else shape[:-1])
 
 
 def gradvac(

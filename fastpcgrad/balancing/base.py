@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._modes import is_fake
+
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 """Makes the optimizer of a balancer's own weights, as ``functools.partial(torch.optim.SGD, lr=0.1)`` does."""
 
@@ -143,6 +145,6 @@ def task_values(name: str, values: Iterable[float] | Tensor, num_tasks: int) -> 
     """
     found = torch.as_tensor(values if isinstance(values, Tensor) else list(values)).detach().clone()
     found = found if found.is_floating_point() else found.to(torch.get_default_dtype())
-    if found.shape != (num_tasks,) or not found.isfinite().all():
+    if found.shape != (num_tasks,) or not (is_fake(found) or found.isfinite().all()):
         raise ValueError(f"{name} must be {num_tasks} finite numbers, one a task; found {found.tolist()}")
     return found

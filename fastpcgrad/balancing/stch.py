@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .._modes import is_fake
 from .base import Balancer, task_values
 
 
@@ -46,7 +47,7 @@ class STCH(Balancer):
             raise ValueError(f"mu must be a finite number > 0; found {mu!r}")
         chosen = [1 / num_tasks] * num_tasks if preference is None else preference
         weight = task_values("preference", chosen, num_tasks)
-        if not (weight > 0).all():
+        if not (is_fake(weight) or (weight > 0).all()):
             raise ValueError(f"preference must be > 0 for every task; found {weight.tolist()}")
         self.mu = mu
         self.register_buffer("preference", weight)

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._modes import is_fake
 from .._ops import KERNELS, to_device
 from .base import Method, Solution
 
@@ -58,6 +59,8 @@ class CompiledMethod(Method):
         check_gram(gram)
         solver = self.compiled_solver()
         answers = None if solver is None else compiled(solver, gram, self.preference(gram))
+        if answers is None and is_fake(gram):
+            answers = gram.new_empty(gram.shape[:-1])
         if answers is not None:
             return Solution(answers, None)
         problems, finite = on_host(gram)
@@ -79,8 +82,11 @@ def on_host(gram: Tensor) -> tuple[Array, Flags]:
 
     Raises:
         TypeError, ValueError: see ``check_gram``.
+        RuntimeError: no memory behind G.
     """
     check_gram(gram)
+    if is_fake(gram):
+        raise RuntimeError("a G of FakeTensorMode or of the meta device holds no numbers that NumPy could solve for")
     problems: Array = gram.detach().cpu().numpy().reshape(-1, *gram.shape[-2:])
     finite: Flags = np.logical_and.reduce(np.isfinite(problems), axis=(1, 2))
     if not finite.all():

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._modes import is_fake
+
 TaskVector = Tensor | Sequence[float]
 
 
@@ -16,7 +18,10 @@ def task_vector(name: str, values: TaskVector) -> Tensor:
     Raises:
         TypeError: no tensor and no sequence of numbers.
         ValueError: not one-dimensional, empty, or not finite; the message shows what was found.
+        RuntimeError: under FakeTensorMode, which gives a tensor without numbers.
     """
+    if is_fake(None):
+        raise RuntimeError(f"a method with {name} must be made before FakeTensorMode is entered: it keeps their values")
     try:
         # A tensor is cloned, since as_tensor may share its memory.
         vector = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()

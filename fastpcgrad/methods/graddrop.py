@@ -85,7 +85,7 @@ class GradDrop(Elementwise):
         if self.leak is None:
             merged = torch.lerp(negative, positive, keep_positive)
         else:
-            KERNELS["sign_sums"](rows, (1 - self.leak).tolist(), sums)
+            KERNELS["sign_sums"](rows, [1 - leak for leak in self.leak.tolist()], sums)
             merged = torch.lerp(negative, positive, keep_positive)
             KERNELS["sign_sums"](rows, self.leak.tolist(), sums)
             merged += positive + negative

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import variants
+from .._modes import is_fake
 from .._ops import KERNELS, to_device
 from ..variants import Generator
 from ._problems import check_gram, in_place
@@ -73,19 +74,22 @@ class GradVac(Method):
 
     def solve_for(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
         check_gram(gram)
+        if is_fake(gram):  # the targets are those of real steps
+            coefficients = gram.new_empty(gram.shape)
+            return Solution(coefficients.sum(-2), coefficients)
         known = self._known(gram, tasks)
         some = to_device(torch.tensor(tasks), gram.device) if len(tasks) < known.shape[-1] else None
         places = to_device(torch.from_numpy(_draw_places(gram.shape, self.generator)), gram.device)
         phi = known.clone() if some is None else known[..., some[:, None], some].contiguous()
-        coefficients: Tensor | None = KERNELS["gradvac"](gram.detach(), places, self.beta, self.eps, phi)
-        if coefficients is None:
-            coefficients, phi = _vaccinated(gram, phi, places, self.beta, self.eps)
+        found: Tensor | None = KERNELS["gradvac"](gram.detach(), places, self.beta, self.eps, phi)
+        if found is None:
+            found, phi = _vaccinated(gram, phi, places, self.beta, self.eps)
         if some is None:
             self._phi = phi
         else:
             self._phi = known.clone()
             self._phi[..., some[:, None], some] = phi
-        return Solution(coefficients.sum(-2), coefficients)
+        return Solution(found.sum(-2), found)
 
     def _known(self, gram: Tensor, tasks: Sequence[int]) -> Tensor:
         """φ̂ of all tasks up to the last of ``tasks`` or more, on the device of ``gram``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpcgrad import _ops, reference
+from fastpcgrad import _modes, reference
 from fastpcgrad.backends import cuda
 from tests.backends.cuda_emulated import CXX, DEVICE, GPU
 from tests.ops import cases
@@ -114,7 +114,7 @@ def test_without_figures_the_gradients_are_the_same(case, launches, monkeypatch)
 
 
 def test_the_devices_plain_tensors_need_no_dispatcher():
-    assert not _ops.is_watched((torch.randn(3, 10, device=DEVICE), torch.zeros(3, 3, device=DEVICE), 0.0, None))
+    assert not _modes.is_watched((torch.randn(3, 10, device=DEVICE), torch.zeros(3, 3, device=DEVICE), 0.0, None))
 
 
 def rows_with(bad, tasks=3, width=1000, dtype=torch.float32):

@@ -7,6 +7,7 @@ import torch
 
 import fastpcgrad
 from fastpcgrad import reference, variants
+from fastpcgrad._ops import KERNELS
 from tests.ops import cases
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -225,8 +226,9 @@ def test_a_value_that_is_not_finite_stays_in_its_segment(backend):
 def test_an_index_out_of_range_makes_the_merged_gradient_nan(backend):
     rows, order = torch.randn(3, 50), torch.arange(3).repeat(3, 1)
     order[1, 0] = 3
-    assert torch.ops.fastpcgrad.pcgrad(rows, order, False, 0.0, 0.0, 1.0, None)[0].isnan().all()
-    torch.ops.fastpcgrad.pcgrad_(rows, order, False, 0.0, 0.0, None)
+    # The kernels, as a GPU's tensors reach them: nobody looks at the numbers of the order before.
+    assert KERNELS["pcgrad"](rows, order, False, 0.0, 0.0, 1.0, None)[0].isnan().all()
+    KERNELS["pcgrad_"](rows, order, False, 0.0, 0.0, None)
     assert rows[1].isnan().all() and rows[[0, 2]].isfinite().all()
 
 

@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpcgrad
-from fastpcgrad import _ops
+from fastpcgrad import _modes, _ops
 
 OPS = torch.ops.fastpcgrad
 GUARDS = (False, 0.0, 0.0)
@@ -190,12 +190,12 @@ class Marked(torch.Tensor):
 
 
 def test_plain_tensors_that_nobody_watches_need_no_dispatcher():
-    assert not _ops.is_watched((rows(), order(), *GUARDS, 1.0, None))
-    assert not _ops.is_watched((rows(torch.bfloat16), doubles(3, 3), segments()))
+    assert not _modes.is_watched((rows(), order(), *GUARDS, 1.0, None))
+    assert not _modes.is_watched((rows(torch.bfloat16), doubles(3, 3), segments()))
     with torch.no_grad(), torch.autocast("cpu"):
-        assert not _ops.is_watched((rows(requires_grad=True), None))
+        assert not _modes.is_watched((rows(requires_grad=True), None))
     with torch.inference_mode():
-        assert not _ops.is_watched((rows(), rows().clone(), segments()))
+        assert not _modes.is_watched((rows(), rows().clone(), segments()))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_plain_tensors_that_nobody_watches_need_no_dispatcher():
     ids=["requires_grad", "meta", "subclass", "negative", "fake"],
 )
 def test_other_tensors_go_through_the_dispatcher(change):
-    assert _ops.is_watched((change(rows()), order())) and _ops.is_watched((rows(), change(doubles(3))))
+    assert _modes.is_watched((change(rows()), order())) and _modes.is_watched((rows(), change(doubles(3))))
 
 
 def test_a_negative_view_is_negative(backend):
@@ -228,7 +228,7 @@ def test_modes_tracers_and_transforms_see_the_ops():
     names = [name for name in seen.names if name.startswith("fastpcgrad")]
     assert names == [f"fastpcgrad::{name}" for name in ("pcgrad", "pcgrad_", "gram", "combine")]
     assert "fastpcgrad.gram" in make_fx(lambda j: fastpcgrad.gram(j))(j).code
-    batched = torch.func.vmap(lambda weights: weights + _ops.is_watched((j, weights)))
+    batched = torch.func.vmap(lambda weights: weights + _modes.is_watched((j, weights)))
     assert bool((batched(torch.zeros(2, 3)) == 1).all())
     with torch.profiler.profile() as profile:
         fastpcgrad.gram(j)

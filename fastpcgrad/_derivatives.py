@@ -1,0 +1,151 @@
+"""What becomes of derivatives and transforms: ``gram`` and ``combine`` have all, the other ops say that they have none.
+
+Their kernels serve plain calls and reverse mode. In forward mode and under the transforms of ``torch.func`` the two are
+computed by torch in float64, which knows how to nest and to batch them; a kernel of ours would hide the tangents, and
+torch's ``autograd.Function`` loses those of nested forward modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKeySet
+from torch.autograd import forward_ad
+
+from ._ops import LIBRARY, SCHEMAS, op_named
+
+# Plain differentiable torch, so that derivatives of any order exist.
+
+
+def _gram(grads: Tensor, segments: Tensor | None = None) -> Tensor:
+    rows = grads.double()
+    if segments is None:
+        return rows @ rows.mT
+    return torch.stack([piece @ piece.mT for piece in rows.split(segments.diff().tolist(), dim=1)])
+
+
+def _combine(grads: Tensor, weights: Tensor, segments: Tensor | None = None) -> Tensor:
+    rows = grads.double()
+    if segments is None:
+        return (weights @ rows).to(grads.dtype)
+    return (weights.mT[:, _owner_of_each_column(segments, rows.shape[1])] * rows).sum(dim=0).to(grads.dtype)
+
+
+def _owner_of_each_column(segments: Tensor, width: int) -> Tensor:
+    return torch.repeat_interleave(
+        torch.arange(segments.shape[0] - 1, device=segments.device), segments.diff(), output_size=width
+    )
+
+
+def _gram_backward(grad_gram: Tensor, grads: Tensor, segments: Tensor | None = None) -> tuple[Tensor]:
+    """dJ = (dG + dGᵀ) J, for each segment."""
+    symmetric = (grad_gram + grad_gram.mT).to(grads.dtype)
+    if segments is None:
+        return (symmetric @ grads,)
+    pieces = grads.split(segments.diff().tolist(), dim=1)
+    return (torch.cat([s @ piece for s, piece in zip(symmetric, pieces, strict=True)], dim=1),)
+
+
+def _combine_backward(
+    grad_out: Tensor, grads: Tensor, weights: Tensor, segments: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """dJ = w ⊗ dg and dw = J dg, for each segment."""
+    scaled = weights.to(grads.dtype)
+    if segments is None:
+        return scaled[:, None] * grad_out, grads.to(weights.dtype) @ grad_out.to(weights.dtype)
+    owner = _owner_of_each_column(segments, grads.shape[1])
+    products = grads.to(weights.dtype) * grad_out.to(weights.dtype)
+    grad_weights = products.new_zeros(weights.shape[::-1]).index_add(1, owner, products).mT
+    return scaled.mT[:, owner] * grad_out, grad_weights
+
+
+class _Reverse(torch.autograd.Function):
+    """An op's kernel with a formula for its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Callable[..., Any], formula: Callable[..., Any], *arguments: Any) -> Any:
+        ctx.formula = formula
+        ctx.save_for_backward(*arguments)
+        return kernel(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        found = ctx.formula(*grad_outputs, *ctx.saved_tensors)
+        return (None, None, *found, *[None] * (len(ctx.saved_tensors) - len(found)))
+
+
+class _Refused(torch.autograd.Function):
+    """An op's kernel; its derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Callable[..., Any], name: str, *arguments: Any) -> Any:
+        ctx.name = name
+        return kernel(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> None:
+        raise RuntimeError(_NO_DERIVATIVE.format(ctx.name))
+
+
+_NO_DERIVATIVE = (
+    "fastpcgrad: {0} has no derivative; differentiate through gram and combine (without out=), and detach what {0} is "
+    "given"
+)
+
+
+def _below(op: Any, keyset: DispatchKeySet) -> Callable[..., Any]:
+    """The op as it is below autograd."""
+
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    return call
+
+
+def _has_tangent(arguments: Sequence[Any]) -> bool:
+    """Whether one is differentiated in forward mode at the level that is on, if any is."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments
+    )
+
+
+def _requires_grad(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+
+
+def _differentiable(name: str, formula: Callable[..., Tensor], backward: Callable[..., Any]) -> None:
+    op = op_named(name)
+
+    def differentiated(keyset: DispatchKeySet, *arguments: Any) -> Any:
+        if _has_tangent(arguments):
+            return formula(*arguments)
+        kernel = _below(op, keyset)
+        return _Reverse.apply(kernel, backward, *arguments) if _requires_grad(arguments) else kernel(*arguments)
+
+    LIBRARY.impl(name, differentiated, "Autograd", with_keyset=True)
+    # The first of the keys that a transform of torch.func turns on: what each of them does is left to torch.
+    LIBRARY.impl(name, formula, "FuncTorchDynamicLayerFrontMode")
+
+
+def _not_differentiable(name: str) -> None:
+    op = op_named(name)
+    overwrites = any(argument.alias_info is not None for argument in op._schema.arguments)
+
+    def refused(keyset: DispatchKeySet, *arguments: Any) -> Any:
+        kernel, differentiated = _below(op, keyset), _requires_grad(arguments)
+        in_transform = differentiated and torch._C._are_functorch_transforms_active()
+        if in_transform or (differentiated and overwrites) or _has_tangent(arguments):
+            raise RuntimeError(_NO_DERIVATIVE.format(name))
+        return _Refused.apply(kernel, name, *arguments) if differentiated else kernel(*arguments)
+
+    LIBRARY.impl(name, refused, "Autograd", with_keyset=True)
+
+
+_differentiable("gram", _gram, _gram_backward)
+_differentiable("combine", _combine, _combine_backward)
+for _name in SCHEMAS.keys() - {"gram", "combine"}:
+    _not_differentiable(_name)
