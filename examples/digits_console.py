@@ -11,6 +11,7 @@ from rich.table import Table
 from examples.digits_data import TASKS
 from examples.digits_experiment import Experiment
 from examples.digits_runs import FAST, LOOP, Run
+from fastpcgrad.config import backend_in_use
 
 
 def introduce(console: Console, experiment: Experiment) -> None:
@@ -19,7 +20,8 @@ def introduce(console: Console, experiment: Experiment) -> None:
     console.print(
         f"{len(train)} training images from {train.sources.unique().numel()} handwritten digits, "
         f"{len(test)} test images from {test.sources.unique().numel()} others; {shared / 1e6:.2f} M shared "
-        f"parameters, batches of {settings.batch}, {settings.steps} steps with Adam in each run.",
+        f"parameters, batches of {settings.batch}, {settings.steps} steps with Adam in each run; fastpcgrad's backend: "
+        f"{backend_in_use()}.",
         soft_wrap=True,
     )
 

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from examples.lm_runs import SURGERY, Run
+from fastpcgrad.config import backend_in_use
 
 
 def introduce(console: Console, runs: dict[str, Run]) -> None:
@@ -21,7 +22,8 @@ def introduce(console: Console, runs: dict[str, Run]) -> None:
     sizes = ", ".join(f"{name} {len(text.train) / 1e6:.2f} MB" for name, text in run.texts.items())
     console.print(
         f"A GPT with {parameters / 1e6:.2f} M parameters on bytes of {sizes}. Each step: {tokens} bytes of each text "
-        f"in {settings.micro_batches} micro-batches; the rows take {surgery.nbytes / 1e6:.1f} MB in bfloat16.",
+        f"in {settings.micro_batches} micro-batches; the rows take {surgery.nbytes / 1e6:.1f} MB in bfloat16; "
+        f"fastpcgrad's backend: {backend_in_use()}.",
         soft_wrap=True,
     )
     for other in runs.values():

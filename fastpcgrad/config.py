@@ -22,7 +22,7 @@ def show_config() -> str:
         if device_type == "cuda" and not torch.cuda.is_available():
             lines.append("CUDA tensors: this torch sees no CUDA device")
             continue
-        lines.append(f"{device_type} tensors: {_chosen(device_type)}")
+        lines.append(f"{device_type} tensors: {backend_in_use(device_type, detailed=False)}")
         for name in backends.NAMES:
             reason = backends.why_unavailable(name, device_type)
             lines.append(f"  {name}: {'available' + _detail(name) if reason is None else reason}")
@@ -31,11 +31,17 @@ def show_config() -> str:
     return text
 
 
-def _chosen(device_type: str) -> str:
+def backend_in_use(device_type: str = "cpu", *, detailed: bool = True) -> str:
+    """What runs the kernels on tensors of that device, or why nothing does.
+
+    Args:
+        detailed: with the instruction set, where the backend has several.
+    """
     try:
-        return str(backends.select(device_type).__name__.rpartition(".")[2])
+        name = str(backends.select(device_type).__name__.rpartition(".")[2])
     except (RuntimeError, ValueError) as error:
         return f"none: {error}"
+    return name + (_detail(name) if detailed else "")
 
 
 def _detail(name: str) -> str:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import _native, backends
+from fastpcgrad import _native, _warnings, backends
+from fastpcgrad import config as config_module
 from fastpcgrad.backends import cpu
 
 
@@ -67,3 +68,27 @@ def test_the_error_of_a_library_that_does_not_load_is_shown(config, monkeypatch,
     text = config()
     assert str(broken) in text and "cannot be loaded" in text
     assert "cpu tensors: eager" in text
+
+
+def test_the_backend_in_use_is_named_with_its_instruction_set(monkeypatch):
+    monkeypatch.setenv("FASTPCGRAD_BACKEND", "eager")
+    assert config_module.backend_in_use() == "eager"
+    if backends.why_unavailable("cpu", "cpu") is None:
+        monkeypatch.setenv("FASTPCGRAD_BACKEND", "cpu")
+        assert config_module.backend_in_use() == f"cpu ({cpu.isa()})"
+    monkeypatch.setenv("FASTPCGRAD_BACKEND", "none such")
+    assert config_module.backend_in_use().startswith("none: ")
+
+
+def test_a_missing_library_is_said_once_and_a_forced_backend_says_nothing(monkeypatch):
+    monkeypatch.setattr(_warnings, "_said", set())
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(cpu, "why_unavailable", lambda device_type: "it was not built")
+    monkeypatch.setenv("FASTPCGRAD_BACKEND", "eager")
+    J = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+    expected = fastpcgrad.pcgrad(J)
+    monkeypatch.delenv("FASTPCGRAD_BACKEND")
+    with pytest.warns(fastpcgrad.FastPCGradWarning, match="eager runs instead of the compiled cpu .*it was not built"):
+        assert torch.equal(fastpcgrad.pcgrad(J), expected)
+    monkeypatch.setattr(backends, "_chosen", {})
+    assert torch.equal(fastpcgrad.pcgrad(J), expected)

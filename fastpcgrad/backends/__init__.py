@@ -28,6 +28,7 @@ from torch.autograd.graph import increment_version
 
 from .. import _modes, _native, _ops
 from .._checks import check_apart, check_arguments, check_out
+from .._warnings import warn_once
 from . import cpu, crossovers, eager, shapes
 
 NAMES = ("eager", "cpu", "cuda", "triton")
@@ -68,10 +69,14 @@ def _choose(forced: str | None, device_type: str) -> ModuleType:
         raise ValueError(f"FASTPCGRAD_BACKEND must be one of {', '.join(NAMES)}; found {forced!r}")
     if device_type == "meta":
         return shapes
+    missing = ""
     for name in (forced,) if forced else _AUTOMATIC.get(device_type, ("eager",)):
         reason = why_unavailable(name, device_type)
         if reason is None:
+            if missing:
+                warn_once(f"{name} runs instead of the compiled {device_type} library, and slower: {missing}")
             return importlib.import_module(f".{name}", __name__)
+        missing = missing or reason
         if forced:
             raise RuntimeError(
                 f"FASTPCGRAD_BACKEND={forced} cannot run tensors on device type {device_type!r}: {reason}"
