@@ -11,6 +11,8 @@ from .base import Solution
 class UPGrad(DualConeMethod):
     """Replace each task gradient by the nearest vector that conflicts with no task, then combine by preference.
 
+    No task is harmed with ``reg_eps=0``; by default one with a short gradient beside long ones can be, a little.
+
     Args:
         pref_vector: preference of each task, ``[T]``; None: 1/T each.
         norm_eps: a Gram matrix whose trace is not above it counts as zero: the answer is then the combination by
