@@ -12,8 +12,6 @@ from torch import Tensor, UntypedStorage
 _ADDRESS = attrgetter("_cdata")
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
-_Counts = tuple[set[int], set[int], set[int]]
-
 
 def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bool:
     """Whether nobody but the list ``grads`` holds these tensors, and nobody but them their memory.
@@ -24,25 +22,31 @@ def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bo
         grads: strided tensors on one device that were taken from ``.grad``, which is None by now.
         storages: theirs.
     """
-    if _ALONE is None or _counts(grads, storages) != _ALONE:
-        return not grads
-    # Memory that NumPy, a file or another process may hold, whatever torch's counts say.
-    foreign = not all(map(UntypedStorage.resizable, storages))
-    return not foreign and not (grads[0].is_cpu and any(map(UntypedStorage.is_shared, storages)))
+    if not grads:
+        return True
+    return (
+        _ALONE is not None
+        and _counts(grads, storages) == _ALONE
+        # Memory that NumPy, a file or another process may hold, whatever torch's counts say.
+        and all(map(UntypedStorage.resizable, storages))
+        and not (grads[0].is_cpu and any(map(UntypedStorage.is_shared, storages)))
+    )
 
 
-def _counts(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> _Counts:
-    """How many references there are to the tensors, to their memory, and to Python's name for it.
+def _counts(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> set[tuple[int, int, int]]:
+    """How many references there are to each tensor, to its memory, and to Python's name for that.
 
     The second finds views, DLPack capsules and NumPy arrays; not those who hold the tensor itself, who share its one
     reference to its memory. These the first finds, and the third those who hold ``tensor.untyped_storage()``.
     """
     assert _use_count is not None
-    used = set(map(_use_count, map(_ADDRESS, storages)))
-    return set(map(sys.getrefcount, grads)), used, set(map(sys.getrefcount, storages))
+    references = sys.getrefcount
+    return set(
+        zip(map(references, grads), map(_use_count, map(_ADDRESS, storages)), map(references, storages), strict=True)
+    )
 
 
-def _counts_of_one_alone() -> _Counts | None:
+def _counts_of_one_alone() -> set[tuple[int, int, int]] | None:
     """What ``_counts`` gives for a gradient that nobody else holds, which differs between versions; None: unknown."""
     if _use_count is None:
         return None

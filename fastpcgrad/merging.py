@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import compress
+from operator import attrgetter
 
 import torch
 
@@ -13,6 +14,8 @@ from ._ops import KERNELS, Blocks, Figures, Later
 from .methods import Elementwise, Method
 from .report import ConflictReport
 from .task_gradients import Row, TaskGradients
+
+_VERSION = attrgetter("_version")
 
 
 def merge(
@@ -54,7 +57,10 @@ def merge(
 
 def _versions(out: Row) -> list[int]:
     """What autograd counts the writes to each tensor with."""
-    return [0 if place is None or place.is_inference() else place._version for place in out]
+    try:
+        return list(map(_VERSION, out))
+    except (AttributeError, RuntimeError):  # a None; an inference tensor, which has no such count
+        return [0 if place is None or place.is_inference() else place._version for place in out]
 
 
 def _merge(

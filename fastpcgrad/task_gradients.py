@@ -17,6 +17,7 @@ from ._ops import Blocks, addresses
 from .functional import ROW_DTYPES
 
 _DTYPE = attrgetter("dtype")
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 Row = list[Tensor | None]
 """One task's gradient of each parameter; None where it has none."""
@@ -98,7 +99,12 @@ class TaskGradients:
         What somebody else holds, or its memory (a view, NumPy, a hook that saved it, another leaf's ``.grad``), is
         copied now: a later backward pass may write there, and a merge must not.
         """
-        self._rows[task] = self._settled(_detached(row), alone=True)
+        try:
+            # Of a row without gaps, the common case, nothing is put together anew.
+            own = not any(map(_REQUIRES_GRAD, row)) and self._may_stay(row, self._sizes, self._strides, True)
+        except (AttributeError, TypeError):  # a None
+            own = False
+        self._rows[task] = row if own else self._settled(_detached(row), alone=True)
         self._own.add(task)
 
     def average(self) -> None:
@@ -188,7 +194,7 @@ class TaskGradients:
         return torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(grad)
 
     def _may_stay(
-        self, grads: Sequence[Tensor], sizes: Sequence[int], strides: Sequence[tuple[int, ...]], alone: bool
+        self, grads: Sequence[Any], sizes: Sequence[int], strides: Sequence[tuple[int, ...]], alone: bool
     ) -> bool:
         """Whether all are strided, of the rows' dtype, each fills a storage of so many bytes with those strides, and if
         asked nobody else holds any."""
