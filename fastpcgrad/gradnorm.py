@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .balancing.gradnorm import Layer, check_alpha, excess_signs, layer_norms, layer_tensors, scaled_to_count
+from ._warnings import FastPCGradWarning
+from .balancing import refusals
+from .balancing.base import all_finite
+from .balancing.gradnorm import (
+    Layer,
+    check_alpha,
+    excess_signs,
+    layer_norms,
+    layer_tensors,
+    scaled_to_count,
+    training_rates,
+)
 
 VARIANTS = ("paper", "lucasbotang")
 
@@ -33,6 +45,10 @@ def gradNorm(
     momentum, so nearly ``lr2`` times the sign of the gradient) on the weights, which start at 1; then the weights are
     scaled to sum to T. L(0) is the loss of the first batch.
 
+    A batch with a loss, or a norm of its gradient at the layer, that is NaN or infinite is skipped: neither the network
+    nor the weights take a step, and L(0) is that of the first batch that is not. It shows in ``log_loss`` and in a
+    ``FastPCGradWarning`` at the end.
+
     Args:
         net: ``net(*batch)`` gives the T task losses as one tensor ``[T]``. It is put into training mode.
         layer: W, whose gradients are compared: a module, of which only the first parameter (its weight) is looked at,
@@ -52,9 +68,10 @@ def gradNorm(
     Raises:
         TypeError: a net without a tensor of losses, batches that are no sequences.
         ValueError: unknown variant; bad ``alpha``, ``num_epochs``, learning rates, layer; losses that are not ``[T]``;
-            no batch.
-    Numerics: a loss that is not finite, or a first loss of 0, shows as NaN weights from the next step on. No step waits
-        for the device. The network's Adam is torch's fused one, which rounds differently in the last place.
+            no batch; unless ``alpha`` is 0, a first loss that is not > 0 or a later one < 0. On a GPU such a batch is
+            skipped and a later step raises, or the end, once the device has answered.
+    Numerics: no step waits for a GPU, unless a parameter is complex. The network's Adam is torch's fused one, which
+        rounds differently in the last place.
     Source: Chen et al. 2018, arXiv:1711.02257, Alg. 1.
     Example:
         >>> class Net(torch.nn.Module):
@@ -84,29 +101,49 @@ def gradNorm(
     leaks = variant == "lucasbotang"
     initial: Tensor | None = None
     logged: list[tuple[Tensor, Tensor]] = []
+    steps = 0
+    refused = refusals.Refusals()
     net.train()
     for _ in range(num_epochs):
         for batch in dataloader:
             losses = net(*_on_device(batch, device))
             if initial is None:
                 _check_task_losses(losses)
-                initial = losses.detach().clone()
-                weights = torch.ones_like(initial)
-            ratios = losses.detach() / initial
-            if log:
-                logged.append((weights, ratios))
+                weights = torch.ones_like(losses.detach())
+                initial = torch.full_like(weights, torch.nan)
+                counted = torch.zeros((), dtype=torch.int64, device=device)
+            steps += 1
+            refused.raise_due()
             optimizer.zero_grad()
             norms = layer_norms(losses, shared, create_graph=leaks).to(weights.dtype)
-            signs = excess_signs(weights, norms.detach(), ratios, alpha)
+            rates, initial, sound = training_rates(losses.detach(), norms.detach(), initial, alpha, refused)
+            counted += sound
+            if log:
+                logged.append((weights, losses.detach() / initial))
+            keep = refusals.known(sound) if fused else bool(sound)
+            if keep is False:
+                continue
+            if keep is None:
+                # The protocol between a gradient scaler and a fused optimizer, which takes no step where this is 1.
+                optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]
+            signs = excess_signs(weights, norms.detach(), rates)
             if leaks:
                 # With respect to the norms, the GradNorm loss Σ|n_i − target_i| has the gradient signs · weights.
                 torch.autograd.backward([losses, norms], [weights, signs * weights])
             else:
                 torch.autograd.backward(losses, weights)
             optimizer.step()
-            weights = scaled_to_count(_first_adam_step(weights, signs * norms.detach(), lr2))
+            stepped = scaled_to_count(_first_adam_step(weights, signs * norms.detach(), lr2))
+            weights = torch.where(sound & all_finite(stepped), stepped, weights)
     if initial is None:
         raise ValueError("dataloader gave no batch")
+    refused.raise_due(wait=True)
+    if skipped := steps - int(counted):
+        warnings.warn(
+            f"gradNorm skipped {skipped} of {steps} batches, with losses or gradient norms that were not finite",
+            FastPCGradWarning,
+            stacklevel=2,
+        )
     if not log:
         empty = np.empty((0, len(initial)), dtype=weights.cpu().numpy().dtype)
         return empty, empty.copy()

@@ -1,11 +1,15 @@
 """gradNorm against oracles that differentiate twice, written from the paper and from the original's description."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fastpcgrad import FastPCGradWarning
 from fastpcgrad.gradnorm import gradNorm
+from tests.balancing.late_answers import never_look
 
 VARIANTS = ("paper", "lucasbotang")
 STEPS = 200
@@ -197,14 +201,181 @@ def test_it_trains_in_training_mode_and_takes_any_batch_arguments():
     assert log_weights.shape == (3, 2)
 
 
+@pytest.fixture(params=["looking", "not looking"])
+def looks(request, monkeypatch):
+    """A CPU's way, which looks at flags, and a GPU's."""
+    return None if request.param == "looking" else never_look(monkeypatch)
+
+
+def poisoned(batch, bad, where):
+    """The loss of the first task is not finite, or its norm alone."""
+    x, y = (values.clone() for values in batch)
+    if where == "loss":
+        y[0, 0, 0] = bad
+    else:
+        x[0, 0] = BENT
+    return x, y
+
+
+BENT = 0.123456789
+"""Marks a batch whose gradients are to be NaN, its losses not."""
+
+
+class BentNet(ToyNet):
+    def forward(self, x, y):
+        losses = super().forward(x, y)
+        if x[0, 0] == BENT:
+            losses.register_hook(lambda grad: grad * torch.nan)
+            losses = losses * 1
+        return losses
+
+
 @for_each_variant
+@pytest.mark.parametrize("where", ["loss", "norm"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_shows_in_the_weights(variant, bad):
-    net, data = toy(2, 4)
-    data[1][1][0, 0, 0] = bad
-    log_weights, log_loss = gradNorm(net, net.last, 0.12, data, 1, 1e-3, 1e-3, log=True, variant=variant)
-    assert np.isfinite(log_weights[:2]).all() and np.isnan(log_weights[2:]).all()
-    assert not np.isfinite(log_loss[1, 0])
+@pytest.mark.parametrize("places", [(0,), (1,), (0, 0, 3), (2, 3)])
+def test_a_batch_that_is_not_finite_is_skipped_shows_in_the_log_and_is_told(looks, variant, where, bad, places):
+    net, data = toy(3, 4)
+    bent = BentNet(3).double()
+    bent.load_state_dict(net.state_dict())
+    fed, bad_rows = [], []
+    for index, batch in enumerate(data):
+        for _ in range(places.count(index)):
+            bad_rows.append(len(fed))
+            fed.append(poisoned(batch, bad, where))
+        fed.append(batch)
+    expected = gradNorm(net, net.last, 0.12, data, 1, 1e-3, 1e-2, log=True, variant=variant)
+    with pytest.warns(FastPCGradWarning, match=f"skipped {len(places)} of {len(fed)} batches"):
+        found = gradNorm(bent, bent.last, 0.12, fed, 1, 1e-3, 1e-2, log=True, variant=variant)
+    for logged, alone in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.delete(logged, bad_rows, axis=0), alone)
+    assert np.isfinite(found[0]).all()
+    assert np.isfinite(found[1][bad_rows]).all() == (where == "norm" and places[0] > 0), "L(0) may not be known yet"
+    for parameter, other in zip(bent.parameters(), net.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_a_run_of_bad_batches_alone_leaves_the_network(looks, log):
+    net, data = toy(2, 3)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    data = [poisoned(batch, float("nan"), "loss") for batch in data]
+    with pytest.warns(FastPCGradWarning, match="skipped 6 of 6"):
+        log_weights, log_loss = gradNorm(net, net.last, 0.12, data, 2, 1e-3, 1e-3, log=log)
+    assert (log_weights == 1).all() and np.isnan(log_loss).all() and len(log_loss) == 6 * log
+    assert all(torch.equal(parameter, old) for parameter, old in zip(net.parameters(), before, strict=True))
+
+
+def test_a_network_with_complex_parameters_skips_too(looks):
+    """No fused optimizer takes them."""
+
+    class ComplexNet(ToyNet):
+        def __init__(self, tasks):
+            super().__init__(tasks)
+            self.phase = nn.Parameter(torch.ones(tasks, dtype=torch.complex128))
+
+        def forward(self, x, y):
+            return super().forward(x, y) * self.phase.abs()
+
+    _, data = toy(2, 3)
+    data = [poisoned(data[0], float("nan"), "loss"), *data]
+    net = ComplexNet(2).double()
+    alone = copy.deepcopy(net)
+    with pytest.warns(FastPCGradWarning, match="skipped 1 of 4"):
+        gradNorm(net, net.last, 0.12, data, 1, 1e-3, 1e-3)
+    gradNorm(alone, alone.last, 0.12, data[1:], 1, 1e-3, 1e-3)
+    for parameter, other in zip(net.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
+class Shifted(nn.Module):
+    """Losses a² + shift_i: any sign, with gradients that do not depend on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([2.0, 1.0], dtype=torch.float64))
+
+    def forward(self, shift):
+        return torch.stack([self.a.square().sum(), (self.a - 4).square().sum()]) + shift
+
+
+def shifts(*rows):
+    return [(torch.tensor(row, dtype=torch.float64),) for row in rows]
+
+
+GOOD = shifts(*[[0.0, 0.0]] * 3)
+REFUSED = {
+    "a first loss of 0": (shifts([-5.0, 0.0]), r"losses\[0\] is 0 and its L\(0\) 0"),
+    "a first loss below 0": (shifts([0.0, -18.0]), r"losses\[1\] is -5 and its L\(0\) -5"),
+    "another sign": (shifts([0.0, 0.0], [0.0, 0.0], [-50.0, 0.0]), r"losses\[0\] is -4\d\.\d+ and its L\(0\) 5"),
+}
+
+
+@for_each_variant
+@pytest.mark.parametrize(("data", "words"), REFUSED.values(), ids=REFUSED)
+def test_losses_without_a_power_are_refused_before_the_step(variant, data, words):
+    net, alone = Shifted(), Shifted()
+    with pytest.raises(ValueError, match=f"{words}.*STCH"):
+        gradNorm(net, net.a, 0.12, data + GOOD, 1, 0.1, 0.1, variant=variant)
+    if data[:-1]:
+        gradNorm(alone, alone.a, 0.12, data[:-1], 1, 0.1, 0.1, variant=variant)
+    assert torch.equal(net.a, alone.a)
+
+
+@for_each_variant
+@pytest.mark.parametrize(("data", "words"), REFUSED.values(), ids=REFUSED)
+def test_where_looking_would_wait_they_take_no_step_and_the_end_raises(monkeypatch, variant, data, words):
+    never_look(monkeypatch)
+    net, alone = Shifted(), Shifted()
+    with pytest.raises(ValueError, match=f"{words}.*STCH.*earlier call"):
+        gradNorm(net, net.a, 0.12, data + GOOD, 1, 0.1, 0.1, variant=variant)
+    gradNorm(alone, alone.a, 0.12, data[:-1] + GOOD, 1, 0.1, 0.1, variant=variant)
+    assert torch.equal(net.a, alone.a)
+
+
+class Scaled(nn.Module):
+    """Losses scale_i · a + shift_i with a = 1: their norms are the scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(()))
+
+    def forward(self, scale, shift):
+        return scale * self.a + shift
+
+
+def test_weights_that_cannot_be_scaled_are_those_before(looks):
+    """Norms 3 and 1, ratios 1.9 and 0.1, α = ½: both norms are too large, and a step of 1 leaves no weight."""
+    data = [[torch.tensor(row) for row in batch] for batch in (([1.0, 1.0], [0.0, 0.0]), ([3.0, 1.0], [-1.1, -0.9]))]
+    net = Scaled()
+    log_weights, _ = gradNorm(net, net.a, 0.5, [*data, data[0]], 1, 0.0, 1.0, log=True)
+    assert (log_weights == 1).all()
+
+
+def test_an_answer_that_comes_early_raises_before_the_next_step(monkeypatch):
+    answers = never_look(monkeypatch)
+    net = Shifted()
+
+    def data():
+        yield from shifts([-50.0, 0.0])
+        answers.arrive()
+        yield from shifts([0.0, 0.0])
+
+    with pytest.raises(ValueError, match=r"losses\[0\] is -45 .*earlier call"):
+        gradNorm(net, net.a, 0.12, data(), 1, 0.1, 0.1)
+    assert net.a.tolist() == [2.0, 1.0]
+
+
+@for_each_variant
+def test_without_a_restoring_force_losses_may_have_any_sign(looks, variant):
+    runs = []
+    for data in (GOOD, shifts([-5.0, -20.0], [3.0, -20.0], [-90.0, 20.0])):
+        net = Shifted()
+        log_weights, _ = gradNorm(net, net.a, 0.0, data, 1, 0.1, 0.1, log=True, variant=variant)
+        runs.append((log_weights, net.a.detach().numpy()))
+    for signed, positive in zip(*runs, strict=True):
+        np.testing.assert_array_equal(signed, positive)
+    assert np.abs(runs[0][0][1] - 1).max() > 0.05
 
 
 def arguments(net, data, **changes):

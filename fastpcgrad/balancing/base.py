@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modes import is_fake
+from . import refusals
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 """Makes the optimizer of a balancer's own weights, as ``functools.partial(torch.optim.SGD, lr=0.1)`` does."""
@@ -19,7 +20,14 @@ class Balancer(nn.Module, ABC):
     """Weighs task losses; calling it gives the weighted losses, to be summed or handed to gradient surgery.
 
     A subclass gives ``weigh``. State lies in parameters and buffers, so ``state_dict``, ``to(device)`` and
-    ``double()`` work as for any module. No call waits for the device.
+    ``double()`` work as for any module. No call waits for a GPU.
+
+    A step in which a loss (or norm) is NaN or infinite is skipped: weights, state and optimizer stay as they were, and
+    training goes on as if the step had not been. Its weighted losses show it: a finite weight times NaN.
+
+    Finite losses that a balancer's formula has no answer for (GradNorm, FAMO, DWA) are a ValueError. Where looking
+    would wait, on a GPU, that step is skipped and a later call raises, once the device has answered; a captured CUDA
+    graph skips and raises nothing.
 
     Attributes:
         num_tasks: T.
@@ -40,6 +48,7 @@ class Balancer(nn.Module, ABC):
             raise ValueError(f"num_tasks must be at least 1; found {num_tasks}")
         super().__init__()
         self.num_tasks = num_tasks
+        self._refusals = refusals.Refusals()
 
     @abstractmethod
     def weigh(self, losses: Tensor) -> Tensor:
@@ -59,8 +68,9 @@ class Balancer(nn.Module, ABC):
             alone; elements of a tensor share theirs, so that a backward pass of one runs through all.
         Raises:
             TypeError: losses that are no real floating-point tensors.
-            ValueError: not T, not scalar, or on another device.
+            ValueError: not T, not scalar, or on another device; values that the balancer cannot take.
         """
+        self._refusals.raise_due()
         losses = losses if isinstance(losses, Tensor) else list(losses)
         weights = self.weigh(self._vector("losses", losses))
         if isinstance(losses, Tensor):
@@ -100,7 +110,12 @@ class Balancer(nn.Module, ABC):
 
 
 class LearnedBalancer(Balancer):
-    """A balancer that takes steps of its own optimizer on one tensor, with gradients that it computes itself."""
+    """A balancer that takes steps of its own optimizer on one tensor, with gradients that it computes itself.
+
+    A skipped step leaves the optimizer as it was. On a GPU, where it is taken back, that holds for the tensors of its
+    state on that GPU; torch's optimizers are made to keep their counts of steps there (``capturable``). A count that
+    another optimizer keeps on the host goes on.
+    """
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__(num_tasks)
@@ -117,24 +132,66 @@ class LearnedBalancer(Balancer):
         self.optimizer = optimizer([parameter])
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must make a torch.optim.Optimizer; it made {self.optimizer!r}")
+        self._load(parameter.device, self.optimizer.state_dict())
         return parameter
 
-    def _step(self, parameter: Tensor, gradient: Tensor) -> None:
-        parameter.grad = gradient
+    @torch.no_grad()
+    def _step(self, parameter: Tensor, gradient: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> None:
+        """One step of the optimizer, then ``finish`` on the parameter.
+
+        None where the gradient, or what the parameter would be, is not finite.
+        """
+        sound = all_finite(gradient)
+        if refusals.known(sound) is False:
+            return
+        before = {key: value.clone() for key, value in self._held(parameter).items()}
+        parameter.grad = torch.where(sound, gradient, 0.0)
         self.optimizer.step()
         parameter.grad = None
+        if finish is not None:
+            parameter.copy_(finish(parameter))
+        sound = sound & all_finite(parameter)
+        for key, value in self._held(parameter).items():
+            if key in before:
+                value.copy_(torch.where(sound, value, before[key]))
+            elif key == "step":
+                value.mul_(sound)
+            # What else the optimizer has made in this first step is what a gradient of 0 leaves.
+
+    def _held(self, parameter: Tensor) -> dict[str | None, Tensor]:
+        """What a step changes and can be given back: the parameter (None) and its tensors in the optimizer's state."""
+        held: dict[str | None, Tensor] = {None: parameter}
+        for key, value in self.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.device == parameter.device:
+                held[key] = value
+        return held
 
     def get_extra_state(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        self._load(self.weights.device, state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedBalancer:
         super()._apply(fn, recurse)
-        # Loading casts and moves the optimizer's state to where the parameter now is.
-        self.optimizer.load_state_dict(self.optimizer.state_dict())
+        self._load(self.weights.device, self.optimizer.state_dict())
         return self
+
+    def _load(self, device: torch.device, state: dict[str, Any]) -> None:
+        """Cast and move the optimizer's state to where the parameter is; counts of steps onto a GPU, too."""
+        on_gpu = device.type == "cuda"
+        groups = [group | {"capturable": on_gpu} if "capturable" in group else group for group in state["param_groups"]]
+        self.optimizer.load_state_dict(state | {"param_groups": groups})
+        if not on_gpu:
+            # load_state_dict leaves these where they were.
+            for held in self.optimizer.state.values():
+                if isinstance(held.get("step"), Tensor):
+                    held["step"] = held["step"].cpu()
+
+
+def all_finite(*values: Tensor) -> Tensor:
+    """Whether everything in them is finite: a bool on their device."""
+    return torch.stack([value.isfinite().all() for value in values]).all()
 
 
 def task_values(name: str, values: Iterable[float] | Tensor, num_tasks: int) -> Tensor:

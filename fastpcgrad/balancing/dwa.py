@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Balancer
+from .base import Balancer, all_finite
 
 
 class DWA(Balancer):
     """Weights from how the mean losses of the last two epochs compare: λ_i = T softmax(r_i / temperature).
 
     r_i = L̄_i(e − 1) / L̄_i(e − 2); in the first two epochs every weight is 1. Calls in training mode add to the mean of
-    the running epoch; after ``eval()`` they do not.
+    the running epoch; after ``eval()`` they do not. A step with a loss that is not finite is not in the mean, and an
+    epoch of such steps alone is none.
 
     Args:
         num_tasks: T.
@@ -21,7 +22,7 @@ class DWA(Balancer):
         weights: λ, ``[T]``; they sum to T.
     Raises:
         ValueError: ``temperature`` is not > 0.
-    Numerics: a NaN loss gives NaN weights in the two epochs that look at its epoch.
+    Numerics: mean losses have to be > 0, since r compares them by their ratio; see ``end_epoch``.
     Source: Liu, Johns, Davison 2019, arXiv:1803.10704.
     Example:
         >>> balancer = fastpcgrad.balancing.DWA(2)
@@ -34,6 +35,7 @@ class DWA(Balancer):
 
     epoch_losses: Tensor
     loss_sum: Tensor
+    counted: Tensor
 
     def __init__(self, num_tasks: int, temperature: float = 2.0) -> None:
         super().__init__(num_tasks)
@@ -42,14 +44,19 @@ class DWA(Balancer):
         self.temperature = temperature
         self.register_buffer("weights", torch.ones(num_tasks))
         self.register_buffer("loss_sum", torch.zeros(num_tasks))
+        self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
+        # A mean of 0 is that of no epoch.
         self.register_buffer("epoch_losses", torch.zeros(2, num_tasks))
-        self.steps = 0
-        self.epochs = 0
+        # Known without looking at the device, but not of a state that was loaded.
+        self._without_losses = True
+        self.register_load_state_dict_post_hook(_may_have_losses)
 
     def weigh(self, losses: Tensor) -> Tensor:
         if self.training:
-            self.loss_sum += losses
-            self.steps += 1
+            finite = all_finite(losses)
+            self.loss_sum += torch.where(finite, losses, 0.0)
+            self.counted += finite
+            self._without_losses = False
         return self.weights
 
     def end_epoch(self) -> None:
@@ -57,22 +64,37 @@ class DWA(Balancer):
 
         Raises:
             RuntimeError: no call since the last epoch ended.
+            ValueError: a mean loss that is not > 0, or out of proportion to the one before; see ``Balancer`` for when.
+                Nothing is changed.
         """
-        if self.steps == 0:
+        self._refusals.raise_due()
+        if self._without_losses:
             raise RuntimeError("end_epoch() of an epoch without losses: call the balancer in training mode first")
-        self.epoch_losses = torch.stack([self.epoch_losses[1], self.loss_sum / self.steps])
+        before, last = self.epoch_losses[1], self.loss_sum / self.counted
+        exponents = last / before / self.temperature
+        comparable = exponents.isfinite() | (before == 0)
+        bad = (self.counted > 0) & ~((last > 0) & last.isfinite() & comparable)
+        self._refusals.refuse(bad, (before, last), _why_not)
+        ended = (self.counted > 0) & ~bad.any()
+        weights = self.num_tasks * torch.softmax(exponents, dim=0)
+        self.weights = torch.where(ended & (before > 0).all(), weights, self.weights)
+        self.epoch_losses = torch.where(ended, torch.stack([before, last]), self.epoch_losses)
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        self.steps = 0
-        self.epochs += 1
-        if self.epochs >= 2:
-            before, last = self.epoch_losses
-            self.weights = self.num_tasks * torch.softmax(last / before / self.temperature, dim=0)
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"steps": self.steps, "epochs": self.epochs}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.steps, self.epochs = state["steps"], state["epochs"]
+        self.counted = torch.zeros_like(self.counted)
+        self._without_losses = True
 
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, temperature={self.temperature}"
+
+
+def _why_not(task: int, values: list[float]) -> str:
+    before, last = values
+    after = f" after one of {before:.6g}" if before else ""
+    return (
+        f"task {task} ends the epoch with a mean loss of {last:.6g}{after}: DWA takes the ratio of the means of two "
+        "epochs, which have to be > 0; STCH takes losses of any sign"
+    )
+
+
+def _may_have_losses(balancer: DWA, _: object) -> None:
+    balancer._without_losses = False

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .base import LearnedBalancer, OptimizerFactory, task_values
+from .base import LearnedBalancer, OptimizerFactory, all_finite, task_values
 
 
 class FAMO(LearnedBalancer):
@@ -24,12 +24,13 @@ class FAMO(LearnedBalancer):
             and 1e-3.
     Attributes:
         logits: ξ, ``[T]``, starts at 0.
-        weights: those of the last call.
+        weights: those of the last call whose losses were finite; 1/T before it.
     Raises:
         TypeError: ``optimizer`` makes none.
         ValueError: ``min_losses`` are not T finite numbers.
-    Numerics: 1e-8 is added to each D_i. Losses below their ``min_losses``, NaN or inf give NaN weights or, in
-        ``update``, NaN logits: from then on every weight is NaN.
+    Numerics: 1e-8 is added to each D_i. A call with a loss that is not finite weighs by the weights of the call before
+        it, and the update after it is skipped. A loss below its ``min_losses`` is an error of the call that was given
+        it; see ``Balancer``.
     Source: Liu et al. 2023, arXiv:2306.03792, Alg. 1.
     Example:
         >>> balancer = fastpcgrad.balancing.FAMO(2)
@@ -54,14 +55,15 @@ class FAMO(LearnedBalancer):
         self.logits = self._learn(
             torch.zeros_like(least), optimizer or partial(torch.optim.Adam, lr=0.025, weight_decay=1e-3)
         )
-        self.register_buffer("weights", torch.ones_like(least), persistent=False)
+        self.register_buffer("weights", torch.full_like(least, 1 / num_tasks), persistent=False)
         self._before: Tensor | None = None
 
     def weigh(self, losses: Tensor) -> Tensor:
         excess = self._excess(losses)
         self._before = excess.log()
         shares = torch.softmax(self.logits, dim=0) / excess
-        self.weights = shares / shares.sum()
+        weights = shares / shares.sum()
+        self.weights = torch.where(all_finite(losses) & (excess > 0).all(), weights, self.weights)
         return self.weights
 
     def update(self, losses: Sequence[Tensor] | Tensor) -> None:
@@ -70,9 +72,10 @@ class FAMO(LearnedBalancer):
         Args:
             losses: those of the same batch, computed again after the optimizer's step; see ``forward``.
         Raises:
-            TypeError, ValueError: see ``forward``.
+            TypeError, ValueError: see ``forward``. Nothing is changed.
             RuntimeError: no call since the last update.
         """
+        self._refusals.raise_due()
         after = self._excess(self._vector("losses", losses if isinstance(losses, Tensor) else list(losses))).log()
         if self._before is None:
             raise RuntimeError("update() needs the losses before the step: call the balancer with them first")
@@ -82,4 +85,15 @@ class FAMO(LearnedBalancer):
         self._before = None
 
     def _excess(self, losses: Tensor) -> Tensor:
-        return losses - self.min_losses + 1e-8
+        excess = losses - self.min_losses + 1e-8
+        bad = all_finite(losses) & ~(excess > 0)
+        self._refusals.refuse(bad, (losses, self.min_losses), _why_not)
+        return excess
+
+
+def _why_not(task: int, values: list[float]) -> str:
+    loss, least = values
+    return (
+        f"losses[{task}] is {loss:.6g} and its min_losses {least:.6g}: FAMO takes log(L − min_losses + 1e-8); give "
+        "lower bounds as min_losses, or take STCH, which takes losses of any sign"
+    )

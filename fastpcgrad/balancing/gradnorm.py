@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from .base import LearnedBalancer, OptimizerFactory, task_values
+from .base import LearnedBalancer, OptimizerFactory, all_finite, task_values
+from .refusals import Refusals
 
 Layer = nn.Module | Tensor | Iterable[Tensor]
 
@@ -40,15 +41,15 @@ class GradNorm(LearnedBalancer):
         alpha: α ≥ 0, the strength of the restoring force: 0 asks for equal norms; larger suits tasks that differ more.
         optimizer: makes the optimizer of w; None: Adam with a learning rate of 0.025.
         initial_losses: L(0), where a value from theory is better than the first one seen (log C for a cross-entropy
-            over C classes); None: each task's first loss that is noted and not NaN.
+            over C classes); None: the losses of the first update in which all losses and norms were finite.
     Attributes:
         weights: w, ``[T]``; start at 1, sum to T.
         initial_losses: L(0), ``[T]``; NaN before the first update.
     Raises:
         TypeError: ``optimizer`` makes none.
-        ValueError: ``alpha`` not ≥ 0 and finite, ``initial_losses`` not T finite numbers.
-    Numerics: a loss or norm that is not finite, or an L_i(0) of 0, makes all weights NaN for good; where a gradient
-        scaler skips such a step, skip ``update`` too.
+        ValueError: ``alpha`` not ≥ 0 and finite, ``initial_losses`` not T finite numbers or, unless α is 0, not > 0.
+    Numerics: r_i^α needs L_i(0) > 0 and L_i ≥ 0, and a smaller L_i has to be a better one; see ``update``. α = 0 takes
+        losses of any sign. With a gradient scaler, which skips the same steps, call ``update`` in every step.
     Source: Chen et al. 2018, arXiv:1711.02257, Alg. 1.
     Example:
         >>> layer = torch.nn.Linear(3, 2, bias=False)
@@ -75,6 +76,8 @@ class GradNorm(LearnedBalancer):
         initial = torch.full((num_tasks,), torch.nan)
         if initial_losses is not None:
             initial = task_values("initial_losses", initial_losses, num_tasks)
+            if self.alpha > 0 and not (initial > 0).all():
+                raise ValueError(f"initial_losses must be > 0 where alpha is; found {initial.tolist()}")
         self.register_buffer("initial_losses", initial)
         self.weights = self._learn(torch.ones_like(initial), optimizer or partial(torch.optim.Adam, lr=0.025))
         self._noted: list[tuple[Tensor, Tensor] | None] = [None] * num_tasks
@@ -119,17 +122,19 @@ class GradNorm(LearnedBalancer):
 
         Raises:
             RuntimeError: a task was not noted since the last update. Nothing is changed.
+            ValueError: with α > 0, an L_i(0) that is not > 0 or an L_i < 0; see ``Balancer`` for when. Nothing is
+                changed.
         """
+        self._refusals.raise_due()
         noted = [pair for pair in self._noted if pair is not None]
         if len(noted) < self.num_tasks:
             missing = [t for t, pair in enumerate(self._noted) if pair is None]
             raise RuntimeError(f"update() needs a loss and a norm of every task: note() is missing for tasks {missing}")
         losses, norms = (torch.stack(values) for values in zip(*noted, strict=True))
-        initial = self.initial_losses
-        initial.copy_(torch.where(initial.isnan(), losses, initial))
-        signs = excess_signs(self.weights, norms, losses / initial, self.alpha)
-        self._step(self.weights, signs * norms)
-        self.weights.copy_(scaled_to_count(self.weights))
+        rates, initial, sound = training_rates(losses, norms, self.initial_losses, self.alpha, self._refusals)
+        self.initial_losses.copy_(initial)
+        gradient = excess_signs(self.weights, norms, rates) * norms
+        self._step(self.weights, torch.where(sound, gradient, torch.nan), scaled_to_count)
         self._noted = [None] * self.num_tasks
 
     def extra_repr(self) -> str:
@@ -201,14 +206,47 @@ def _roots(losses: Sequence[Tensor] | Tensor) -> Sequence[Tensor | GradientEdge]
     ]
 
 
-def excess_signs(weights: Tensor, norms: Tensor, loss_ratios: Tensor, alpha: float) -> Tensor:
+def training_rates(
+    losses: Tensor, norms: Tensor, initial: Tensor, alpha: float, refusals: Refusals
+) -> tuple[Tensor, Tensor, Tensor]:
+    """r^α, L(0) after this step, and whether the step counts: all is finite, and nothing was refused.
+
+    Args:
+        losses, norms: ``[T]``, detached.
+        initial: L(0), ``[T]``; NaN where no step has counted yet.
+    """
+    # The squares are what Adam keeps: one that overflows would stop it for good.
+    finite = all_finite(losses, norms.square())
+    first = torch.where(initial.isnan(), losses, initial)
+    ratios = losses / first
+    mean = ratios.mean()
+    # Where all losses are 0, all tasks have learned alike.
+    rates = torch.where(mean == 0, 1.0, ratios / mean) ** alpha
+    sound = finite
+    if alpha > 0:
+        bad = finite & ~((first > 0) & (losses >= 0) & ratios.isfinite() & ~rates.isinf())
+        refusals.refuse(bad, (losses, first), partial(_why_not, alpha))
+        sound = finite & ~bad.any()
+    return rates, torch.where(sound, first, initial), sound
+
+
+def _why_not(alpha: float, task: int, values: list[float]) -> str:
+    loss, first = values
+    return (
+        f"losses[{task}] is {loss:.6g} and its L(0) {first:.6g}: GradNorm takes powers ({alpha:g}) of L / L(0), which "
+        "need L(0) > 0 and L >= 0 and have to stay in the range of the dtype; balancing.GradNorm takes another L(0) as "
+        "initial_losses, alpha=0 asks for equal norms alone, and STCH takes losses of any sign"
+    )
+
+
+def excess_signs(weights: Tensor, norms: Tensor, rates: Tensor) -> Tensor:
     """∂ Σ_i |n_i − target_i| / ∂ w_i over ‖∇_W L_i‖, with n_i = |w_i| ‖∇_W L_i‖ and the targets held fixed.
 
-    All ``[T]``. It is sign(n_i − target_i), times the sign of w_i, which a large step can make negative.
+    All ``[T]``; ``rates`` are r^α. It is sign(n_i − target_i), times the sign of w_i, which a large step can make
+    negative.
     """
     weighted = weights.abs() * norms
-    rates = loss_ratios / loss_ratios.mean()
-    excess = weighted - weighted.mean() * rates**alpha
+    excess = weighted - weighted.mean() * rates
     # torch.sign(NaN) is 0, which would hide it.
     return torch.where(excess.isfinite(), torch.sign(excess) * torch.sign(weights), torch.nan)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._modes import is_fake
-from .base import Balancer, task_values
+from .base import Balancer, all_finite, task_values
 
 
 class STCH(Balancer):
@@ -22,9 +22,12 @@ class STCH(Balancer):
         mu: μ > 0, in the unit of the losses times λ.
         preference: λ, T numbers > 0; None: 1/T each.
         ideal: z, T numbers: the best loss that each task could reach; None: zeros.
+    Attributes:
+        weights: those of the last call whose losses were finite; λ/T before it.
     Raises:
         ValueError: ``mu`` not > 0, a preference not > 0, or not T numbers.
-    Numerics: the largest exponent is subtracted, so nothing overflows. A NaN or +inf loss gives NaN weights.
+    Numerics: losses may have any sign. The largest λ_i (L_i − z_i) is subtracted before the division by μ, so nothing
+        overflows. A call with a loss that is not finite weighs by the weights of the call before it.
     Source: Lin et al. 2024, arXiv:2402.19078.
     Example:
         >>> balancer = fastpcgrad.balancing.STCH(2, mu=0.5, preference=[1.0, 1.0])
@@ -53,11 +56,12 @@ class STCH(Balancer):
         self.register_buffer("preference", weight)
         self.register_buffer("ideal", task_values("ideal", [0.0] * num_tasks if ideal is None else ideal, num_tasks))
         # Those of the last call: made anew by every call, so no part of the state.
-        self.register_buffer("weights", torch.ones_like(weight), persistent=False)
+        self.register_buffer("weights", weight / num_tasks, persistent=False)
 
     def weigh(self, losses: Tensor) -> Tensor:
-        exponents = self.preference * (losses - self.ideal) / self.mu
-        self.weights = self.preference * torch.softmax(exponents, dim=0)
+        excess = self.preference * (losses - self.ideal)
+        weights = self.preference * torch.softmax((excess - excess.max()) / self.mu, dim=0)
+        self.weights = torch.where(all_finite(losses), weights, self.weights)
         return self.weights
 
     def extra_repr(self) -> str:

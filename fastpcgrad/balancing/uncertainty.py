@@ -22,7 +22,9 @@ class UncertaintyWeighting(Balancer):
     Attributes:
         log_variance: s, a parameter ``[T]``.
         weights: ½ e^(−s), detached.
-    Numerics: a NaN loss gives a NaN weighted loss and, through its gradient, a NaN s_i; the other s are untouched.
+    Numerics: losses may have any sign, but where L_i stays below 0, ½ e^(−s_i) L_i + ½ s_i has no minimum and s_i falls
+        without end: take STCH there. A loss that is not finite gives a weighted loss that is not, while s_i gets a
+        gradient of exactly 0 from it: an optimizer with momentum still moves s_i, as it moves any parameter.
     Source: Kendall, Gal, Cipolla 2018, arXiv:1705.07115, with s_i for log σ_i².
     Example:
         >>> balancer = fastpcgrad.balancing.UncertaintyWeighting(2)
@@ -42,12 +44,16 @@ class UncertaintyWeighting(Balancer):
         return self.log_variance.detach().neg().exp() / 2
 
     def weigh(self, losses: Tensor) -> Tensor:
-        return self.log_variance.neg().exp() / 2
+        return self._learning(losses).neg().exp() / 2
 
     def forward(self, losses: Sequence[Tensor] | Tensor) -> list[Tensor] | Tensor:
         """The weighted losses ½ e^(−s_i) L_i + ½ s_i; see ``Balancer.forward``."""
         weighted = super().forward(losses)
-        penalty = self.log_variance / 2
+        penalty = self._learning(self._vector("losses", weighted)) / 2
         if isinstance(weighted, Tensor):
             return weighted + penalty
         return [loss + cost for loss, cost in zip(weighted, penalty.unbind(), strict=True)]
+
+    def _learning(self, losses: Tensor) -> Tensor:
+        """s, with a gradient where the loss is finite."""
+        return torch.where(losses.isfinite(), self.log_variance, self.log_variance.detach())

@@ -72,4 +72,4 @@ def test_a_loss_that_is_not_finite_shows_in_its_own_task_alone(bad):
     weighted = balancer(torch.tensor([bad, 1.0]))
     assert not weighted[0].isfinite() and weighted[1].isfinite()
     weighted.sum().backward()
-    assert balancer.log_variance.grad.isfinite().tolist() == [False, True]
+    assert balancer.log_variance.grad.tolist() == [0.0, 0.0]  # ½ (1 − 1) of the other task
