@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ._modes import is_batched
+
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -67,7 +69,8 @@ def check_rows(grads: Tensor) -> None:
 
 
 def check_separate_rows(grads: Tensor) -> None:
-    if grads.shape[0] > 1 and grads.stride(0) < grads.shape[1]:
+    tasks, width = grads.shape
+    if tasks > 1 and grads.stride(0) < width:
         raise ValueError(f"grads has overlapping rows and would be overwritten; strides {grads.stride()}")
 
 
@@ -138,7 +141,8 @@ def check_order(order: Tensor, tasks: int, problems: int | None, device: torch.d
 
 def is_readable(indices: Tensor) -> bool:
     """Whether numbers can be looked at without a wait for a GPU, and there are any: not while code is compiled."""
-    return indices.is_cpu and not isinstance(indices, FakeTensor) and not torch.compiler.is_compiling()
+    compiled = torch.compiler.is_compiling()
+    return not compiled and indices.is_cpu and not isinstance(indices, FakeTensor) and not is_batched(indices)
 
 
 def check_out_kind(out: Tensor, grads: Tensor) -> None:

@@ -96,6 +96,24 @@ _NO_DERIVATIVE = (
 )
 
 
+def refuse_derivative(name: str, source: Tensor) -> None:
+    """RuntimeError where ``source`` is differentiated in forward mode or by a transform: a detached result is zero."""
+    if _has_tangent((source,)) or (_requires_grad((source,)) and torch._C._are_functorch_transforms_active()):
+        raise RuntimeError(_NO_DERIVATIVE.format(name))
+
+
+def without_derivative(name: str, result: Tensor, source: Tensor) -> Tensor:
+    """``result``, made of a detached ``source``; a backward pass through it is an error."""
+    if not _requires_grad((source,)):
+        return result
+    found: Tensor = _Refused.apply(_first, name, result, source)
+    return found
+
+
+def _first(result: Tensor, source: Tensor) -> Tensor:
+    return result.view_as(result)
+
+
 def _below(op: Any, keyset: DispatchKeySet) -> Callable[..., Any]:
     """The op as it is below autograd."""
 

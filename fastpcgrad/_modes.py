@@ -13,8 +13,8 @@ from torch._C import (
     DispatchKeySet,
     _are_functorch_transforms_active,
     _dispatch_keys,
-    _dispatch_tls_local_include_set,
     _get_dispatch_mode,
+    _get_tracing_state,
     _len_torch_dispatch_stack,
     _TorchDispatchModeKey,
 )
@@ -33,7 +33,7 @@ _UNWATCHED = reduce(
         )
     ),
 )
-"""The dispatch keys of plain tensors outside of every mode."""
+"""The dispatch keys of plain tensors."""
 
 _NO_TENSORS = {type(None), bool, float}
 _FAKE, _PROXY = _TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY
@@ -49,26 +49,33 @@ def is_watched(arguments: Sequence[object]) -> bool:
 
     Or the dispatcher itself, where a tensor is no plain one on a CPU or a CUDA device.
     """
-    keys = _dispatch_tls_local_include_set().raw_repr()
-    differentiated = torch.is_grad_enabled()
+    keys = 0
     for argument in arguments:
         if type(argument) is Tensor:
-            if differentiated and argument.requires_grad:
+            if argument.requires_grad and torch.is_grad_enabled():
                 return True
             keys |= _dispatch_keys(argument).raw_repr()
         elif type(argument) not in _NO_TENSORS:
             return True
-    return bool(keys & ~_UNWATCHED) or forward_ad._current_level >= 0 or _profiler_enabled()
+    return bool(keys & ~_UNWATCHED) or is_on() or _get_tracing_state() is not None or _profiler_enabled()
 
 
-def is_fake(tensor: Tensor | None) -> bool:
-    """Whether there is no memory behind a tensor, or behind any that is made now: only its shape is asked for.
+def is_fake(tensor: Tensor) -> bool:
+    """Whether there is no memory behind a tensor: only its shape is asked for.
 
     Those of ``FakeTensorMode``, in which memory estimators and exporters run a model, and of the meta device.
     """
-    if _get_dispatch_mode(_FAKE) is not None:
-        return True
-    return tensor is not None and (tensor.is_meta or isinstance(tensor, FakeTensor))
+    return tensor.is_meta or (type(tensor) is not Tensor and isinstance(tensor, FakeTensor))
+
+
+def is_faking() -> bool:
+    """Whether ``FakeTensorMode`` is on, which gives fake tensors to whoever makes one."""
+    return _get_dispatch_mode(_FAKE) is not None
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it is one of many under ``torch.func.vmap``, which has no numbers to look at."""
+    return _are_functorch_transforms_active() and torch._C._functorch.is_batchedtensor(tensor)
 
 
 def refuse_tracers(tensor: Tensor | None) -> None:

@@ -92,8 +92,7 @@ def first_of(blocks: Blocks) -> Tensor | None:
 
 def addresses(row: Sequence[Tensor | None]) -> list[int]:
     """Where each begins, 0 for None; where no memory is behind them, a number that is another for other memory."""
-    first = next((tensor for tensor in row if tensor is not None), None)
-    if first is not None and is_fake(first):
+    if row and type(row[0]) is not Tensor and any(tensor is not None and is_fake(tensor) for tensor in row):
         return [0 if x is None else (x.untyped_storage()._cdata << 48) + x.storage_offset() for x in row]
     return [0 if tensor is None else tensor.data_ptr() for tensor in row]
 

@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _derivatives as _derivatives  # registers them
-from . import _ops, variants
+from . import _derivatives, _ops, variants
 from ._checks import ROW_DTYPES as ROW_DTYPES
 from ._checks import (
     check_gram,
@@ -29,6 +28,7 @@ from ._checks import (
     check_tensor,
     is_readable,
 )
+from ._modes import is_batched
 from .variants import Generator
 
 Segments = Tensor | Sequence[int]
@@ -204,9 +204,10 @@ def pcgrad(
     order = _order_for(grads, offsets, chosen, order, generator)
     guards = (chosen.self_projection, chosen.eps, chosen.min_squared_norm)
     if reduction == "none":
+        _derivatives.refuse_derivative("pcgrad", grads)
         rows = grads.detach().clone(memory_format=torch.contiguous_format)
         _ops.pcgrad_(rows, order, *guards, offsets)
-        return rows
+        return _derivatives.without_derivative("pcgrad", rows, grads)
     scale = 1.0 / grads.shape[0] if (reduction or chosen.reduction) == "mean" else 1.0
     merged: Tensor = _ops.pcgrad(grads, order, *guards, scale, offsets)[0]
     return merged
@@ -264,6 +265,8 @@ def _offsets(segments: Segments | None, grads: Tensor) -> Tensor | None:
         return None
     if isinstance(segments, Tensor):
         check_segments_kind(segments)
+        if not torch.compiler.is_compiling() and is_batched(segments):
+            raise ValueError("segments must be the same for all that vmap batches; found batched offsets")
         if not is_readable(segments):
             return segments.to(grads.device)
         values = segments.tolist()

@@ -86,6 +86,8 @@ def _choose(forced: str | None, device_type: str) -> ModuleType:
 
 def select_for(op: str, grads: Tensor) -> ModuleType:
     """The backend module for an op on packed rows: as ``select``, but Triton's where that was measured to be faster."""
+    if grads.is_cpu:  # to ask for the device's name takes longer
+        return select("cpu")
     module = select(grads.device.type)
     if not grads.is_cuda or grads.nbytes < crossovers.LEAST_NBYTES or not _is_automatic(module):
         return module
@@ -176,7 +178,7 @@ def _pcgrad_(
 ) -> tuple[Tensor, ...]:
     check_apart("grads", grads, order, segments)
     _mark_written(grads)
-    result: tuple[Tensor, ...] = select(grads.device.type).pcgrad_(
+    result: tuple[Tensor, ...] = select("cpu" if grads.is_cpu else grads.device.type).pcgrad_(
         grads, order, self_projection, eps, min_squared_norm, segments, figures
     )
     return result
@@ -195,18 +197,21 @@ def _has_memory(given: Tensor | None, *besides: Tensor | None) -> bool:
         RuntimeError: under a tracer or a transform of torch.func, which would see nothing of it.
         TypeError: what comes with ``given`` has no memory, and that has.
     """
-    if type(given) in _PLAIN and {*map(type, besides)} <= _PLAIN and not _modes.is_on():
+    if type(given) in _PLAIN and _PLAIN.issuperset(map(type, besides)) and not _modes.is_on():
         return True
     _modes.refuse_tracers(given)
-    if _modes.is_fake(given):
+    if _modes.is_faking() or (given is not None and _modes.is_fake(given)):
         return False
-    if any(map(_modes.is_fake, besides)):
+    if any(tensor is not None and _modes.is_fake(tensor) for tensor in besides):
         raise TypeError("a tensor of FakeTensorMode or of the meta device cannot be used with gradients that are none")
     return True
 
 
 def _for_blocks(blocks: _ops.Blocks, *besides: Tensor | None) -> ModuleType:
-    return select(blocks.device.type) if _has_memory(_ops.first_of(blocks), *besides) else shapes
+    first = _ops.first_of(blocks)
+    if not _has_memory(first, *besides):
+        return shapes
+    return select("cpu" if first is not None and first.is_cpu else blocks.device.type)
 
 
 def _gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
@@ -309,7 +314,7 @@ def _trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None
 
 def _traceable(written: Tensor, rows: Sequence[Tensor | None]) -> ModuleType:
     """The backend for work on columns, which torch does as well: a tracer or a mode cannot look into a library."""
-    if torch.compiler.is_compiling() or _modes.is_on() or not {type(written), *map(type, rows)} <= _PLAIN:
+    if torch.compiler.is_compiling() or _modes.is_on() or not _PLAIN.issuperset(map(type, (written, *rows))):
         return eager
     return select(written.device.type)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._modes import is_fake
+from .._modes import is_faking
 
 TaskVector = Tensor | Sequence[float]
 
@@ -20,7 +20,7 @@ def task_vector(name: str, values: TaskVector) -> Tensor:
         ValueError: not one-dimensional, empty, or not finite; the message shows what was found.
         RuntimeError: under FakeTensorMode, which gives a tensor without numbers.
     """
-    if is_fake(None):
+    if is_faking():
         raise RuntimeError(f"a method with {name} must be made before FakeTensorMode is entered: it keeps their values")
     try:
         # A tensor is cloned, since as_tensor may share its memory.

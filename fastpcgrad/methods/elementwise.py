@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._derivatives import refuse_derivative
 from .._ops import KERNELS, Blocks, Figures, Later, flat
 from .base import Method, Solution
 
@@ -30,6 +31,7 @@ class Elementwise(Method):
         Raises:
             TypeError: rows of another dtype.
             ValueError: not two dimensions, no rows, a number of tasks that does not fit.
+            RuntimeError: ``rows`` are differentiated in forward mode or by a transform of ``torch.func``.
         Numerics: in fp32 for fp16/bf16 rows, else in the dtype of the rows. What is not finite in any row makes its
             column of the result not finite.
         Memory: besides the result some 2²⁰ numbers on a CPU and 2²⁵ on a GPU, whatever n is.
@@ -39,6 +41,7 @@ class Elementwise(Method):
         if rows.dtype not in _DTYPES:
             raise TypeError(f"rows must be fp16, bf16, fp32 or fp64; found {rows.dtype}")
         self.check_tasks(len(rows))
+        refuse_derivative(f"{type(self).__name__}.aggregate", rows)
         out = rows.new_empty(rows.shape[1])
         self.merge_rows(list(rows.detach()), out)
         return out
