@@ -12,7 +12,8 @@ PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
     {"reference", "_version", "_warnings", "_graph", "_modes"},
-    {"_ops", "_native", "_checks", "variants", "balancing"},
+    {"_checks", "_native", "variants", "balancing"},
+    {"_ops"},
     {"_derivatives"},
     {"functional"},
     {"backends"},
