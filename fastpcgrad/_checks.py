@@ -1,7 +1,7 @@
 """What the functions on packed rows refuse: arguments of a wrong kind, and memory that is read after it is written.
 
-``functional`` asks before it calls an op. A call that reaches an op by another way (compiled code, a tracer, a direct
-call) has ``check_arguments`` look at real tensors before its kernel runs: kernels check nothing.
+``functional`` asks before it calls a kernel. Where a call goes through the dispatcher (compiled code, a tracer, an op
+called by its name) ``check_arguments`` looks at its tensors, real or fake: kernels check nothing.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import check_arguments
 from ._modes import is_fake, is_watched
 
 LIBRARY = torch.library.Library("fastpcgrad", "DEF")
@@ -155,32 +156,52 @@ def new_figures(grads: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor,
     return gram, torch.empty_like(gram), gram.new_empty(gram.shape[:-1])
 
 
-@torch.library.register_fake("fastpcgrad::gram", lib=LIBRARY)
+def checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """What serves an op, for calls that come through the dispatcher: nobody has looked at their arguments."""
+    arguments = op_named(name)._schema.arguments
+    names = [argument.name for argument in arguments]
+    written = next((argument.name for argument in arguments if argument.alias_info is not None), None)
+
+    def call(*given: Any) -> Any:
+        check_arguments(dict(zip(names, given, strict=False)), written)  # defaults are left out
+        return function(*given)
+
+    return call
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    def register(function: Callable[..., Any]) -> None:
+        torch.library.register_fake(f"fastpcgrad::{name}", checked(name, function), lib=LIBRARY)
+
+    return register
+
+
+@_fake("gram")
 def _(grads: Tensor, segments: Tensor | None = None) -> Tensor:
     return new_gram(grads, segments)
 
 
-@torch.library.register_fake("fastpcgrad::pcgrad_coefficients", lib=LIBRARY)
+@_fake("pcgrad_coefficients")
 def _(gram: Tensor, order: Tensor, self_projection: bool, eps: float, min_squared_norm: float) -> Tensor:
     return torch.empty_like(gram, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("fastpcgrad::combine", lib=LIBRARY)
+@_fake("combine")
 def _(grads: Tensor, weights: Tensor, segments: Tensor | None = None) -> Tensor:
     return grads.new_empty(grads.shape[1])
 
 
-@torch.library.register_fake("fastpcgrad::combine_out", lib=LIBRARY)
+@_fake("combine_out")
 def _(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("fastpcgrad::mix_", lib=LIBRARY)
+@_fake("mix_")
 def _(grads: Tensor, coefficients: Tensor, segments: Tensor | None = None) -> None:
     return None
 
 
-@torch.library.register_fake("fastpcgrad::pcgrad", lib=LIBRARY)
+@_fake("pcgrad")
 def _(
     grads: Tensor,
     order: Tensor,
@@ -193,7 +214,7 @@ def _(
     return grads.new_empty(grads.shape[1]), *new_figures(grads, segments)
 
 
-@torch.library.register_fake("fastpcgrad::pcgrad_out", lib=LIBRARY)
+@_fake("pcgrad_out")
 def _(
     grads: Tensor,
     order: Tensor,
@@ -207,7 +228,7 @@ def _(
     return new_figures(grads, segments)
 
 
-@torch.library.register_fake("fastpcgrad::pcgrad_", lib=LIBRARY)
+@_fake("pcgrad_")
 def _(
     grads: Tensor,
     order: Tensor,

@@ -35,7 +35,7 @@ Segments = Tensor | Sequence[int]
 
 
 def gram(grads: Tensor, segments: Segments | None = None) -> Tensor:
-    """Gram matrix of the task gradients: G = J Jᵀ, in one pass over J. Differentiable.
+    """Gram matrix of the task gradients: G = J Jᵀ, in one pass over J. Differentiable, in every mode and transform.
 
     Args:
         grads: ``[T, N]`` fp16/bf16/fp32/fp64, rows contiguous, any row stride; CPU or CUDA.
@@ -47,7 +47,8 @@ def gram(grads: Tensor, segments: Segments | None = None) -> Tensor:
         ValueError: rank, layout or offsets are wrong; the message shows what was found.
     Numerics: products of fp16/bf16/fp32 rows are summed in fp32 lanes that go to float64 at least every 1024
         columns; rows whose squares would leave fp32's range are summed in float64 from the start. The same input
-        gives the same bits, whatever the number of threads. NaN and inf stay in the entries of their row.
+        gives the same bits, whatever the number of threads. NaN and inf stay in the entries of their row. Under the
+        transforms of ``torch.func`` and in forward mode torch computes it in float64.
     Oracle: ``reference.gram``.
     Example:
         >>> J = torch.tensor([[3.0, 4.0], [-4.0, 3.0]])
@@ -109,11 +110,11 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor | None = None, *, segmen
         ``[N]`` in the dtype of ``grads``: ``out`` if given.
     Raises:
         TypeError: wrong dtype.
-        ValueError: rank, layout, device or length mismatch, or ``out`` overlaps rows without being one; the message
-            shows what was found.
-        RuntimeError: ``out`` is given and a tensor requires grad.
+        ValueError: rank, layout, device or length mismatch, or ``out`` shares memory with weights, segments or rows
+            that it is not; the message shows what was found.
+        RuntimeError: ``out`` is given and a tensor requires grad or has a tangent.
     Numerics: accumulates in fp32 (fp64 for fp64 rows, and where a weight leaves fp32's range). A zero weight
-        does not hide NaN or inf.
+        does not hide NaN or inf. Transforms and forward mode: see ``gram``.
     Oracle: ``reference.combine``.
     Example:
         >>> J = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
@@ -141,8 +142,9 @@ def mix_(grads: Tensor, coefficients: Tensor, *, segments: Segments | None = Non
         ``grads`` itself.
     Raises:
         TypeError: wrong dtype.
-        ValueError: rank, layout, device or length mismatch; the message shows what was found.
-        RuntimeError: ``grads`` requires grad.
+        ValueError: rank, layout, device or length mismatch, overlapping rows, or coefficients or segments in the memory
+            of ``grads``; the message shows what was found.
+        RuntimeError: a tensor requires grad or has a tangent.
     Numerics: accumulates in fp32 (fp64 for fp64 rows, and where a coefficient leaves fp32's range).
     Source: Yu et al. 2020, arXiv:2001.06782, Alg. 1. Oracle: ``reference.mix``.
     Example:
@@ -188,6 +190,7 @@ def pcgrad(
     Raises:
         TypeError: wrong dtype or generator.
         ValueError: unknown variant or reduction, rank, layout, device or length mismatch, no permutation.
+        RuntimeError: a derivative is asked for: by a backward pass, in forward mode or by a transform.
     Numerics: see ``gram`` and ``combine``; results scale with the gradients, from 1e-30 to 1e+18 in fp32.
     Source: Yu et al. 2020, arXiv:2001.06782, Alg. 1. Oracle: ``reference.merge``.
     Example:
@@ -230,8 +233,9 @@ def pcgrad_(
         ``grads`` itself.
     Raises:
         TypeError: wrong dtype or generator.
-        ValueError: unknown variant, rank, layout, device or length mismatch, no permutation.
-        RuntimeError: ``grads`` requires grad.
+        ValueError: unknown variant, rank, layout, device or length mismatch, no permutation, overlapping rows, or an
+            order or segments in the memory of ``grads``.
+        RuntimeError: ``grads`` requires grad or has a tangent.
     Numerics: see ``gram`` and ``mix_``. Source: Yu et al. 2020, arXiv:2001.06782, Alg. 1.
     Example:
         >>> fastpcgrad.pcgrad_(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))

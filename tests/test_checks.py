@@ -374,14 +374,28 @@ def test_compiled_code_refuses_what_eager_code_refuses(backend, name):
         torch.compile(function, backend="aot_eager", fullgraph=True)(*arguments)
 
 
-def test_compiled_code_combines_into_a_row_or_refuses_the_memory(backend):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", [0, 1, 39, 40, 80, 81])
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, from importing inductor
+def test_compiled_code_combines_into_overlapping_memory_rightly_or_not_at_all(compiler, start):
+    # not monkeypatch: what it puts back, the configuration counts as deleted
+    from torch._inductor import config
+
     torch.compiler.reset()
-    j, w = rows(), doubles(3)
-    expected = reference.combine(j, w)
-    compiled = torch.compile(lambda j, w: fastpcgrad.combine(j, w, j[1]), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(j, w).double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(j[1].double(), expected, rtol=1e-5, atol=1e-5)
-    torch.compiler.reset()
-    shifted = torch.compile(lambda j, w: fastpcgrad.combine(j, w, j.view(-1)[1:41]), backend="aot_eager")
-    with pytest.raises(ValueError, match="out overlaps rows of grads"):
-        shifted(j, w)
+    memory, w = torch.randn(160), doubles(3)
+    before = memory.clone()
+    expected = reference.combine(memory[:120].view(3, 40), w)
+
+    def combine(memory, w):
+        return fastpcgrad.combine(memory[:120].view(3, 40), w, memory[start : start + 40]) * 1
+
+    with config.patch(compile_threads=1):
+        compiled = torch.compile(combine, backend=compiler, fullgraph=True)
+        try:
+            found = compiled(memory, w)
+        except ValueError as error:
+            assert start % 40 and "out overlaps rows of grads" in str(error)
+            assert torch.equal(memory, before)
+            return
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(memory[start : start + 40].double(), expected, rtol=1e-5, atol=1e-5)

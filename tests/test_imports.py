@@ -12,8 +12,9 @@ PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
-    {"_ops", "_native", "_checks", "variants", "balancing", "processes"},
-    {"_derivatives", "generator_state"},
+    {"_checks", "_native", "variants", "balancing", "processes"},
+    {"_ops", "generator_state"},
+    {"_derivatives"},
     {"functional"},
     {"backends"},
     {"methods"},

@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _modes, _native, _ops
-from .._checks import check_apart, check_arguments, check_out
+from .._checks import check_apart, check_out
 from .._warnings import warn_once
 from . import cpu, crossovers, eager, shapes
 
@@ -325,19 +324,6 @@ def _mark_written(tensor: Tensor) -> None:
         increment_version(tensor)
 
 
-def _checked(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel for calls that come through the dispatcher, where nobody has looked at the arguments."""
-    arguments = _ops.op_named(name)._schema.arguments
-    names = [argument.name for argument in arguments]
-    written = next((argument.name for argument in arguments if argument.alias_info is not None), None)
-
-    def call(*given: Any) -> Any:
-        check_arguments(dict(zip(names, given, strict=False)), written)
-        return kernel(*given)
-
-    return call
-
-
 _ops.KERNELS.update(
     gram=_gram,
     pcgrad_coefficients=_pcgrad_coefficients,
@@ -351,7 +337,7 @@ _ops.KERNELS.update(
 for _name, _kernel in _ops.KERNELS.items():
     # One Python body serves both dispatch keys: the backend decides by the tensor's device.
     for _key in ("CPU", "CUDA"):
-        _ops.LIBRARY.impl(_name, _checked(_name, _kernel), _key)
+        _ops.LIBRARY.impl(_name, _ops.checked(_name, _kernel), _key)
 
 _ops.KERNELS.update(
     gram_blocks=_gram_blocks,
