@@ -45,9 +45,9 @@ def gradNorm(
     momentum, so nearly ``lr2`` times the sign of the gradient) on the weights, which start at 1; then the weights are
     scaled to sum to T. L(0) is the loss of the first batch.
 
-    A batch with a loss, or a norm of its gradient at the layer, that is NaN or infinite is skipped: neither the network
-    nor the weights take a step, and L(0) is that of the first batch that is not. It shows in ``log_loss`` and in a
-    ``FastPCGradWarning`` at the end.
+    A batch in which a loss, or the square of a gradient's norm at the layer, is NaN or infinite is skipped: neither the
+    network nor the weights take a step, and L(0) is that of the first batch without. Such losses show in ``log_loss``,
+    and a ``FastPCGradWarning`` at the end counts what was skipped.
 
     Args:
         net: ``net(*batch)`` gives the T task losses as one tensor ``[T]``. It is put into training mode.

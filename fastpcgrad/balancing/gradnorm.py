@@ -49,7 +49,8 @@ class GradNorm(LearnedBalancer):
         TypeError: ``optimizer`` makes none.
         ValueError: ``alpha`` not ≥ 0 and finite, ``initial_losses`` not T finite numbers or, unless α is 0, not > 0.
     Numerics: r_i^α needs L_i(0) > 0 and L_i ≥ 0, and a smaller L_i has to be a better one; see ``update``. α = 0 takes
-        losses of any sign. With a gradient scaler, which skips the same steps, call ``update`` in every step.
+        losses of any sign. A norm whose square overflows counts as infinite. With a gradient scaler, which skips steps
+        of its own, call ``update`` in every step.
     Source: Chen et al. 2018, arXiv:1711.02257, Alg. 1.
     Example:
         >>> layer = torch.nn.Linear(3, 2, bias=False)
