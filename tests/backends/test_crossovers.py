@@ -51,7 +51,7 @@ def test_the_choice_is_what_was_measured():
 
 def rows_on_a_gpu(tasks, nbytes, dtype=torch.float32):
     device = torch.device("cuda", 0)
-    return SimpleNamespace(device=device, is_cuda=True, nbytes=nbytes, shape=(tasks, 1), dtype=dtype)
+    return SimpleNamespace(device=device, is_cpu=False, is_cuda=True, nbytes=nbytes, shape=(tasks, 1), dtype=dtype)
 
 
 @pytest.fixture
