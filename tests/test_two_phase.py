@@ -320,6 +320,18 @@ class TestRefusals:
             h = Sign.apply(layer(h).tanh())
         self.refuses(RuntimeError, "linear", losses=graph_models.losses_of(h, 3))
 
+    def test_an_error_in_the_weighted_pass(self):
+        calls = []
+
+        def fails(grad):
+            calls.append(1)
+            if len(calls) > 3:  # the three tasks have been there
+                raise ZeroDivisionError("in a hook")
+
+        self.parameters[0].register_hook(fails)
+        self.refuses(ZeroDivisionError, "in a hook")
+        assert len(calls) == 4
+
     def test_a_graph_in_one_piece(self):
         class Whole(torch.autograd.Function):
             @staticmethod
