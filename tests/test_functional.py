@@ -191,6 +191,30 @@ def test_an_out_that_overlaps_the_rows_but_is_none_of_them(start):
     assert torch.equal(rows, J)
 
 
+@pytest.mark.parametrize("stride", range(4, 13))
+def test_an_out_between_the_rows_is_legal_where_it_touches_none(stride):
+    """Every place of an out around three rows of four: before them, in the gaps, across, behind."""
+    before, width, tasks = 6, 4, 3
+    storage = torch.randn(before + tasks * stride + 6)
+    firsts = [before + t * stride for t in range(tasks)]
+    elements = {first + n for first in firsts for n in range(width)}
+    legal = 0
+    for start in range(len(storage) - width + 1):
+        memory = storage.clone()
+        rows, out = memory.as_strided((tasks, width), (stride, 1), before), memory[start : start + width]
+        expected = memory.clone()
+        if start in firsts or elements.isdisjoint(range(start, start + width)):
+            expected[start : start + width] = rows.double().sum(dim=0)
+            torch.testing.assert_close(fastpcgrad.combine(rows, doubles(tasks), out), expected[start : start + width])
+            torch.testing.assert_close(memory, expected)
+            legal += 1
+        else:
+            with pytest.raises(ValueError, match="overlaps the rows"):
+                fastpcgrad.combine(rows, doubles(tasks), out)
+            assert torch.equal(memory, expected)
+    assert legal >= tasks + 2
+
+
 @pytest.mark.parametrize("which", ["grads", "weights"])
 def test_an_out_beside_a_tensor_that_requires_grad(which):
     grads, weights, out = J.clone().requires_grad_(which == "grads"), doubles(3), torch.zeros(8)

@@ -101,6 +101,16 @@ def test_a_piece_holds_no_more_than_the_budget_where_the_graph_allows_it(kind):
         assert max(piece.held for piece in Graph(model(2), parameters).pieces(budget)) <= budget
 
 
+@pytest.mark.parametrize("kind", [graph_models.Tied, graph_models.LanguageModel])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_what_is_held_from_earlier_pieces_counts_for_the_budget(kind, parts):
+    model = kind()
+    parameters = list(model.parameters())
+    budget = sum(p.numel() for p in parameters) // parts
+    pieces = list(Graph(model(2), parameters).pieces(budget))
+    assert len(pieces) > parts and max(piece.held for piece in pieces) <= budget
+
+
 def test_pieces_are_few():
     model = graph_models.MLP(layers=64)
     parameters = list(model.parameters())

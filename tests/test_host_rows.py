@@ -84,6 +84,16 @@ def test_fetching_sees_what_was_copied_and_added():
     assert torch.equal(rows.fetch(place), g + g)
 
 
+def test_after_a_join_the_gradients_may_be_overwritten():
+    rows, _, (g,) = rows_of([Kind((4,))])
+    expected = g.clone()
+    place = rows.copy(0, 0, g)
+    rows.join()
+    g.fill_(torch.nan)
+    rows.wait()
+    assert torch.equal(place, expected)
+
+
 def test_no_more_than_the_limit_is_on_its_way(monkeypatch):
     monkeypatch.setattr(host_rows, "IN_FLIGHT", 100)
     rows, copies, grads = rows_of([Kind((10,))] * 6)
@@ -188,6 +198,12 @@ def test_a_copy_to_the_device_comes_after_earlier_copies_and_before_later_ones(r
     found = CudaCopies(CPU).to_device(source)
     assert torch.equal(found, source) and found.stride() == source.stride()
     assert recorded == ["current waits for side", "side waits for current"]
+
+
+def test_the_computation_waits_for_the_copies_where_it_is_told_to(recorded):
+    parameter, copies = torch.zeros(3), CudaCopies(CPU)
+    HostRows([parameter], [(1,)], torch.float32, copies).join()
+    assert recorded == ["current waits for side"]
 
 
 def test_memory_is_locked_for_as_long_as_it_lives(recorded):

@@ -83,6 +83,16 @@ def test_a_further_stay_widens_adds_and_rounds_again(copies):
     assert grads.blocks().tensors[0][0].tolist() == [1 + 2.0**-7] * 3
 
 
+def test_what_was_given_may_be_overwritten_once_the_next_stay_has_begun(copies):
+    """On the device: a gradient's memory is another's as soon as autograd goes on, though its copy comes late."""
+    grads, given = MovedGradients([torch.zeros(3)], torch.float32, None, copies), torch.ones(3)
+    filled(grads, 0, [given])
+    grads.open(1)
+    given.fill_(torch.nan)
+    assert not grads.drop()
+    assert grads.blocks().tensors[0][0].tolist() == [1.0] * 3
+
+
 def test_what_was_dropped_leaves_nothing(copies):
     grads = MovedGradients([torch.zeros(3)], torch.bfloat16, None, copies)
     filled(grads, 0, [torch.ones(3)])

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 import fastpcgrad
 from fastpcgrad import methods, reference
+from fastpcgrad._ops import Figures
+from fastpcgrad.report import ConflictReport
 from tests.linear_problems import linear_loss
 
 TASKS = 5
@@ -80,6 +82,19 @@ def test_removed_fraction(parameters):
     expected = torch.where(before > 0, 1 - after / before, 0.0)
     assert expected.max() > 0.5
     torch.testing.assert_close(surgery_on(parameters, rows).removed_fraction, expected)
+
+
+def test_a_gradient_that_is_removed_but_for_rounding_lost_everything():
+    """What is left of it has a squared norm of a little above zero or below."""
+    signs = set()
+    for seed in range(40):
+        row = torch.randn(24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        gram, order = reference.gram(torch.stack([row, -0.3 * row])), torch.tensor([[0, 1], [0, 1]])
+        coefficients = reference.coefficients(gram, order)
+        report = ConflictReport((0, 1), lambda g=gram, c=coefficients: Figures(g, c.sum(dim=0), c))
+        signs.update((coefficients @ gram * coefficients).sum(dim=1).sign().tolist())
+        torch.testing.assert_close(report.removed_fraction, torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-7)
+    assert -1.0 in signs and 1.0 in signs
 
 
 def test_removed_fraction_over_several_problems(parameters):

@@ -209,6 +209,34 @@ def test_what_is_not_finite_is_seen(method):
     assert not flat(found).isfinite().any() or not all(g.isfinite().all() for g in found)
 
 
+def half_precision_losses(weights, factors):
+    """On the way back a gradient is four times as large from layer to layer; the last one's is the factor."""
+    h = torch.zeros_like(weights[0])
+    for w in weights:
+        h = h * 4 + w
+    return [h.float().sum() * factor for factor in factors]
+
+
+@pytest.mark.parametrize("factors", [(1e7, 2e7), (1.0, 1e7), (-1e7, 1e7)])
+def test_an_overflow_that_the_weights_hide_is_seen(factors):
+    """A row holds inf in fp16; the weighted losses' gradient does not."""
+    weights = [torch.zeros(8, dtype=torch.float16, requires_grad=True) for _ in range(2)]
+    method = methods.Constant([1e-4, 1e-4])
+    _, found = merge_in_two_phases(half_precision_losses(weights, factors), weights, method)
+    assert all(g.isnan().all() for g in found)
+
+
+def test_an_overflow_does_not_spoil_parameters_of_other_pieces():
+    weights = [torch.zeros(8, dtype=torch.float16, requires_grad=True) for _ in range(8)]
+    factors, by = [64.0, -16.0], [2.0**-6, 2.0**-7]
+    rows = rows_of(half_precision_losses(weights, factors), weights)
+    assert [g.isfinite().all().item() for g in rows[0]] == [False] * 3 + [True] * 5
+    _, found = merge_in_two_phases(half_precision_losses(weights, factors), weights, methods.Constant(by))
+    assert all(g.isnan().all() for g in found[:3])
+    for layer, g in list(enumerate(found))[4:]:  # two tasks: a piece is half of the layers
+        assert (g == (by[0] * factors[0] + by[1] * factors[1]) * 4.0 ** (7 - layer)).all()
+
+
 def clipped(model, where):
     h = model.x
     for place, layer in enumerate(model.layers):
@@ -295,6 +323,18 @@ class TestRefusals:
         for layer in self.model.layers:
             h = Sign.apply(layer(h).tanh())
         self.refuses(RuntimeError, "linear", losses=graph_models.losses_of(h, 3))
+
+    def test_an_error_in_the_weighted_pass(self):
+        calls = []
+
+        def fails(grad):
+            calls.append(1)
+            if len(calls) > 3:  # the three tasks have been there
+                raise ZeroDivisionError("in a hook")
+
+        self.parameters[0].register_hook(fails)
+        self.refuses(ZeroDivisionError, "in a hook")
+        assert len(calls) == 4
 
     def test_a_graph_in_one_piece(self):
         class Whole(torch.autograd.Function):

@@ -207,6 +207,17 @@ def test_one_row_out_of_range_does_not_spoil_the_others(tasks):
     assert bool(((found - exact).abs() <= 1e-6 * norms[:, None] * norms).all())
 
 
+@pytest.mark.parametrize("tasks", [3, 17])
+@pytest.mark.parametrize("scale", cases.SUBNORMAL_SQUARES)
+def test_gram_holds_what_fp32_squares_hold_but_in_part(tasks, scale):
+    rows = cases.rows_of_one_size(tasks, 2000, scale)
+    for sizes in (1.0, 1 / scale):
+        rows[1] *= sizes
+        exact, found = reference.gram(rows), cuda.gram(rows.to(DEVICE), None).cpu()
+        norms = exact.diagonal().sqrt()
+        assert bool(((found - exact).abs() <= 1e-6 * norms[:, None] * norms).all())
+
+
 @pytest.mark.parametrize(("tasks", "count"), [(4, 20_000), (8, 20_000), (16, 20_000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_few_large_numbers_do_not_hide_many_small_ones(tasks, count, dtype):

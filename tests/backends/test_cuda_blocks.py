@@ -195,6 +195,16 @@ def test_gram_holds_what_fp32_squares_do_not(tasks, scale):
     assert gram_error(cuda.gram_blocks(problem.blocks, None, 1)[0], problem.rows) <= 1e-6
 
 
+@pytest.mark.parametrize("scale", cases.SUBNORMAL_SQUARES)
+@pytest.mark.parametrize("tasks", [3, 12])
+def test_gram_holds_what_fp32_squares_hold_but_in_part(tasks, scale):
+    widths = (1300, 700)
+    rows = cases.rows_of_one_size(tasks, sum(widths), scale)
+    rows[1] /= scale
+    tensors = [list(row.to(DEVICE).split(widths)) for row in rows]
+    assert gram_error(cuda.gram_blocks(blocks_of(tensors, widths, torch.float32), None, 1)[0], rows) <= 1e-6
+
+
 def test_one_problem_out_of_range_does_not_spoil_another():
     scales = {0: 1.0, 1: 1e-30, 2: 1.0}
     parts = {n: Scattered(3, torch.float32, (2000, 300), seed=n, scale=scale) for n, scale in scales.items()}

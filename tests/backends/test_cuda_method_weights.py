@@ -48,6 +48,19 @@ def test_problems_of_every_kind(name):
         assert_agree(name, [random_rows(seed, tasks, tasks) for seed in range(9)])
 
 
+@pytest.mark.parametrize("name", ["project_one", "project_each"])
+@pytest.mark.parametrize("distance", [1e-3, 1e-5, 1e-6])
+def test_task_gradients_that_almost_depend_on_each_other(name, distance):
+    """What lies further than about 1e-7 from the span of others counts: v J conflicts with no task."""
+    for seed in range(10):
+        rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        rows[2] = -(rows[0] + rows[1]) + distance * rows[2]
+        rows[3] = rows[0] - rows[1] + distance * rows[3]
+        v = cuda.method_weights(name, gram(rows).to(DEVICE), (0.0, 0.0), None).cpu()
+        scale = v.abs() @ rows.norm(dim=1, keepdim=True) * rows.norm(dim=1)
+        assert bool((v @ gram(rows) >= -1e-10 * scale).all()), seed
+
+
 @pytest.fixture(autouse=True)
 def _jacobi_for_all(monkeypatch):
     """On the CPU too, where LAPACK would take over."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastpcgrad import reference
 from fastpcgrad.backends import triton as backend
+from tests.ops import cases
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if backend.why_unavailable("cpu") is None else "cuda"
@@ -236,6 +237,14 @@ def test_gram_at_scales_whose_squares_fp32_cannot_hold(tasks: int, dtype: torch.
     grads[tasks // 2 - 1] = 0
     mixed = grads.to(dtype)
     check_gram(backend.gram(mixed, None), mixed)
+
+
+@pytest.mark.parametrize("tasks", [3, 13])
+@pytest.mark.parametrize("scale", cases.SUBNORMAL_SQUARES)
+def test_gram_at_scales_whose_squares_fp32_holds_but_in_part(tasks: int, scale: float) -> None:
+    grads = cases.rows_of_one_size(tasks, 600 if tasks < 13 else 300, scale).to(DEVICE)
+    grads[1] /= scale
+    check_gram(backend.gram(grads, None), grads)
 
 
 @pytest.mark.parametrize("tasks", [3, 17])

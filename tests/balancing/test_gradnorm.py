@@ -255,6 +255,16 @@ def test_an_update_needs_every_task_and_changes_nothing_without():
     assert balancer.initial_losses.isnan().all() and balancer.weights.tolist() == [1.0] * 3
 
 
+def test_a_note_serves_one_update():
+    balancer = GradNorm(2, 0.5)
+    note(balancer, [1.0, 1.0], [1.0, 2.0])
+    balancer.update()
+    before = balancer.weights.clone()
+    with pytest.raises(RuntimeError, match=r"tasks \[0, 1\]"):
+        balancer.update()
+    assert torch.equal(balancer.weights, before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

@@ -5,10 +5,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastpcgrad._ops import KERNELS
+from fastpcgrad.backends import cpu
 from fastpcgrad.methods import DualProj, UPGrad, _dual_cone
 from tests.methods.random_rows import check_batch, check_broken, check_scales, error, gram, random_rows
 
 for_both_methods = pytest.mark.parametrize("method", [UPGrad, DualProj])
+
+
+@pytest.fixture(params=["numpy", "compiled"])
+def project_each(request):
+    """Projects the vector of each task, by the solver in NumPy or by that in C++: (G, reg_eps) → v ``[T, T]``."""
+    if request.param == "numpy":
+        return lambda matrix, reg_eps: _dual_cone.project(matrix, torch.eye(len(matrix)).double(), 0.0, reg_eps)
+    if reason := cpu.why_unavailable("cpu"):
+        pytest.skip(reason)
+    return lambda matrix, reg_eps: KERNELS["method_weights"](
+        "project_each", matrix, (0.0, reg_eps), torch.ones(len(matrix), dtype=torch.float64)
+    )
 
 
 def violation(matrix, lower, values):
@@ -75,14 +89,27 @@ def test_a_trace_that_is_not_above_norm_eps_counts_as_zero():
 
 
 @pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6, 1e-8, 1e-12])
-def test_task_gradients_that_are_almost_opposite(distance):
+def test_task_gradients_that_are_almost_opposite(distance, project_each):
     """What counts as dependent is left with a conflict of its distance from the others, at most about 1e-7."""
     rows = torch.tensor([[1.0, 0.0, 0.0], [-1.0, distance, 0.0], [0.3, 0.1, 1.0]], dtype=torch.float64)
     lower = torch.eye(3, dtype=torch.float64)
-    exact = _dual_cone.project(gram(rows), lower, 0.0, 0.0)
+    exact = project_each(gram(rows), 0.0)
     assert violation(prepared(gram(rows), 0.0), lower, exact) <= (1e-10 if distance >= 1e-6 else 2e-7)
-    regular = _dual_cone.project(gram(rows), lower, 0.0, 1e-4)
+    regular = project_each(gram(rows), 1e-4)
     assert violation(prepared(gram(rows), 1e-4), lower, regular) <= 1e-10
+
+
+@pytest.mark.parametrize(("tasks", "distance"), [(4, 1e-3), (4, 1e-5), (4, 1e-6), (7, 1e-2), (7, 1e-3)])
+def test_task_gradients_that_almost_depend_on_each_other(tasks, distance, project_each):
+    """What lies further than about 1e-7 from the span of others counts, and conflicts with no answer."""
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(tasks, tasks + 2, generator=generator, dtype=torch.float64)
+        rows[2] = -(rows[0] + rows[1]) + distance * rows[2]
+        rows[3] = rows[0] - rows[1] + distance * rows[3]
+        matrix = gram(rows)
+        values = project_each(matrix, 0.0)
+        assert violation(prepared(matrix, 0.0), torch.eye(tasks).double(), values) <= 1e-10, seed
 
 
 @for_both_methods

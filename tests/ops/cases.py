@@ -94,6 +94,12 @@ TINY = (
 )
 
 
+SUBNORMAL_SQUARES = (3e-23, 1e-22, 3e-21, 1e-19)
+"""Sizes of numbers whose squares fp32 holds with a few bits only: between those that are 0 and the normal ones."""
+
+on_all_backends = pytest.mark.parametrize("backend", (*BACKENDS, "triton"), indirect=True)
+
+
 def on_each_backend(some, triton=()):
     """Parametrise a test by (backend, case); under its interpreter Triton is slow and has cases of its own."""
     pairs = [*itertools.product(BACKENDS, some), *itertools.product(["triton"], triton)]
@@ -128,6 +134,12 @@ def rows_of(case: Case) -> torch.Tensor:
     else:
         rows *= {"tiny": 1e-30, "huge": 1e18, "correlated": 1.0}[case.values]
     return rows.to(case.dtype)
+
+
+def rows_of_one_size(tasks: int, width: int, size: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """±size, so that all squares are rounded alike and their errors add up."""
+    generator = torch.Generator().manual_seed(tasks * 1_000_003 + width)
+    return (torch.randn(tasks, width, generator=generator).sign() * size).to(dtype)
 
 
 class Packed:

@@ -11,13 +11,12 @@ from fastpcgrad import reference
 from fastpcgrad._ops import KERNELS, Blocks
 from fastpcgrad.backends import stacked
 from fastpcgrad.task_gradients import TaskGradients
+from tests.conftest import BACKENDS
 from tests.ops import cases
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-EVERYWHERE = ("eager", "cpu-baseline", "cpu-avx2", "cpu-avx512", "triton")
 SHAPES = ((5,), (), (0,), (3, 7), (64,), (2, 0), (40, 50), (129,))
-on_all_backends = pytest.mark.parametrize("backend", EVERYWHERE, indirect=True)
 in_each_dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 
 
@@ -65,7 +64,7 @@ def gram_error(found, rows):
     return float(torch.where(distance == 0, 0.0, distance / (norms[:, None] * norms)).max())
 
 
-@on_all_backends
+@cases.on_all_backends
 @in_each_dtype
 def test_gram_is_the_oracles(backend, dtype):
     for seed in range(12):
@@ -76,7 +75,7 @@ def test_gram_is_the_oracles(backend, dtype):
         assert torch.equal(found[0], found[0].mT)
 
 
-@on_all_backends
+@cases.on_all_backends
 def test_blocks_count_for_their_problem_only(backend):
     for seed in range(12):
         problem, draw = scattered(seed, torch.float64), random.Random(seed)
@@ -89,13 +88,24 @@ def test_blocks_count_for_their_problem_only(backend):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e18])
-@pytest.mark.parametrize("backend", EVERYWHERE[:-1], indirect=True)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_gram_holds_what_fp32_squares_do_not(backend, scale):
     problem = scattered(3, torch.float32, tasks=4, scale=scale)
     assert gram_error(KERNELS["gram_blocks"](problem.blocks, None, 1)[0], problem.rows) <= 1e-6
 
 
-@on_all_backends
+@pytest.mark.parametrize("scale", cases.SUBNORMAL_SQUARES)
+@cases.on_all_backends
+def test_gram_holds_what_fp32_squares_hold_but_in_part(backend, scale):
+    rows = cases.rows_of_one_size(3, 2000, scale)
+    rows[1] /= scale
+    grads = TaskGradients([torch.zeros(1300), torch.zeros(700)])
+    for t, row in enumerate(rows):
+        grads.put(t, list(row.clone().split([1300, 700])))
+    assert gram_error(KERNELS["gram_blocks"](grads.blocks(), None, 1)[0], rows) <= 1e-6
+
+
+@cases.on_all_backends
 @in_each_dtype
 @pytest.mark.parametrize("in_place", [False, True])
 def test_combine_takes_each_blocks_own_weights(backend, dtype, in_place):
@@ -114,7 +124,7 @@ def test_combine_takes_each_blocks_own_weights(backend, dtype, in_place):
             assert cases.error(merged.flatten(), rows, weights[chosen[b]]) <= cases.ROW_TOLERANCE[dtype]
 
 
-@on_all_backends
+@cases.on_all_backends
 @in_each_dtype
 def test_the_whole_surgery_is_gram_solve_and_combine(backend, dtype):
     for seed in range(12):
@@ -133,7 +143,7 @@ def test_the_whole_surgery_is_gram_solve_and_combine(backend, dtype):
                 assert cases.error(merged.flatten(), rows, weights) <= cases.ROW_TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("backend", EVERYWHERE[1:-1], indirect=True)
+@pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_change_no_bit(backend, dtype, with_threads):
     def merged():
@@ -148,7 +158,7 @@ def test_threads_change_no_bit(backend, dtype, with_threads):
             assert a is b is None or torch.equal(a, b)
 
 
-@on_all_backends
+@cases.on_all_backends
 def test_a_task_that_does_not_touch_a_parameter_cannot_spoil_it(backend):
     """Its weight may be NaN: there is nothing that it could be multiplied with."""
     problem = scattered(1, torch.float32, tasks=3, shapes=((4,), (6,)), absent=0.0)
@@ -159,7 +169,7 @@ def test_a_task_that_does_not_touch_a_parameter_cannot_spoil_it(backend):
     assert row is not None and out[0].isfinite().all() and out[1].isnan().all()
 
 
-@on_all_backends
+@cases.on_all_backends
 def test_autograd_notices_what_is_written(backend):
     problem = scattered(2, torch.float32, tasks=2, shapes=((4,),), absent=0.0)
     (place,) = out = places(problem.blocks)

@@ -94,9 +94,30 @@ def test_squares_of_subnormal_numbers_are_kept(backend):
     assert_is_gram(fastpcgrad.gram(rows), rows, None)
 
 
+@pytest.mark.parametrize("scale", cases.SUBNORMAL_SQUARES)
+@cases.on_all_backends
+def test_squares_that_fp32_holds_but_in_part(backend, scale):
+    rows = cases.rows_of_one_size(3, 2000, scale)
+    assert_is_gram(fastpcgrad.gram(rows), rows, None)
+    # Beside rows of ordinary size, and in the second of two segments.
+    rows[1] /= scale
+    assert_is_gram(fastpcgrad.gram(rows), rows, None)
+    rows[:, :700] = torch.randn(3, 700)
+    assert_is_gram(fastpcgrad.gram(rows, [0, 700, 2000]), rows, [0, 700, 2000])
+
+
 @pytest.mark.parametrize("segments", [None, [0, 10, 10, 150_000, 300_007]], ids=["whole", "segments"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_bits_do_not_depend_on_the_threads(backend, with_threads, dtype, segments):
     rows = torch.randn(9, 300_007).to(dtype)
     one, two, again = (with_threads(n, lambda: fastpcgrad.gram(rows, segments)) for n in (1, 2, 2))
     assert torch.equal(one, two) and torch.equal(two, again)
+
+
+@pytest.mark.parametrize("tasks", [2, 33])
+def test_bits_do_not_depend_on_the_threads_where_chunks_grow_with_the_columns(backend, with_threads, tasks):
+    """From 2²² columns on, and from 2²⁰ for more than 32 tasks; fp64 rows, whose sums are rounded in every step."""
+    width = 4_300_003 if tasks <= 32 else 1_100_003
+    rows = torch.rand(1, width, dtype=torch.float64).expand(tasks, -1)
+    one, *others = (with_threads(n, lambda: fastpcgrad.gram(rows)) for n in (1, 2, 3))
+    assert all(torch.equal(one, other) for other in others)
