@@ -33,20 +33,21 @@ def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bo
     )
 
 
-def _counts(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> set[tuple[int, int, int]]:
+Counts = tuple[set[int], set[int], set[int]]
+
+
+def _counts(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> Counts:
     """How many references there are to each tensor, to its memory, and to Python's name for that.
 
     The second finds views, DLPack capsules and NumPy arrays; not those who hold the tensor itself, who share its one
     reference to its memory. These the first finds, and the third those who hold ``tensor.untyped_storage()``.
     """
-    assert _use_count is not None
-    references = sys.getrefcount
-    return set(
-        zip(map(references, grads), map(_use_count, map(_ADDRESS, storages)), map(references, storages), strict=True)
-    )
+    references, uses = sys.getrefcount, _use_count
+    assert uses is not None
+    return set(map(references, grads)), set(map(uses, map(_ADDRESS, storages))), set(map(references, storages))
 
 
-def _counts_of_one_alone() -> set[tuple[int, int, int]] | None:
+def _counts_of_one_alone() -> Counts | None:
     """What ``_counts`` gives for a gradient that nobody else holds, which differs between versions; None: unknown."""
     if _use_count is None:
         return None

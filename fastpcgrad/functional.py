@@ -322,14 +322,14 @@ def present_losses(losses: Sequence[Tensor | None] | Tensor) -> dict[int, Tensor
         ValueError: empty, all absent, not scalar, without grad, or on several devices; the message shows what was
             found.
     """
-    given: Iterable[Tensor | None] = losses
-    if isinstance(losses, Tensor):
-        if losses.dim() not in (1, 2) or losses.shape[1:] not in ((), (1,)):
-            raise ValueError(f"losses must be scalars, or one tensor [T]; found a tensor {list(losses.shape)}")
-        given = losses.flatten().unbind()
-    if not isinstance(given, Iterable):
-        raise TypeError(f"losses must be a sequence of scalar tensors; found {type(losses).__name__}")
-    found = list(given)
+    if not isinstance(losses, list | tuple):  # to ask for those first is what takes least
+        if isinstance(losses, Tensor):
+            if losses.dim() not in (1, 2) or losses.shape[1:] not in ((), (1,)):
+                raise ValueError(f"losses must be scalars, or one tensor [T]; found a tensor {list(losses.shape)}")
+            losses = losses.flatten().unbind()
+        if not isinstance(losses, Iterable):
+            raise TypeError(f"losses must be a sequence of scalar tensors; found {type(losses).__name__}")
+    found = list(losses)
     if not found:
         raise ValueError("losses must hold at least one task loss; found none")
     present = {t: check_loss(f"losses[{t}]", loss) for t, loss in enumerate(found) if loss is not None}

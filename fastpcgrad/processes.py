@@ -118,6 +118,8 @@ class Processes:
         Raises:
             NotImplementedError: a module averages the gradients of one backward pass a forward and leaves the others.
         """
+        if not self._replicas:
+            return
         if module := _blamed(self._replicas, lambda m: _averages(m) and getattr(m, "require_backward_grad_sync", True)):
             raise NotImplementedError(
                 f"{call} runs several backward passes, and {_name(module)} would average the first over "
@@ -226,7 +228,7 @@ def _remembered(tensors: Iterable[Tensor]) -> Replicas:
 
 def _is_stale(replicas: Replicas | None) -> bool:
     """Whether parameters were never looked up, or one that held them is gone, and another may have taken its place."""
-    return replicas is None or any(reference() is None for reference in replicas)
+    return any(reference() is None for reference in replicas) if replicas else replicas is None
 
 
 def _look_up(parameters: Sequence[Tensor]) -> list[Replicas]:

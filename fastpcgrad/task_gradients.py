@@ -101,7 +101,7 @@ class TaskGradients:
         """
         try:
             # Of a row without gaps, the common case, nothing is put together anew.
-            own = not any(map(_REQUIRES_GRAD, row)) and self._may_stay(row, self._sizes, self._strides, True)
+            own = self._may_stay(row, self._sizes, self._strides, True)
         except (AttributeError, TypeError):  # a None
             own = False
         self._rows[task] = row if own else self._settled(_detached(row), alone=True)
@@ -196,16 +196,17 @@ class TaskGradients:
     def _may_stay(
         self, grads: Sequence[Any], sizes: Sequence[int], strides: Sequence[tuple[int, ...]], alone: bool
     ) -> bool:
-        """Whether all are strided, of the rows' dtype, each fills a storage of so many bytes with those strides, and if
-        asked nobody else holds any."""
+        """Whether all are strided, of the rows' dtype, without a graph, each fills a storage of so many bytes with
+        those strides, and if asked nobody else holds any."""
         try:
             storages = list(map(Tensor.untyped_storage, grads))
         except NotImplementedError:  # what is not strided has no storage
             return False
         return (
             list(map(UntypedStorage.nbytes, storages)) == sizes
-            and set(map(_DTYPE, grads)) <= {self.dtype}
             and list(map(Tensor.stride, grads)) == strides
+            and set(map(_DTYPE, grads)) <= {self.dtype}
+            and not any(map(_REQUIRES_GRAD, grads))
             and (not alone or are_alone(grads, storages))
         )
 
