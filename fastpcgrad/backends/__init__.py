@@ -20,6 +20,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,21 @@ from .._warnings import warn_once
 from . import cpu, crossovers, eager, shapes
 
 NAMES = ("eager", "cpu", "cuda", "triton")
+_VARIABLE = "FASTPCGRAD_BACKEND"
 _AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+_variables: Any = getattr(os.environ, "_data", None)
+_KEY: Any = os.environ.encodekey(_VARIABLE)
 _chosen: dict[tuple[str | None, str], ModuleType] = {}
+
+
+def _forced() -> str | None:
+    """The backend that the environment names, at each call: it may be set in a running process.
+
+    Python takes longer to say that a variable is not there than a small model's pass over its gradients does.
+    """
+    if _variables is None:
+        return os.environ.get(_VARIABLE) or None
+    return os.environ.decodevalue(_variables[_KEY]) or None if _KEY in _variables else None
 
 
 def why_unavailable(name: str, device_type: str) -> str | None:
@@ -56,7 +70,7 @@ def select(device_type: str, forced: str | None = None) -> ModuleType:
         RuntimeError: the forced backend cannot run there; says why.
         ValueError: there is no backend of that name.
     """
-    forced = forced or os.environ.get("FASTPCGRAD_BACKEND") or None
+    forced = forced or _forced()
     module = _chosen.get((forced, device_type))
     if module is None:
         module = _chosen[forced, device_type] = _choose(forced, device_type)
@@ -97,7 +111,7 @@ def select_for(op: str, grads: Tensor) -> ModuleType:
 
 def _is_automatic(module: ModuleType) -> bool:
     """Whether it is the compiled CUDA library, and nobody asked for it."""
-    return module.__name__ == f"{__name__}.cuda" and not os.environ.get("FASTPCGRAD_BACKEND")
+    return module.__name__ == f"{__name__}.cuda" and not _forced()
 
 
 def _gram(grads: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -246,7 +260,7 @@ def _pcgrad_blocks(
 
 def _solves_on_host() -> bool:
     """Whether T×T problems go to the host's library, whatever backend runs the passes over J."""
-    return os.environ.get("FASTPCGRAD_BACKEND") != "eager" and cpu.why_unavailable("cpu") is None
+    return _forced() != "eager" and cpu.why_unavailable("cpu") is None
 
 
 def _method_weights(name: str, gram: Tensor, parameters: Sequence[float], preference: Tensor | None) -> Tensor | None:
