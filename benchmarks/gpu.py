@@ -41,7 +41,7 @@ from benchmarks.rows import Environment, Row
 from benchmarks.subjects import forced_backend
 from benchmarks.targets import verdicts
 from fastpcgrad import backends, variants
-from fastpcgrad._ops import Blocks
+from fastpcgrad._blocks import Blocks
 from fastpcgrad.backends import cuda
 from fastpcgrad.backends.stacked import Stacked
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from . import functional
-from ._native import prefer_huge_pages
+from ._memory import prefer_huge_pages
 from .methods import Elementwise, Method, PCGrad, check_method
 from .variants import Generator, Reduction
 

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import host_rows
+from ._generators import global_states, set_global_states, set_state, state_of
 from ._gradients import as_real, gradient_dtype
 from ._graph import check_kept, explain, run_backward
-from .capture import Capture, MovedCapture
+from .distributed.processes import Processes
 from .functional import check_loss, check_tensors, present_losses
-from .generator_state import global_states, set_global_states, set_state, state_of
-from .memory import MemoryPlan, plan_memory, plan_two_phase
-from .merging import merge
+from .merging.by_rows import merge
+from .merging.report import ConflictReport
+from .merging.two_phase import merge_in_two_phases
 from .methods import Method, PCGrad, check_method
-from .moved_gradients import MovedGradients, check_accumulate_dtype
-from .parameters import (
+from .rows import host
+from .rows.capture import Capture, MovedCapture
+from .rows.memory_plan import MemoryPlan, plan_memory, plan_two_phase
+from .rows.moved import MovedGradients, check_accumulate_dtype
+from .rows.parameters import (
     Granularity,
     HasGroups,
     are_among,
@@ -31,10 +34,7 @@ from .parameters import (
     parameter_source,
     problem_of_each,
 )
-from .processes import Processes
-from .report import ConflictReport
-from .task_gradients import TaskGradients
-from .two_phase import merge_in_two_phases
+from .rows.task_gradients import TaskGradients
 
 _KIND = attrgetter(*("dtype", "device", "shape"), *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
 
@@ -178,7 +178,7 @@ class GradientSurgery:
             retain_graph: keep the graphs for another backward pass; else the last pass over tensors frees them.
             two_phase: make no rows, but the Gram matrix piece by piece of the graph, then the merged gradient in one
                 weighted backward pass: about N elements at once instead of T·N, for one more backward pass. For
-                tensors only. See ``fastpcgrad.two_phase``.
+                tensors only. See ``fastpcgrad.merging.two_phase``.
         Returns:
             what conflicted and what became of it.
         Raises:
@@ -375,7 +375,7 @@ class GradientSurgery:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
         real = _as_real(parameters)
         plain = TaskGradients(real, self.row_dtype)
-        copies = host_rows.copies_for(plain.device, self.row_device)
+        copies = host.copies_for(plain.device, self.row_device)
         sums = self.accumulate_dtype
         if sums is not None:
             check_accumulate_dtype(sums, plain.dtype)

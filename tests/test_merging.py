@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastpcgrad import methods, reference, variants
-from fastpcgrad.merging import merge
-from fastpcgrad.task_gradients import TaskGradients
+from fastpcgrad.merging.by_rows import merge
+from fastpcgrad.rows.task_gradients import TaskGradients
 from tests.linear_problems import random_problem
 
 for_every_variant = pytest.mark.parametrize("variant", list(variants.VARIANTS))

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import memory
 from fastpcgrad import methods, reference
-from fastpcgrad.merging import merge
-from fastpcgrad.task_gradients import TaskGradients
-from fastpcgrad.two_phase import merge_in_two_phases
+from fastpcgrad.merging.by_rows import merge
+from fastpcgrad.merging.two_phase import merge_in_two_phases
+from fastpcgrad.rows.task_gradients import TaskGradients
 from tests import graph_models
 from tests.linear_problems import random_problem
 
@@ -33,7 +33,7 @@ METHODS = {
 @pytest.fixture
 def any_share(monkeypatch):
     """Small models have parameters that are more than half of them."""
-    monkeypatch.setattr("fastpcgrad.two_phase._check_held", lambda *_: None)
+    monkeypatch.setattr("fastpcgrad.merging.two_phase._check_held", lambda *_: None)
 
 
 def rows_of(losses, parameters):
@@ -386,7 +386,7 @@ MEASURE = """
 import torch
 from benchmarks import memory
 from fastpcgrad import methods
-from fastpcgrad.two_phase import merge_in_two_phases
+from fastpcgrad.merging.two_phase import merge_in_two_phases
 
 def step(width):
     layers = [torch.nn.Linear(width, width) for _ in range(8)]

@@ -6,7 +6,7 @@ automatic choice takes the first backend that can run, on large packed rows the 
 (``crossovers``); a forced one that cannot run raises and says why. ``pcgrad`` and
 ``pcgrad_`` return G, C and w, or nothing if told so: then these may lie in the workspace.
 
-For task gradients that lie where autograd put them (``_ops.Blocks``) it offers ``gram_blocks``, ``combine_blocks`` and
+For task gradients that lie where autograd put them (``Blocks``) it offers ``gram_blocks``, ``combine_blocks`` and
 ``pcgrad_blocks`` besides: its own, or those of ``stacked`` over its functions on packed rows. For methods that look at
 each column it has ``sign_sums`` and ``trimmed_mean``, on rows that need not lie together: its own, or those of
 ``eager``. The compiled libraries have ``method_weights`` and ``gradvac``, for which methods have
@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import _modes, _native, _ops
+from .. import _modes, _ops
+from .._blocks import Blocks, first_of
 from .._checks import check_apart, check_out
+from .._memory import prefer_huge_pages
 from .._warnings import warn_once
 from . import cpu, crossovers, eager, shapes
 
@@ -128,7 +130,7 @@ def _pcgrad_coefficients(
 
 
 def _combine(grads: Tensor, weights: Tensor, segments: Tensor | None = None) -> Tensor:
-    out = _native.prefer_huge_pages(grads.new_empty(grads.shape[1]))
+    out = prefer_huge_pages(grads.new_empty(grads.shape[1]))
     select_for("combine", grads).combine(grads, weights, segments, out)
     return out
 
@@ -156,7 +158,7 @@ def _pcgrad(
     segments: Tensor | None = None,
     figures: bool = True,
 ) -> tuple[Tensor, ...]:
-    out = _native.prefer_huge_pages(grads.new_empty(grads.shape[1]))
+    out = prefer_huge_pages(grads.new_empty(grads.shape[1]))
     backend = select_for("pcgrad", grads)
     return out, *backend.pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out, figures)
 
@@ -220,21 +222,21 @@ def _has_memory(given: Tensor | None, *besides: Tensor | None) -> bool:
     return True
 
 
-def _for_blocks(blocks: _ops.Blocks, *besides: Tensor | None) -> ModuleType:
-    first = _ops.first_of(blocks)
+def _for_blocks(blocks: Blocks, *besides: Tensor | None) -> ModuleType:
+    first = first_of(blocks)
     if not _has_memory(first, *besides):
         return shapes
     return select("cpu" if first is not None and first.is_cpu else blocks.device.type)
 
 
-def _gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+def _gram_blocks(blocks: Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     """G of each problem, ``[problems, T, T]``; block b counts for ``problem_of[b]``, -1: none; None: 0 for all."""
     result: Tensor = _for_blocks(blocks).gram_blocks(blocks, problem_of, problems)
     return result
 
 
 def _combine_blocks(
-    blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
+    blocks: Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
 ) -> None:
     """Each block combined with its row of ``weights`` ``[count, T]`` into ``out[b]``, which may be a row of it."""
     backend = _for_blocks(blocks, weights)
@@ -243,7 +245,7 @@ def _combine_blocks(
 
 
 def _pcgrad_blocks(
-    blocks: _ops.Blocks,
+    blocks: Blocks,
     order: Tensor,
     self_projection: bool,
     eps: float,

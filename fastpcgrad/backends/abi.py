@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
+from .._blocks import Blocks
 
 POINTER, I64, INT, F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 ROWS = (POINTER, I64, I64, I64, INT, POINTER, I64)
@@ -87,7 +88,7 @@ def address(numbers: array[int] | array[float] | None) -> int | None:
     return None if numbers is None else numbers.buffer_info()[0]
 
 
-def blocks(given: _ops.Blocks) -> tuple[bytes, int | None, int, int, int]:
+def blocks(given: Blocks) -> tuple[bytes, int | None, int, int, int]:
     pointers = table(given.pointers)
     return pointers, address(given.widths), len(given.widths), len(given.tensors), DTYPES[given.dtype]
 

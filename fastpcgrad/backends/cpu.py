@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, _ops
-from . import abi, eager
+from .. import _ops
+from .._blocks import Blocks
+from . import abi, eager, native
 from .abi import BLOCKS, F64, I64, INT, POINTER, ROWS, SOLVE
 from .sorting_network import sorting_network
 
@@ -39,7 +40,7 @@ _ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError}
 
 
 def _load() -> ctypes.CDLL | None:
-    library = _native.library("cpu")
+    library = native.library("cpu")
     if library is not None:
         for name, arguments in _ARGUMENTS.items():
             getattr(library, name).argtypes = arguments
@@ -54,7 +55,7 @@ _library = _load()
 def why_unavailable(device_type: str) -> str | None:
     if device_type != "cpu":
         return "the CPU library takes CPU tensors only"
-    return None if _library is not None else _native.load_error("cpu")
+    return None if _library is not None else native.load_error("cpu")
 
 
 def isa() -> str:
@@ -164,7 +165,7 @@ def _pcgrad(
     return found
 
 
-def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+def gram_blocks(blocks: Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     tasks = len(blocks.tensors)
     result = torch.empty((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
     owners = abi.indices(problem_of)
@@ -173,7 +174,7 @@ def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems:
 
 
 def combine_blocks(
-    blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
+    blocks: Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
 ) -> None:
     weights, owners = weights.contiguous(), abi.indices(weights_of)
     _call(
@@ -187,7 +188,7 @@ def combine_blocks(
 
 
 def pcgrad_blocks(
-    blocks: _ops.Blocks,
+    blocks: Blocks,
     order: Tensor,
     self_projection: bool,
     eps: float,

@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import _native, _ops
-from . import abi, eager
+from .. import _ops
+from .._blocks import Blocks
+from . import abi, eager, native
 from .abi import BLOCKS, DTYPES, F64, I64, INT, POINTER, ROWS, SOLVE
 from .stacked import combine_projected
 
@@ -69,7 +70,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _load() -> ctypes.CDLL | None:
-    library = _native.library("cuda")
+    library = native.library("cuda")
     return None if library is None else declare(library)
 
 
@@ -80,7 +81,7 @@ def why_unavailable(device_type: str) -> str | None:
     if device_type != "cuda":
         return "the CUDA library takes CUDA tensors only"
     if _library is None:
-        return _native.load_error("cuda")
+        return native.load_error("cuda")
     if not torch.cuda.is_available():
         return "this torch sees no CUDA device"
     status = int(_library.fpg_cuda_probe())
@@ -281,7 +282,7 @@ def _pcgrad(
     return found
 
 
-def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+def gram_blocks(blocks: Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     tasks = len(blocks.tensors)
     if tasks > LARGEST_TASKS:
         return eager.gram_blocks(blocks, problem_of, problems)
@@ -303,7 +304,7 @@ def _blocks_of_group(tasks: int) -> int:
     return max(1, _PARTIALS_NBYTES // (4 * tasks * (tasks + 1)))
 
 
-def _group(blocks: _ops.Blocks, chosen: slice) -> _ops.Blocks:
+def _group(blocks: Blocks, chosen: slice) -> Blocks:
     return blocks._replace(
         tensors=[row[chosen] for row in blocks.tensors],
         pointers=[row[chosen] for row in blocks.pointers],
@@ -311,7 +312,7 @@ def _group(blocks: _ops.Blocks, chosen: slice) -> _ops.Blocks:
     )
 
 
-def _gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+def _gram_blocks(blocks: Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     tasks = len(blocks.tensors)
     result = torch.empty((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
     owners = abi.indices(problem_of)
@@ -329,7 +330,7 @@ def _gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems
 
 
 def combine_blocks(
-    blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
+    blocks: Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
 ) -> None:
     if len(blocks.tensors) > LARGEST_TASKS:
         return eager.combine_blocks(blocks, weights, weights_of, out)
@@ -350,7 +351,7 @@ def combine_blocks(
 
 
 def pcgrad_blocks(
-    blocks: _ops.Blocks,
+    blocks: Blocks,
     order: Tensor,
     self_projection: bool,
     eps: float,

@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from .._ops import KERNELS, Blocks, Figures, Later
+from .._blocks import Blocks
+from .._ops import KERNELS, Figures, Later
 from ..variants import Generator
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._blocks import Blocks
 from .._derivatives import refuse_derivative
-from .._ops import KERNELS, Blocks, Figures, Later, flat
+from .._ops import KERNELS, Figures, Later, flat
 from .base import Method, Solution
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -15,8 +15,8 @@ from .. import variants
 from .._modes import is_fake
 from .._ops import KERNELS, to_device
 from ..variants import Generator
-from ._problems import check_gram, in_place
 from .base import Method, Solution
+from .solvers.problems import check_gram, in_place
 
 
 class GradVac(Method):

@@ -8,10 +8,11 @@ from typing import Literal
 from torch import Tensor
 
 from .. import variants
-from .._ops import KERNELS, Blocks, Later, pcgrad_coefficients, to_device
+from .._blocks import Blocks
+from .._ops import KERNELS, Later, pcgrad_coefficients, to_device
 from ..variants import Generator
-from ._problems import check_gram
 from .base import Method, Solution
+from .solvers.problems import check_gram
 
 
 class PCGrad(Method):

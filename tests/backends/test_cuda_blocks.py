@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastpcgrad import reference
-from fastpcgrad._ops import Blocks
+from fastpcgrad._blocks import Blocks
 from fastpcgrad.backends import cuda
 from tests.backends.cuda_emulated import CXX, DEVICE, GPU
 from tests.ops import cases

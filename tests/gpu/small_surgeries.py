@@ -7,7 +7,7 @@ from array import array
 
 import torch
 
-from fastpcgrad._ops import Blocks
+from fastpcgrad._blocks import Blocks
 from fastpcgrad.backends import cuda
 
 for tasks in (2, 8, 12, 20):

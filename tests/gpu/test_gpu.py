@@ -10,7 +10,8 @@ import torch
 
 import fastpcgrad
 from fastpcgrad import backends, reference
-from fastpcgrad._ops import KERNELS, Blocks
+from fastpcgrad._blocks import Blocks
+from fastpcgrad._ops import KERNELS
 from fastpcgrad.backends import cuda
 from tests.gpu.waiting import no_waiting
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastpcgrad import methods, reference, variants
-from fastpcgrad.task_gradients import TaskGradients
+from fastpcgrad.rows.task_gradients import TaskGradients
 from tests.methods.random_rows import error, gram, random_rows
 
 TASKS = (1, 2, 3, 8, 17)

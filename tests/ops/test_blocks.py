@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fastpcgrad import reference
-from fastpcgrad._ops import KERNELS, Blocks
+from fastpcgrad._blocks import Blocks
+from fastpcgrad._ops import KERNELS
 from fastpcgrad.backends import stacked
-from fastpcgrad.task_gradients import TaskGradients
+from fastpcgrad.rows.task_gradients import TaskGradients
 from tests.conftest import BACKENDS
 from tests.ops import cases
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ._gradients import as_real, gradient_dtype
-from .functional import check_tensors
+from .._gradients import as_real, gradient_dtype
+from ..functional import check_tensors
 
 Granularity = Literal["model", "group", "parameter"] | Sequence[Iterable[Tensor]]
 Collections = list[list[Tensor]]

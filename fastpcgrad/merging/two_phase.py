@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
-from ._graph import check_kept, explain
-from ._modes import is_fake
-from ._ops import KERNELS, Figures
-from .functional import check_losses, check_tensors
+from .._graph import check_kept, explain
+from .._modes import is_fake
+from .._ops import KERNELS, Figures
+from ..functional import check_losses, check_tensors
+from ..methods import Elementwise, Method
+from ..rows.task_gradients import Row, TaskGradients
 from .graph_pieces import Graph, Open
-from .methods import Elementwise, Method
 from .report import ConflictReport
-from .task_gradients import Row, TaskGradients
 
 # What becomes of a parameter: all tasks touch it, only some do, or its gradients are summed.
 # Problem k of piece p, for which G is kept by itself, is number p·_KINDS + k.

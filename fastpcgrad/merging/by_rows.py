@@ -9,11 +9,12 @@ from operator import attrgetter
 
 import torch
 
-from ._native import prefer_huge_pages
-from ._ops import KERNELS, Blocks, Figures, Later
-from .methods import Elementwise, Method
+from .._blocks import Blocks
+from .._memory import prefer_huge_pages
+from .._ops import KERNELS, Figures, Later
+from ..methods import Elementwise, Method
+from ..rows.task_gradients import Row, TaskGradients
 from .report import ConflictReport
-from .task_gradients import Row, TaskGradients
 
 _VERSION = attrgetter("_version")
 
