@@ -6,12 +6,14 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from functools import cache
+from itertools import compress
 from operator import attrgetter
 
 import torch
 from torch import Tensor, UntypedStorage
 
 _ADDRESS = attrgetter("_cdata")
+_IS_CPU = attrgetter("is_cpu")
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -21,7 +23,7 @@ def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bo
     Where this version of torch cannot tell, the answer is no.
 
     Args:
-        grads: strided tensors on one device that were taken from ``.grad``, which is None by now.
+        grads: strided tensors that were taken from ``.grad``, which is None by now.
         storages: theirs.
     """
     if not grads:
@@ -31,7 +33,7 @@ def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bo
         and _counts(grads, storages) == _ALONE
         # Memory that NumPy, a file or another process may hold, whatever torch's counts say.
         and all(map(UntypedStorage.resizable, storages))
-        and not (grads[0].is_cpu and any(map(UntypedStorage.is_shared, storages)))
+        and not any(map(UntypedStorage.is_shared, compress(storages, map(_IS_CPU, grads))))
     )
 
 

@@ -65,8 +65,8 @@ def shared_features(
     at ``z``.
 
     Args:
-        z: what the trunk gives, of any shape, fp16/bf16/fp32/fp64; or several such tensors of one dtype and device,
-            which form one problem. Where one is computed from another, that path does not count for the other.
+        z: what the trunk gives, of any shape, fp16/bf16/fp32/fp64; or several such tensors, which form one problem.
+            Where one is computed from another, that path does not count for the other.
         num_tasks: T.
         method: any ``methods.Method``; None: ``methods.PCGrad()``. One that keeps state must live between the steps.
         allow_absent: whether tasks may be without a gradient; they then take no part in the surgery. If they must
@@ -82,7 +82,7 @@ def shared_features(
         are refused, use ``clone()`` before them. With gradients switched off, as in evaluation, ``z`` itself.
     Raises:
         TypeError: ``z`` that is no tensor or of a dtype that gradients cannot have, or a method that is none.
-        ValueError: ``num_tasks`` < 1, no tensors, several dtypes or devices, or ``z`` does not require grad.
+        ValueError: ``num_tasks`` < 1, no tensors, or ``z`` does not require grad.
         TypeError, ValueError, NotImplementedError: another ``process_group``.
         NotImplementedError: ``z`` depends on parameters that DistributedDataParallel averages, see ``process_group``,
             or on sharded ones, of FSDP, fully_shard or tensor parallelism.

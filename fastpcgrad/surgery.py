@@ -78,7 +78,7 @@ class GradientSurgery:
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         shared: the parameters that undergo surgery; the gradients of the others are summed. None: as the method's
             original has it (nearly all: every parameter).
-        row_dtype: dtype of the rows; None: that of the parameters. bfloat16 halves the memory.
+        row_dtype: dtype of the rows; None: that of each parameter. bfloat16 halves the memory.
         row_device: ``"cpu"``: parameters on a CUDA device have their rows in page-locked host memory; each gradient
             is sent there as soon as autograd has it, and the surgery runs on the host. The report is there too. A
             gradient must not be overwritten before its task is left. None: where the parameters are.
@@ -99,9 +99,8 @@ class GradientSurgery:
         ``memory_plan`` tells the bytes beforehand.
     Raises:
         TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
-        ValueError: no parameters, parameters that are no leaves, on several devices or of several dtypes; a parameter
-            in two or in none of the collections of ``granularity``; rows that cannot have that device, or sums that
-            cannot have that dtype.
+        ValueError: no parameters, parameters that are no leaves; a parameter in two or in none of the collections of
+            ``granularity``; rows that cannot have that device, or sums that cannot have that dtype.
     Example:
         >>> model = torch.nn.Linear(4, 2)
         >>> surgery = fastpcgrad.GradientSurgery(model.parameters(), num_tasks=2)
@@ -237,7 +236,7 @@ class GradientSurgery:
             plan = plan_memory(
                 self.num_tasks,
                 parameters,
-                rows.dtype,
+                rows.dtypes,
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,
@@ -365,7 +364,7 @@ class GradientSurgery:
 
     def _laid_out(self, found: list[Tensor]) -> _Layout:
         parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
-        check_parameters(parameters, self._shared, self.row_dtype)
+        check_parameters(parameters, self._shared)
         problems = problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared)
         shared = None if self._shared is None else are_among(parameters, self._shared)
         lazy = any(map(is_lazy, found))
@@ -375,15 +374,18 @@ class GradientSurgery:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
         real = _as_real(parameters)
         plain = TaskGradients(real, self.row_dtype)
-        copies = host.copies_for(plain.device, self.row_device)
+        dtypes = set(plain.dtypes)
+        if self.row_device is not None:
+            host.check_one_kind(plain.devices, dtypes)
+        copies = host.copies_for(plain.devices[0] if real else torch.device("cpu"), self.row_device)
         sums = self.accumulate_dtype
         if sums is not None:
-            check_accumulate_dtype(sums, plain.dtype)
-            if sums == plain.dtype and copies is None:  # the rows themselves will do
+            check_accumulate_dtype(sums, dtypes)
+            if dtypes == {sums} and copies is None:  # the rows themselves will do
                 sums = None
-        if copies is None and sums is None and all(gradient_dtype(p) == plain.dtype for p in real):
+        if copies is None and sums is None and plain.dtypes == list(map(gradient_dtype, real)):
             return Capture(parameters, plain)
-        return MovedCapture(parameters, MovedGradients(real, plain.dtype, sums, copies))
+        return MovedCapture(parameters, MovedGradients(real, self.row_dtype, sums, copies))
 
     def _run(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""

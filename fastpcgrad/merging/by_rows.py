@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from itertools import compress
 from operator import attrgetter
 
 import torch
 
-from .._blocks import Blocks
 from .._memory import prefer_huge_pages
-from .._ops import KERNELS, Figures, Later
+from .._ops import Figures, Later
 from ..methods import Elementwise, Method
+from ..rows.columns import Columns, Tensors
 from ..rows.task_gradients import Row, TaskGradients
 from .report import ConflictReport
 
@@ -41,16 +40,16 @@ def merge(
     Raises:
         Whatever the method raises. Where rows have been written by then, and after an interrupt, ``grads`` is at risk.
     """
-    blocks = grads.blocks()
-    complete = not any(0 in row for row in blocks.pointers)
-    out = list(blocks.tensors[0]) if complete else _first_of_each(blocks)
+    columns = grads.columns()
+    complete = not any(0 in row for row in columns.pointers)
+    out = list(columns.tensors[0]) if complete else _first_of_each(columns.tensors)
     if not in_place:
         out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-        return _merge(blocks, tuple(grads.tasks), method, shared, groups, out, complete)
+        return _merge(columns, tuple(grads.tasks), method, shared, groups, out, complete)
     before = _versions(out)
     grads.at_risk = True
     try:
-        return _merge(blocks, tuple(grads.tasks), method, shared, groups, out, complete)
+        return _merge(columns, tuple(grads.tasks), method, shared, groups, out, complete)
     except Exception:
         grads.at_risk = _versions(out) != before
         raise
@@ -65,7 +64,7 @@ def _versions(out: Row) -> list[int]:
 
 
 def _merge(
-    blocks: Blocks,
+    columns: Columns,
     tasks: tuple[int, ...],
     method: Method,
     shared: Sequence[bool] | None,
@@ -74,18 +73,19 @@ def _merge(
     complete: bool,
 ) -> tuple[ConflictReport, Row]:
     one_problem = shared is groups is None and method.scope != "parameter"
-    if one_problem and (complete or isinstance(method, Elementwise)):
+    blocks = columns.whole
+    if one_problem and blocks is not None and (complete or isinstance(method, Elementwise)):
         return ConflictReport(tasks, method.merge(blocks, out, tasks)), out
     if isinstance(method, Elementwise):
-        return ConflictReport(tasks, _merge_columns(blocks, method, out, tasks, shared)), out
+        return ConflictReport(tasks, _merge_each(columns, method, out, tasks, shared)), out
 
-    everywhere = [True] * len(out) if complete else _everywhere(blocks)
+    everywhere = [True] * len(out) if complete else _everywhere(columns.tensors)
     problems = _problems(method, everywhere, shared, groups)
     by_problem = groups is not None or method.scope == "parameter"
     count = 1 + max((p for p in problems if p is not None), default=-1)
 
     inside = [-1 if p is None else p for p in problems]
-    grams = KERNELS["gram_blocks"](blocks, inside, count if by_problem else 1)
+    grams = columns.gram(inside, count if by_problem else 1)
     gram = grams if by_problem else grams[0]
     solution = method.checked_solve(gram, tasks)
     each = solution.weights.reshape(-1, len(tasks))
@@ -95,7 +95,7 @@ def _merge(
     weights_of = [
         summed if p is None else p if whole else len(each) + p for p, whole in zip(problems, everywhere, strict=True)
     ]
-    KERNELS["combine_blocks"](blocks, table, weights_of, out)
+    columns.combine(table, weights_of, out)
 
     def figures() -> Figures:
         return Figures(grams.sum(dim=0), *solution, grams) if by_problem else Figures(gram, *solution)
@@ -107,34 +107,29 @@ def _merge(
     ]
 
 
-def _everywhere(blocks: Blocks) -> list[bool]:
+def _everywhere(tensors: Tensors) -> list[bool]:
     """For each parameter whether every task has a gradient."""
-    return [all(grad is not None for grad in column) for column in zip(*blocks.tensors, strict=True)]
+    return [all(grad is not None for grad in column) for column in zip(*tensors, strict=True)]
 
 
-def _first_of_each(blocks: Blocks) -> Row:
+def _first_of_each(tensors: Tensors) -> Row:
     """For each parameter the gradient of the first task that has one."""
-    return [next((grad for grad in column if grad is not None), None) for column in zip(*blocks.tensors, strict=True)]
+    return [next((grad for grad in column if grad is not None), None) for column in zip(*tensors, strict=True)]
 
 
-def _merge_columns(
-    blocks: Blocks, method: Method, out: Row, tasks: Sequence[int], shared: Sequence[bool] | None
+def _merge_each(
+    columns: Columns, method: Elementwise, out: Row, tasks: Sequence[int], shared: Sequence[bool] | None
 ) -> Later:
     """An elementwise method on the shared parameters, the sum on the others; groups make no difference to either."""
+    method.check_tasks(len(tasks))
     inside = [True] * len(out) if shared is None else shared
+    gram = columns.gram([0 if chosen else -1 for chosen in inside], 1)[0]
+    method.merge_blocks(columns.tensors, [place if own else None for place, own in zip(out, inside, strict=True)])
     outside = [not chosen for chosen in inside]
-    figures = method.merge(_some(blocks, inside), list(compress(out, inside)), tasks)
-    ones = torch.ones(1, len(blocks.tensors), dtype=torch.float64, device=blocks.device)
-    KERNELS["combine_blocks"](_some(blocks, outside), ones, None, list(compress(out, outside)))
-    return figures
-
-
-def _some(blocks: Blocks, chosen: Sequence[bool]) -> Blocks:
-    return blocks._replace(
-        tensors=[list(compress(row, chosen)) for row in blocks.tensors],
-        pointers=[list(compress(row, chosen)) for row in blocks.pointers],
-        widths=array("q", compress(blocks.widths, chosen)),
-    )
+    if any(outside):
+        rest = list(compress(out, outside))
+        columns.only(outside).combine(gram.new_ones(1, len(tasks)), [0] * len(rest), rest)
+    return lambda: Figures(gram, gram.new_full((len(tasks),), torch.nan))
 
 
 def _problems(

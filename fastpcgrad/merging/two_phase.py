@@ -13,7 +13,7 @@ from torch.utils import checkpoint
 
 from .._graph import check_kept, explain
 from .._modes import is_fake
-from .._ops import KERNELS, Figures
+from .._ops import Figures
 from ..functional import check_losses, check_tensors
 from ..methods import Elementwise, Method
 from ..rows.task_gradients import Row, TaskGradients
@@ -171,7 +171,7 @@ def _add_products(grams: Tensor, parameters: Sequence[Tensor], rows: Sequence[Ro
             grads = TaskGradients([parameters[index] for index in chosen], dtype)
             for t, row in enumerate(rows):
                 grads.put(t, [row[index] for index in chosen])
-            grams += KERNELS["gram_blocks"](grads.blocks(), [problems[index] for index in chosen], len(grams))
+            grams += grads.columns().gram([problems[index] for index in chosen], len(grams))
 
 
 def _weighted_backward(

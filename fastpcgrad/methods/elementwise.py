@@ -51,10 +51,19 @@ class Elementwise(Method):
         """See ``Method.merge``. A task without a gradient of a parameter counts as zero there; the weights are NaN."""
         self.check_tasks(len(tasks))
         gram: Tensor = KERNELS["gram_blocks"](blocks, None, 1)[0]
-        for place, column in zip(out, zip(*blocks.tensors, strict=True), strict=True):
+        self.merge_blocks(blocks.tensors, out)
+        return lambda: Figures(gram, gram.new_full((len(tasks),), torch.nan))
+
+    def merge_blocks(self, tensors: Sequence[Sequence[Tensor | None]], out: Sequence[Tensor | None]) -> None:
+        """Each block of columns merged by itself.
+
+        Args:
+            tensors: for each task its row of each block, see ``Blocks``.
+            out: where the merged gradient of each goes; may be one of its rows. None: nowhere.
+        """
+        for place, column in zip(out, zip(*tensors, strict=True), strict=True):
             if place is not None:
                 self.merge_rows([None if grad is None else flat(grad) for grad in column], flat(place))
-        return lambda: Figures(gram, gram.new_full((len(tasks),), torch.nan))
 
     @abstractmethod
     def merge_rows(self, rows: Sequence[Tensor | None], out: Tensor) -> None:

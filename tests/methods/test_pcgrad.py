@@ -103,7 +103,7 @@ def in_blocks(rows, widths=(7, 0, 33)):
 def test_merge_on_rows_is_solve_and_combine(variant, reduction):
     rows = task_gradients(5)
     grads = in_blocks(rows)
-    blocks = grads.blocks()
+    blocks = grads.columns().whole
     out = [torch.full_like(place, torch.nan) for place in blocks.tensors[0]]
     found = methods.PCGrad(variant, reduction, random.Random(3)).merge(blocks, out, range(len(rows)))()
     expected = methods.PCGrad(variant, reduction, random.Random(3)).solve(rows @ rows.mT)
@@ -116,7 +116,7 @@ def test_merge_on_rows_is_solve_and_combine(variant, reduction):
 def test_merge_may_write_over_a_row():
     rows = task_gradients(5)
     grads = in_blocks(rows)
-    blocks = grads.blocks()
+    blocks = grads.columns().whole
     out = blocks.tensors[1]
     methods.PCGrad("tensorflow").merge(blocks, out, range(5))
     torch.testing.assert_close(torch.cat(out), merged("tensorflow", rows, None, None))

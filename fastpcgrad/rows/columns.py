@@ -1,0 +1,90 @@
+"""J in parts: columns of several dtypes, or on several devices, each part in blocks of one kind."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import compress
+
+import torch
+from torch import Tensor
+
+from .._blocks import Blocks
+from .._ops import KERNELS, to_device
+
+Tensors = Sequence[Sequence[Tensor | None]]
+
+
+class Columns:
+    """The two passes over J, whatever dtypes and devices its blocks have.
+
+    G is a sum over columns, so that each part brings its own, and each is combined with the same weights. What is T×T
+    lies on the device of the first block.
+
+    Args:
+        tensors: for each task its row of each block; None: zeros.
+        pointers: where those begin.
+        widths: the columns of each block.
+        dtypes, devices: of each block.
+    """
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        pointers: Sequence[Sequence[int]],
+        widths: array[int],
+        dtypes: Sequence[torch.dtype],
+        devices: Sequence[torch.device],
+    ) -> None:
+        self.tensors, self.pointers, self.widths = tensors, pointers, widths
+        self._dtypes, self._devices = dtypes, devices
+
+    @cached_property
+    def whole(self) -> Blocks | None:
+        """All of J, where it is of one kind."""
+        if not self._dtypes:
+            return Blocks(self.tensors, self.pointers, self.widths, torch.float32, torch.device("cpu"))
+        dtype, device = self._dtypes[0], self._devices[0]
+        if self._dtypes.count(dtype) < len(self._dtypes) or self._devices.count(device) < len(self._devices):
+            return None
+        return Blocks(self.tensors, self.pointers, self.widths, dtype, device)
+
+    @cached_property
+    def parts(self) -> list[tuple[Sequence[int], Blocks]]:
+        """Which blocks are of one kind, and these; in the order of the first of each kind."""
+        if self.whole is not None:
+            return [(range(len(self.widths)), self.whole)]
+        kinds = list(zip(self._dtypes, self._devices, strict=True))
+        parts: list[tuple[Sequence[int], Blocks]] = []
+        for kind in dict.fromkeys(kinds):
+            chosen = [own == kind for own in kinds]
+            blocks = self.only(chosen).whole
+            assert blocks is not None
+            parts.append((list(compress(range(len(chosen)), chosen)), blocks))
+        return parts
+
+    def only(self, chosen: Sequence[bool]) -> Columns:
+        """Without the other blocks."""
+        return Columns(
+            [list(compress(row, chosen)) for row in self.tensors],
+            [list(compress(row, chosen)) for row in self.pointers],
+            array("q", compress(self.widths, chosen)),
+            list(compress(self._dtypes, chosen)),
+            list(compress(self._devices, chosen)),
+        )
+
+    def gram(self, problem_of: Sequence[int], problems: int) -> Tensor:
+        """G of each problem, ``[problems, T, T]`` float64; block b counts for ``problem_of[b]``, -1: none."""
+        (places, blocks), *others = self.parts
+        grams: Tensor = KERNELS["gram_blocks"](blocks, [problem_of[index] for index in places], problems)
+        for places, blocks in others:
+            own = KERNELS["gram_blocks"](blocks, [problem_of[index] for index in places], problems)
+            grams += own.to(grams.device)
+        return grams
+
+    def combine(self, weights: Tensor, weights_of: Sequence[int], out: Sequence[Tensor | None]) -> None:
+        """Each block combined with its row of ``weights`` ``[count, T]`` into ``out[b]``, which may be a row of it."""
+        for places, blocks in self.parts:
+            there = to_device(weights, blocks.device)
+            KERNELS["combine_blocks"](blocks, there, [weights_of[i] for i in places], [out[i] for i in places])
