@@ -285,7 +285,7 @@ for tasks, widths, dtype in eval(sys.argv[1]):
         with watch() as gram:
             found = backend.gram_blocks(given, None, 1)
         with watch() as surgery:
-            backend.pcgrad_blocks(given, order, False, 0.0, 0.0, 1.0, list(given.tensors[0]))
+            backend.pcgrad_blocks(given, order, Guards(), 1.0, list(given.tensors[0]))
     print(planned, gram.bytes, surgery.bytes)
 """
 
