@@ -44,6 +44,7 @@ from fastpcgrad import backends, variants
 from fastpcgrad._blocks import Blocks
 from fastpcgrad.backends import cuda
 from fastpcgrad.backends.stacked import Stacked
+from fastpcgrad.variants import Guards
 
 TASKS = (8, 4, 2, 16, 32, 64)
 WIDTHS = (10_000, 100_000, 1_000_000)
@@ -259,7 +260,7 @@ class Scattered:
 
     def packed_call(self) -> Callable[[], object]:
         merged = self.grads.new_empty(self.grads.shape[1])
-        return lambda: cuda.pcgrad(self.grads, self.order, False, 0.0, 0.0, 1.0, None, merged)
+        return lambda: cuda.pcgrad(self.grads, self.order, Guards(), 1.0, None, merged)
 
     def calls(self, functions: Any) -> Iterator[tuple[str, Callable[[], object]]]:
         """(op, a call) of each of the three block functions of a backend."""

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.gpu_timing import DEVICE
 from fastpcgrad import backends, variants
+from fastpcgrad.variants import Guards
 
 WIDTH = 4096
 """A kernel depends on T, the dtype and whether rows are 16-byte aligned (``backends/triton/launch.py``), not on N."""
@@ -28,7 +29,7 @@ def compile_kernels(tasks: int, dtype: torch.dtype) -> None:
     grads = torch.randn(tasks, WIDTH, dtype=dtype, device=DEVICE)
     order = variants.get("paper").draw_orders(tasks, None, None).to(DEVICE)
     triton.mix_(grads, torch.eye(tasks, dtype=torch.float64, device=DEVICE), None)
-    triton.pcgrad(grads, order, False, 0.0, 0.0, 1.0, None, grads.new_empty(WIDTH))
+    triton.pcgrad(grads, order, Guards(), 1.0, None, grads.new_empty(WIDTH))
 
 
 def compile_all(shapes: Iterable[tuple[int, torch.dtype]]) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ._checks import check_arguments
-from ._modes import is_watched
 
 LIBRARY = torch.library.Library("fastpcgrad", "DEF")
 
@@ -36,12 +35,6 @@ SCHEMAS: dict[str, str] = {
 
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
-
-KERNELS: dict[str, Callable[..., Any]] = {}
-"""The Python body of each op, by its name; and those that are no ops, for no schema can hold what they take:
-``gram_blocks``, ``combine_blocks`` and ``pcgrad_blocks`` on ``Blocks``, ``sign_sums`` and ``trimmed_mean`` on single
-rows, ``method_weights`` and ``gradvac`` on G. Those of ``pcgrad`` and ``pcgrad_`` leave out G, C and w, which the ops
-return: nobody who calls them here wants them."""
 
 
 class Figures(NamedTuple):
@@ -66,31 +59,6 @@ Later = Callable[[], Figures]
 
 def op_named(name: str) -> Any:
     return getattr(torch.ops.fastpcgrad, name).default
-
-
-def _entry(name: str) -> Callable[..., Any]:
-    """Calls an op, or where nobody watches its kernel itself.
-
-    The dispatcher takes as long as the rest of a small call: a second Python function where there is a derivative, and
-    every result is wrapped anew.
-    """
-    op = op_named(name)
-
-    def call(*arguments: object) -> Any:
-        if torch.compiler.is_compiling() or is_watched(arguments):
-            return op(*arguments)
-        return KERNELS[name](*arguments)
-
-    return call
-
-
-gram = _entry("gram")
-pcgrad_coefficients = _entry("pcgrad_coefficients")
-combine = _entry("combine")
-combine_out = _entry("combine_out")
-mix_ = _entry("mix_")
-pcgrad = _entry("pcgrad")
-pcgrad_ = _entry("pcgrad_")
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from .rows.capture import Capture, MovedCapture
 from .rows.memory_plan import MemoryPlan, plan_memory, plan_two_phase
 from .rows.moved import MovedGradients, check_accumulate_dtype
 from .rows.parameters import (
+    Division,
     Granularity,
     HasGroups,
     are_among,
@@ -48,16 +49,14 @@ class _Layout(NamedTuple):
     Attributes:
         found: the trainable ones, as the source has them.
         kinds: dtype, device, shape and dtype of the gradient of each; None for one that is lazy.
-        problems: for each different one the number of its problem; None: one for all.
-        shared: for each whether it undergoes surgery; None: as the method's scope says.
+        division: which of the different ones form one problem.
         capture: their rows.
         lazy: whether some have no shape yet, and no row.
     """
 
     found: list[Tensor]
     kinds: Sequence[tuple[Any, ...] | None]
-    problems: list[int] | None
-    shared: list[bool] | None
+    division: Division
     capture: Capture
     lazy: bool
 
@@ -240,7 +239,7 @@ class GradientSurgery:
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,
-                problems=len(parameters if self.method.scope == "parameter" else set(layout.problems or [0])),
+                problems=len(parameters if self.method.scope == "parameter" else set(layout.division.groups or [0])),
             )
         plan.warn()
         return plan
@@ -264,7 +263,7 @@ class GradientSurgery:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         if self.accumulate == "mean":
             rows.average()
-        report, merged = merge(rows, self.method, layout.shared, layout.problems, in_place=True)
+        report, merged = merge(rows, self.method, layout.division, in_place=True)
         layout.capture.give(merged)
         rows.clear()
         return report
@@ -365,10 +364,12 @@ class GradientSurgery:
     def _laid_out(self, found: list[Tensor]) -> _Layout:
         parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
         check_parameters(parameters, self._shared)
-        problems = problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared)
-        shared = None if self._shared is None else are_among(parameters, self._shared)
+        division = Division(
+            shared=None if self._shared is None else are_among(parameters, self._shared),
+            groups=problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared),
+        )
         lazy = any(map(is_lazy, found))
-        return _Layout(found, _kinds(found), problems, shared, self._capture_for(parameters), lazy)
+        return _Layout(found, _kinds(found), division, self._capture_for(parameters), lazy)
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
@@ -420,7 +421,7 @@ class GradientSurgery:
                 capture.parameters,
                 self.method,
                 tasks=list(losses),
-                shared=layout.shared,
+                division=layout.division,
                 retain_graph=retain_graph,
             )
         capture.give(merged)

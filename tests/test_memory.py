@@ -267,6 +267,7 @@ WORKSPACE = """
 import sys, torch
 from fastpcgrad import backends
 from fastpcgrad.rows.task_gradients import TaskGradients
+from fastpcgrad.variants import Guards
 from benchmarks.memory import watch
 
 def blocks(tasks, widths, dtype):
@@ -285,7 +286,7 @@ for tasks, widths, dtype in eval(sys.argv[1]):
         with watch() as gram:
             found = backend.gram_blocks(given, None, 1)
         with watch() as surgery:
-            backend.pcgrad_blocks(given, order, False, 0.0, 0.0, 1.0, list(given.tensors[0]))
+            backend.pcgrad_blocks(given, order, Guards(), 1.0, list(given.tensors[0]))
     print(planned, gram.bytes, surgery.bytes)
 """
 

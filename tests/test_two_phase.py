@@ -16,6 +16,7 @@ from benchmarks import memory
 from fastpcgrad import methods, reference
 from fastpcgrad.merging.by_rows import merge
 from fastpcgrad.merging.two_phase import merge_in_two_phases
+from fastpcgrad.rows.parameters import Division
 from fastpcgrad.rows.task_gradients import TaskGradients
 from tests import graph_models
 from tests.linear_problems import random_problem
@@ -44,7 +45,7 @@ def ordinary(losses, parameters, method, shared=None):
     grads = TaskGradients(parameters)
     for t, row in enumerate(rows_of(losses, parameters)):
         grads.put(t, row)
-    return merge(grads, method, shared, in_place=False)
+    return merge(grads, method, Division(shared), in_place=False)
 
 
 def flat(grads):
@@ -118,7 +119,7 @@ def test_parameters_that_are_not_shared_are_summed(name):
     shared = [index % 3 != 0 for index in range(len(parameters))]
     losses = model(3)
     expected_report, expected = ordinary(losses, parameters, METHODS[name](), shared)
-    report, found = merge_in_two_phases(losses, parameters, METHODS[name](), shared=shared)
+    report, found = merge_in_two_phases(losses, parameters, METHODS[name](), division=Division(shared))
     torch.testing.assert_close(report.gram, expected_report.gram)
     torch.testing.assert_close(flat(found), flat(expected))
 

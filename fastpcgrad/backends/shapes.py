@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _ops
 from .._blocks import Blocks, first_of
+from ..variants import Guards
 from . import abi, eager
 
 
@@ -29,9 +30,7 @@ def combine_blocks(
 def pcgrad_blocks(
     blocks: Blocks,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     scale: float,
     out: Sequence[Tensor | None],
 ) -> _ops.Later:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _ops
 from .._blocks import Blocks
+from ..variants import Guards
 
 _BATCH_BYTES = 64 << 20
 
@@ -70,14 +71,12 @@ class Stacked:
         self,
         blocks: Blocks,
         order: Tensor,
-        self_projection: bool,
-        eps: float,
-        min_squared_norm: float,
+        guards: Guards,
         scale: float,
         out: Sequence[Tensor | None],
     ) -> _ops.Later:
         gram = self.gram_blocks(blocks, None, 1)[0]
-        coefficients = self._pcgrad_coefficients(gram, order, self_projection, eps, min_squared_norm)
+        coefficients = self._pcgrad_coefficients(gram, order, guards)
         return combine_projected(self.combine_blocks, blocks, gram, coefficients, scale, out)
 
 

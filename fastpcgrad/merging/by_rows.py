@@ -1,4 +1,4 @@
-"""Rows and a method in, the merged gradient out: which parameters form one problem, and who is summed."""
+"""Rows and a method in, the merged gradient out."""
 
 from __future__ import annotations
 
@@ -9,30 +9,27 @@ from operator import attrgetter
 import torch
 
 from .._memory import prefer_huge_pages
-from .._ops import Figures, Later
+from .._ops import Figures, Later, flat, to_device
+from ..backends import kernels
 from ..methods import Elementwise, Method
 from ..rows.columns import Columns, Tensors
+from ..rows.parameters import UNDIVIDED, Division
 from ..rows.task_gradients import Row, TaskGradients
+from .problems import SUMMED, Problems, weights_table
 from .report import ConflictReport
 
 _VERSION = attrgetter("_version")
 
 
 def merge(
-    grads: TaskGradients,
-    method: Method,
-    shared: Sequence[bool] | None = None,
-    groups: Sequence[int] | None = None,
-    *,
-    in_place: bool,
+    grads: TaskGradients, method: Method, division: Division = UNDIVIDED, *, in_place: bool
 ) -> tuple[ConflictReport, Row]:
     """Merge all rows.
 
     Args:
         grads: the rows, of one task or more.
         method: makes weights of a Gram matrix.
-        shared: for each parameter whether it undergoes surgery; the others are summed. None: the method's scope.
-        groups: for each parameter the problem (0..) that it belongs to; None: one problem, or the method's scope.
+        division: which parameters form which problem.
         in_place: write the merged gradient over that of the first task that has one, for each parameter; else to
             fresh memory.
     Returns:
@@ -42,14 +39,16 @@ def merge(
     """
     columns = grads.columns()
     complete = not any(0 in row for row in columns.pointers)
+    whole = [True] * len(columns.widths) if complete else _everywhere(columns.tensors)
+    problems = Problems.made(method, whole, division)
     out = list(columns.tensors[0]) if complete else _first_of_each(columns.tensors)
     if not in_place:
         out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-        return _merge(columns, tuple(grads.tasks), method, shared, groups, out, complete)
+        return _merge(columns, tuple(grads.tasks), method, problems, out)
     before = _versions(out)
     grads.at_risk = True
     try:
-        return _merge(columns, tuple(grads.tasks), method, shared, groups, out, complete)
+        return _merge(columns, tuple(grads.tasks), method, problems, out)
     except Exception:
         grads.at_risk = _versions(out) != before
         raise
@@ -64,47 +63,58 @@ def _versions(out: Row) -> list[int]:
 
 
 def _merge(
-    columns: Columns,
-    tasks: tuple[int, ...],
-    method: Method,
-    shared: Sequence[bool] | None,
-    groups: Sequence[int] | None,
-    out: Row,
-    complete: bool,
+    columns: Columns, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
 ) -> tuple[ConflictReport, Row]:
-    one_problem = shared is groups is None and method.scope != "parameter"
-    blocks = columns.whole
-    if one_problem and blocks is not None and (complete or isinstance(method, Elementwise)):
-        return ConflictReport(tasks, method.merge(blocks, out, tasks)), out
     if isinstance(method, Elementwise):
-        return ConflictReport(tasks, _merge_each(columns, method, out, tasks, shared)), out
+        return ConflictReport(tasks, _merge_columns(columns, method, tasks, problems, out)), out
+    blocks = columns.whole if problems.is_one_for_all else None
+    projections = None if blocks is None else method.projections(len(tasks))
+    if blocks is not None and projections is not None:
+        order, guards, scale = projections
+        if blocks.device.type != "cpu":
+            order = to_device(order, blocks.device)
+        return ConflictReport(tasks, kernels.pcgrad_blocks(blocks, order, guards, scale, out)), out
+    return _merge_by_weights(columns, tasks, method, problems, out)
 
-    everywhere = [True] * len(out) if complete else _everywhere(columns.tensors)
-    problems = _problems(method, everywhere, shared, groups)
-    by_problem = groups is not None or method.scope == "parameter"
-    count = 1 + max((p for p in problems if p is not None), default=-1)
 
-    inside = [-1 if p is None else p for p in problems]
-    grams = columns.gram(inside, count if by_problem else 1)
-    gram = grams if by_problem else grams[0]
+def _merge_by_weights(
+    columns: Columns, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
+) -> tuple[ConflictReport, Row]:
+    is_one = problems.is_one_for_all
+    grams = columns.gram(None if is_one else problems.of, problems.count)
+    gram = grams if problems.are_many else grams[0]
     solution = method.checked_solve(gram, tasks)
-    each = solution.weights.reshape(-1, len(tasks))
-    # Rows of weights: of each problem, the same for parameters that some task does not have, and ones for a sum.
-    table = torch.cat([each, method.partial_weights(each), each.new_ones(1, len(tasks))])
-    summed = 2 * len(each)
-    weights_of = [
-        summed if p is None else p if whole else len(each) + p for p, whole in zip(problems, everywhere, strict=True)
-    ]
-    columns.combine(table, weights_of, out)
+    if is_one:
+        columns.combine(solution.weights[None], None, out)
+    else:
+        table = weights_table(method, solution.weights)
+        columns.combine(table, problems.row_of_each, out)
 
     def figures() -> Figures:
-        return Figures(grams.sum(dim=0), *solution, grams) if by_problem else Figures(gram, *solution)
+        return Figures(grams.sum(dim=0), *solution, grams) if problems.are_many else Figures(gram, *solution)
 
-    drop_partial = method.scope == "parameter"
-    return ConflictReport(tasks, figures), [
-        place if whole or problem is None or not drop_partial else None
-        for place, whole, problem in zip(out, everywhere, problems, strict=True)
-    ]
+    if method.scope == "parameter":  # one that some task does not have gets no gradient
+        kept = zip(out, problems.of, problems.whole, strict=True)
+        out = [place if whole or p == SUMMED else None for place, p, whole in kept]
+    return ConflictReport(tasks, figures), out
+
+
+def _merge_columns(columns: Columns, method: Elementwise, tasks: Sequence[int], problems: Problems, out: Row) -> Later:
+    """An elementwise method on the parameters that undergo surgery, the sum on the others; the weights are NaN.
+
+    Which of them form one problem makes no difference to either. A task without a gradient of a parameter counts as
+    zero there.
+    """
+    method.check_tasks(len(tasks))
+    outside = [problem == SUMMED for problem in problems.of]
+    inside = [not summed for summed in outside]
+    gram = columns.gram([min(problem, 0) for problem in problems.of], 1)[0]  # one over all problems
+    for place, own, column in zip(out, inside, zip(*columns.tensors, strict=True), strict=True):
+        if place is not None and own:
+            method.merge_rows([None if grad is None else flat(grad) for grad in column], flat(place))
+    if any(outside):
+        columns.only(outside).combine(gram.new_ones(1, len(tasks)), None, list(compress(out, outside)))
+    return lambda: Figures(gram, gram.new_full((len(tasks),), torch.nan))
 
 
 def _everywhere(tensors: Tensors) -> list[bool]:
@@ -115,33 +125,3 @@ def _everywhere(tensors: Tensors) -> list[bool]:
 def _first_of_each(tensors: Tensors) -> Row:
     """For each parameter the gradient of the first task that has one."""
     return [next((grad for grad in column if grad is not None), None) for column in zip(*tensors, strict=True)]
-
-
-def _merge_each(
-    columns: Columns, method: Elementwise, out: Row, tasks: Sequence[int], shared: Sequence[bool] | None
-) -> Later:
-    """An elementwise method on the shared parameters, the sum on the others; groups make no difference to either."""
-    method.check_tasks(len(tasks))
-    inside = [True] * len(out) if shared is None else shared
-    gram = columns.gram([0 if chosen else -1 for chosen in inside], 1)[0]
-    method.merge_blocks(columns.tensors, [place if own else None for place, own in zip(out, inside, strict=True)])
-    outside = [not chosen for chosen in inside]
-    if any(outside):
-        rest = list(compress(out, outside))
-        columns.only(outside).combine(gram.new_ones(1, len(tasks)), [0] * len(rest), rest)
-    return lambda: Figures(gram, gram.new_full((len(tasks),), torch.nan))
-
-
-def _problems(
-    method: Method, everywhere: Sequence[bool], shared: Sequence[bool] | None, groups: Sequence[int] | None
-) -> list[int | None]:
-    """The problem of each parameter, numbered from 0; None where its gradients are summed."""
-    count = len(everywhere)
-    if method.scope == "parameter":
-        groups = range(count)
-    elif groups is None:
-        groups = [0] * count
-    if shared is None:
-        shared = everywhere if method.scope == "shared" else [True] * count
-    numbers = {group: n for n, group in enumerate(sorted(set(compress(groups, shared))))}
-    return [numbers[group] if inside else None for group, inside in zip(groups, shared, strict=True)]

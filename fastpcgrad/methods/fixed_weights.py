@@ -17,8 +17,6 @@ from .solvers.problems import check_gram
 class FixedWeights(Method):
     """A method whose weights are known before the gradients: its ``solve`` takes but the shape of G."""
 
-    looks_at_gram = False
-
 
 class Mean(FixedWeights):
     """The mean of the task gradients: weights 1/T.

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._blocks import Blocks
-from .._ops import KERNELS, to_device
+from .._ops import to_device
+from ..backends import kernels
 
 Tensors = Sequence[Sequence[Tensor | None]]
 
@@ -53,8 +54,6 @@ class Columns:
     @cached_property
     def parts(self) -> list[tuple[Sequence[int], Blocks]]:
         """Which blocks are of one kind, and these; in the order of the first of each kind."""
-        if self.whole is not None:
-            return [(range(len(self.widths)), self.whole)]
         kinds = list(zip(self._dtypes, self._devices, strict=True))
         parts: list[tuple[Sequence[int], Blocks]] = []
         for kind in dict.fromkeys(kinds):
@@ -74,17 +73,21 @@ class Columns:
             list(compress(self._devices, chosen)),
         )
 
-    def gram(self, problem_of: Sequence[int], problems: int) -> Tensor:
-        """G of each problem, ``[problems, T, T]`` float64; block b counts for ``problem_of[b]``, -1: none."""
-        (places, blocks), *others = self.parts
-        grams: Tensor = KERNELS["gram_blocks"](blocks, [problem_of[index] for index in places], problems)
-        for places, blocks in others:
-            own = KERNELS["gram_blocks"](blocks, [problem_of[index] for index in places], problems)
-            grams += own.to(grams.device)
-        return grams
+    def gram(self, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+        """G of each problem, ``[problems, T, T]`` float64; see ``BlockFunctions.gram_blocks``."""
+        if self.whole is not None:
+            return kernels.gram_blocks(self.whole, problem_of, problems)
+        each = [kernels.gram_blocks(blocks, _some(problem_of, places), problems) for places, blocks in self.parts]
+        return torch.stack([own.to(each[0].device) for own in each]).sum(dim=0)
 
-    def combine(self, weights: Tensor, weights_of: Sequence[int], out: Sequence[Tensor | None]) -> None:
-        """Each block combined with its row of ``weights`` ``[count, T]`` into ``out[b]``, which may be a row of it."""
+    def combine(self, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]) -> None:
+        """Each block combined with its row of ``weights``; see ``BlockFunctions.combine_blocks``."""
+        if self.whole is not None:
+            return kernels.combine_blocks(self.whole, weights, weights_of, out)
         for places, blocks in self.parts:
-            there = to_device(weights, blocks.device)
-            KERNELS["combine_blocks"](blocks, there, [weights_of[i] for i in places], [out[i] for i in places])
+            chosen = _some(weights_of, places)
+            kernels.combine_blocks(blocks, to_device(weights, blocks.device), chosen, [out[index] for index in places])
+
+
+def _some(numbers: Sequence[int] | None, places: Sequence[int]) -> list[int] | None:
+    return None if numbers is None else [numbers[index] for index in places]

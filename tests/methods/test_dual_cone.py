@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpcgrad._ops import KERNELS
-from fastpcgrad.backends import cpu
+from fastpcgrad.backends import cpu, kernels
 from fastpcgrad.methods import DualProj, UPGrad
 from fastpcgrad.methods.solvers import dual_cone
 from tests.methods.random_rows import check_batch, check_broken, check_scales, error, gram, random_rows
@@ -21,7 +20,7 @@ def project_each(request):
         return lambda matrix, reg_eps: dual_cone.project(matrix, torch.eye(len(matrix)).double(), 0.0, reg_eps)
     if reason := cpu.why_unavailable("cpu"):
         pytest.skip(reason)
-    return lambda matrix, reg_eps: KERNELS["method_weights"](
+    return lambda matrix, reg_eps: kernels.method_weights(
         "project_each", matrix, (0.0, reg_eps), torch.ones(len(matrix), dtype=torch.float64)
     )
 

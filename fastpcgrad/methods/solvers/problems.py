@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..._modes import is_fake
-from ..._ops import KERNELS, to_device
+from ..._ops import to_device
+from ...backends import kernels
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -37,7 +38,7 @@ class CompiledSolver(NamedTuple):
 def compiled(solver: CompiledSolver, gram: Tensor, preference: Tensor | None = None) -> Tensor | None:
     """The solver's answers by a compiled library; None without one. NaN where G is not finite."""
     given = gram.detach() if gram.requires_grad else gram
-    answers: Tensor | None = KERNELS["method_weights"](solver.name, given, solver.parameters, preference)
+    answers: Tensor | None = kernels.method_weights(solver.name, given, solver.parameters, preference)
     return answers
 
 
