@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ._generators import global_states, set_global_states, set_state, state_of
-from ._gradients import as_real, gradient_dtype
+from ._gradients import gradient_dtype
 from ._graph import check_kept, explain, run_backward
+from .distributed.exchange import Exchange, OutOfStep
+from .distributed.local_tensors import LocalTensor, is_dtensor
 from .distributed.processes import Processes
 from .functional import check_loss, check_tensors, present_losses
 from .merging.by_rows import merge
@@ -23,6 +25,7 @@ from .merging.two_phase import merge_in_two_phases
 from .methods import Method, PCGrad, check_method
 from .rows import host
 from .rows.capture import Capture, MovedCapture
+from .rows.forms import Complex, Form
 from .rows.memory_plan import MemoryPlan, plan_memory, plan_two_phase
 from .rows.moved import MovedGradients, check_accumulate_dtype
 from .rows.parameters import (
@@ -51,6 +54,7 @@ class _Layout(NamedTuple):
         kinds: dtype, device, shape and dtype of the gradient of each; None for one that is lazy.
         division: which of the different ones form one problem.
         capture: their rows.
+        exchange: with the processes that have other parts of them; None: there are none.
         lazy: whether some have no shape yet, and no row.
     """
 
@@ -58,6 +62,7 @@ class _Layout(NamedTuple):
     kinds: Sequence[tuple[Any, ...] | None]
     division: Division
     capture: Capture
+    exchange: Exchange | None
     lazy: bool
 
 
@@ -227,7 +232,8 @@ class GradientSurgery:
             16016000
         """
         layout = self._resolve()
-        parameters, rows = _as_real(layout.capture.parameters), layout.capture.rows
+        capture = layout.capture
+        parameters, rows = _like_rows(capture.parameters, capture.forms), capture.rows
         moved = rows if isinstance(rows, MovedGradients) else None
         if two_phase:
             plan = plan_two_phase(self.num_tasks, parameters)
@@ -259,13 +265,15 @@ class GradientSurgery:
         self._check_outside("merge()")
         layout = self._layout
         rows = layout.capture.rows
+        if layout.exchange is not None:
+            self._meet("merge()", *rows.summary(), self.accumulate, repr(self.method))
         if not rows.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         if self.accumulate == "mean":
             rows.average()
-        report, merged = merge(rows, self.method, layout.division, in_place=True)
+        report, merged = merge(rows, self.method, layout.division, in_place=True, exchange=layout.exchange)
         layout.capture.give(merged)
-        rows.clear()
+        self._end_round()
         return report
 
     def discard(self) -> None:
@@ -276,7 +284,22 @@ class GradientSurgery:
         """
         if self._stay is not None:
             self._stay.leave()
+        self._end_round()
+
+    def _end_round(self) -> None:
         self._layout.capture.rows.clear()
+        if self._layout.exchange is not None:
+            self._layout.exchange.rounds.restart()
+
+    def _meet(self, point: str, *details: object) -> None:
+        """Wait for those who have other parts of the parameters, if any. Where they are elsewhere, the round ends."""
+        if self._layout.exchange is None:
+            return
+        try:
+            self._layout.exchange.rounds.arrive(point, *details)
+        except BaseException:
+            self.discard()
+            raise
 
     def _gradients(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters that have a gradient, with it."""
@@ -324,6 +347,14 @@ class GradientSurgery:
         if "global_generators" in state_dict:
             set_global_states(state_dict["global_generators"])
 
+    def __repr__(self) -> str:
+        exchange = self._layout.exchange
+        others = "" if exchange is None else f", shared over {exchange}"
+        return (
+            f"GradientSurgery(num_tasks={self.num_tasks}, method={self.method!r}, granularity={self.granularity!r}, "
+            f"process_group={self._processes.process_group!r}{others})"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         # The layout is made anew, for the copy's parameters and its process' memory; the rows of the round go along.
         self._check_outside("copy of the surgery")
@@ -369,24 +400,31 @@ class GradientSurgery:
             groups=problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared),
         )
         lazy = any(map(is_lazy, found))
-        return _Layout(found, _kinds(found), division, self._capture_for(parameters), lazy)
+        capture = self._capture_for(parameters)
+        return _Layout(found, _kinds(found), division, capture, _exchange_for(capture), lazy)
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
-        real = _as_real(parameters)
-        plain = TaskGradients(real, self.row_dtype)
+        forms: dict[int, Form] = {}
+        for index, p in enumerate(parameters):
+            if is_dtensor(p):
+                forms[index] = LocalTensor(p)
+            elif p.is_complex():
+                forms[index] = Complex(p)
+        own = _like_rows(parameters, forms)
+        plain = TaskGradients(own, self.row_dtype)
         dtypes = set(plain.dtypes)
         if self.row_device is not None:
             host.check_one_kind(plain.devices, dtypes)
-        copies = host.copies_for(plain.devices[0] if real else torch.device("cpu"), self.row_device)
+        copies = host.copies_for(plain.devices[0] if own else torch.device("cpu"), self.row_device)
         sums = self.accumulate_dtype
         if sums is not None:
             check_accumulate_dtype(sums, dtypes)
             if dtypes == {sums} and copies is None:  # the rows themselves will do
                 sums = None
-        if copies is None and sums is None and plain.dtypes == list(map(gradient_dtype, real)):
-            return Capture(parameters, plain)
-        return MovedCapture(parameters, MovedGradients(real, self.row_dtype, sums, copies))
+        if copies is None and sums is None and plain.dtypes == list(map(gradient_dtype, own)):
+            return Capture(parameters, plain, forms)
+        return MovedCapture(parameters, MovedGradients(own, self.row_dtype, sums, copies), forms)
 
     def _run(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
@@ -394,8 +432,10 @@ class GradientSurgery:
         if left > 1 or retain_graph:
             check_kept(list(losses.values()))
         with _Stay(self, shared_forward=left > 1) as capture:
+            self._meet("losses of tasks", *losses)
             for index, loss in losses.items():
                 left -= 1
+                self._meet("task", index)
                 capture.open(index)
                 run_backward(loss, retain_graph or left > 0)
                 capture.close()
@@ -409,6 +449,10 @@ class GradientSurgery:
             raise ValueError(f"two_phase solves one problem; found granularity={self.granularity!r}")
         layout = self._resolve()
         capture = layout.capture
+        if layout.exchange is not None:
+            raise NotImplementedError(
+                f"two_phase does not cover DTensors, which share the parameters over {layout.exchange}: leave it False"
+            )
         if isinstance(capture, MovedCapture):
             raise ValueError(
                 "two_phase keeps no rows: leave row_dtype, row_device and accumulate_dtype None; found "
@@ -430,7 +474,9 @@ class GradientSurgery:
     def _run_forwards(self, forwards: dict[int, Forward], retain_graph: bool) -> None:
         """Each forward, and its loss backward, inside its task."""
         with _Stay(self, forward=True) as capture:
+            self._meet("functions of tasks", *forwards)
             for index, forward in forwards.items():
+                self._meet("task", index, *capture.rows.tasks)
                 capture.open(index)
                 loss = forward()
                 if loss is None:
@@ -481,6 +527,10 @@ class _Stay:
     ) -> None:
         if self._surgery._stay is self:
             self.leave()
+        exchange = self._surgery._layout.exchange
+        if exchange is not None and isinstance(error, Exception) and not isinstance(error, OutOfStep):
+            exchange.rounds.fail()
+            self._surgery.discard()
         if error is not None:
             explain(error)
 
@@ -501,6 +551,7 @@ class _Task(_Stay):
         self._surgery._check_outside(f"task({self._index})")
         capture = super().__enter__()
         try:
+            self._surgery._meet("task", self._index)
             capture.open(self._index)
         except BaseException as error:
             super().__exit__(type(error), error, error.__traceback__)
@@ -515,13 +566,25 @@ class _Task(_Stay):
         try:
             if kind is None:
                 self._capture.close()
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
             super().__exit__(kind, error, trace)
 
 
-def _as_real(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+def _like_rows(parameters: Sequence[Tensor], forms: Mapping[int, Form]) -> Sequence[Tensor]:
     """With the shapes, strides and dtypes that their rows have."""
-    return [as_real(p.detach()) if p.is_complex() else p for p in parameters]
+    if not forms:
+        return parameters
+    return [forms[index].like_row() if index in forms else p for index, p in enumerate(parameters)]
+
+
+def _exchange_for(capture: Capture) -> Exchange | None:
+    """With all that have parts or replicas of the parameters."""
+    forms = map(capture.forms.get, range(len(capture.parameters)))
+    places = [form if isinstance(form, LocalTensor) else None for form in forms]
+    return Exchange(places) if any(places) else None
 
 
 def _kinds(found: Sequence[Tensor]) -> Sequence[tuple[Any, ...] | None]:

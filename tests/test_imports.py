@@ -12,14 +12,14 @@ PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
-    {"_checks", "_blocks", "variants", "balancing", "distributed"},
-    {"_ops", "_generators"},
+    {"_checks", "_blocks", "variants", "balancing", "distributed.local_tensors"},
+    {"_ops", "_generators", "distributed.processes"},
     {"_derivatives"},
     {"backends"},
     {"functional"},
     {"methods"},
-    {"rows.columns", "rows.host", "rows.parameters"},
-    {"rows.task_gradients", "rows.memory_plan", "merging.report", "merging.problems"},
+    {"rows.columns", "rows.forms", "rows.host", "rows.parameters"},
+    {"rows.task_gradients", "rows.memory_plan", "distributed.exchange", "merging.report", "merging.problems"},
     {"rows.moved"},
     {"rows.capture"},
     {"merging.graph_pieces", "merging.by_rows"},

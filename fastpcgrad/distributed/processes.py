@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._graph import leaves
 from .._warnings import warn_once
+from .local_tensors import is_dtensor
 
 Choice = Literal["auto", "local"]
 
@@ -27,16 +28,20 @@ Replicas = frozenset["weakref.ref[Any]"]
 """Modules that average the gradient of a parameter over processes."""
 
 _REPLICA = "DistributedDataParallel"
-_SHARDERS = {"FSDPParam": "fully_shard", "DeepSpeedEngine": "DeepSpeed"}
+_SHARDERS = {
+    "FSDPParam": "fully_shard, which a forward pass has gathered: take the parameters that the optimizer has, those of "
+    "the model before its forward pass",
+    "DeepSpeedEngine": "DeepSpeed",
+    "_PipelineStageBase": "torch.distributed.pipelining, which runs the backward passes itself",
+}
 """Who holds parameters of which a process has a part only, at least between the steps.
 
 All by the names of their classes: these move from module to module, are imported late, or belong to other packages.
 """
 
 _REMEDY = (
-    "gradient surgery of sharded parameters is not covered by this version. Keep the parameters whole in each process, "
-    "as DistributedDataParallel does, with process_group='local' and a forward of its own for each task inside "
-    "'with surgery.task(t)'"
+    "gradient surgery covers the DTensors of fully_shard, distribute_module and parallelize_module, by "
+    "PCGrad.pc_backward, inside 'with surgery.task(t)' of GradientSurgery and by surgery.backward; no others"
 )
 
 _no_replicas: Replicas = frozenset()
@@ -101,10 +106,11 @@ class Processes:
         ready = _is_initialized()
         if self._checked[0] is parameters and self._checked[1] is ready and not _is_stale(self._replicas):
             return
-        _refuse_sharded(parameters)
-        self._replicas = _no_replicas.union(*_look_up(parameters)) if ready else _no_replicas
+        plain = [p for p in parameters if not is_dtensor(p)]
+        _refuse_sharded(plain)
+        self._replicas = _no_replicas.union(*_look_up(plain)) if ready and plain else _no_replicas
         if ready:
-            _check_replicas(self._replicas, self.process_group)
+            _check_replicas(self._replicas, self.process_group, is_warned=len(plain) == len(parameters))
         if moved and (module := _blamed(self._replicas, _averages)):
             raise NotImplementedError(
                 f"{_name(module)} averages gradients that have left for their rows by then, so that these would be of "
@@ -179,13 +185,11 @@ def _is_initialized() -> bool:
 
 def _refuse_sharded(tensors: Iterable[Tensor]) -> None:
     """NotImplementedError for what says itself that this process has a part of it only."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None and not _is_initialized():  # no shards without either
+    if "torch.distributed.tensor" not in sys.modules and not _is_initialized():  # no shards without either
         return
-    distributed = getattr(module, "DTensor", ())
     for tensor in tensors:
         shape = list(tensor.shape)
-        if isinstance(tensor, distributed):
+        if is_dtensor(tensor):
             placed: Any = tensor
             raise NotImplementedError(
                 f"found a DTensor {shape} with placements {placed.placements} on {placed.device_mesh}: {_REMEDY}"
@@ -196,7 +200,7 @@ def _refuse_sharded(tensors: Iterable[Tensor]) -> None:
             raise NotImplementedError(f"found a parameter {shape} of FullyShardedDataParallel: {_REMEDY}")
 
 
-def _check_replicas(replicas: Replicas, choice: Choice) -> None:
+def _check_replicas(replicas: Replicas, choice: Choice, *, is_warned: bool = True) -> None:
     """With ``auto``, that no module averages the gradients; a warning where there are several processes without one."""
     if choice == "local":
         return
@@ -209,7 +213,7 @@ def _check_replicas(replicas: Replicas, choice: Choice) -> None:
             "alone has seen"
         )
     processes = torch.distributed.get_world_size()
-    if processes > 1:
+    if processes > 1 and is_warned:
         warn_once(
             f"each of the {processes} processes merges the task gradients of its own batch by itself, and no "
             "DistributedDataParallel holds these parameters: wrap the model before its first round, or pass "
@@ -239,7 +243,9 @@ def _look_up(parameters: Sequence[Tensor]) -> list[Replicas]:
     """
     owners: dict[int, set[weakref.ref[Any]]] = {id(p): set() for p in parameters}
     for name, holder in _holders():
-        held = holder.parameters() if isinstance(holder, torch.nn.Module) else vars(holder).values()
+        values = list(vars(holder).values())
+        modules = [module for module in (holder, *values) if isinstance(module, torch.nn.Module)]
+        held = [*values, *(p for module in modules for p in module.parameters())]
         for p in held:
             if id(p) not in owners:
                 continue

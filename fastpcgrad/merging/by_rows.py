@@ -11,6 +11,7 @@ import torch
 from .._memory import prefer_huge_pages
 from .._ops import Figures, Later, flat, to_device
 from ..backends import kernels
+from ..distributed.exchange import Exchange
 from ..methods import Elementwise, Method
 from ..rows.columns import Columns, Tensors
 from ..rows.parameters import UNDIVIDED, Division
@@ -22,7 +23,12 @@ _VERSION = attrgetter("_version")
 
 
 def merge(
-    grads: TaskGradients, method: Method, division: Division = UNDIVIDED, *, in_place: bool
+    grads: TaskGradients,
+    method: Method,
+    division: Division = UNDIVIDED,
+    *,
+    in_place: bool,
+    exchange: Exchange | None = None,
 ) -> tuple[ConflictReport, Row]:
     """Merge all rows.
 
@@ -32,12 +38,13 @@ def merge(
         division: which parameters form which problem.
         in_place: write the merged gradient over that of the first task that has one, for each parameter; else to
             fresh memory.
+        exchange: with the processes that have other columns of J; None: nobody has.
     Returns:
         the report, and for each parameter its merged gradient, None where it has none.
     Raises:
         Whatever the method raises. Where rows have been written by then, and after an interrupt, ``grads`` is at risk.
     """
-    columns = grads.columns()
+    columns = grads.columns() if exchange is None else exchange.over(grads.columns())
     complete = not any(0 in row for row in columns.pointers)
     whole = [True] * len(columns.widths) if complete else _everywhere(columns.tensors)
     problems = Problems.made(method, whole, division)
@@ -67,7 +74,7 @@ def _merge(
 ) -> tuple[ConflictReport, Row]:
     if isinstance(method, Elementwise):
         return ConflictReport(tasks, _merge_columns(columns, method, tasks, problems, out)), out
-    blocks = columns.whole if problems.is_one_for_all else None
+    blocks = columns.fused if problems.is_one_for_all else None
     projections = None if blocks is None else method.projections(len(tasks))
     if blocks is not None and projections is not None:
         order, guards, scale = projections
@@ -83,7 +90,7 @@ def _merge_by_weights(
     is_one = problems.is_one_for_all
     grams = columns.gram(None if is_one else problems.of, problems.count)
     gram = grams if problems.are_many else grams[0]
-    solution = method.checked_solve(gram, tasks)
+    solution = columns.solve(method, gram, tasks)
     if is_one:
         columns.combine(solution.weights[None], None, out)
     else:
@@ -109,9 +116,10 @@ def _merge_columns(columns: Columns, method: Elementwise, tasks: Sequence[int], 
     outside = [problem == SUMMED for problem in problems.of]
     inside = [not summed for summed in outside]
     gram = columns.gram([min(problem, 0) for problem in problems.of], 1)[0]  # one over all problems
-    for place, own, column in zip(out, inside, zip(*columns.tensors, strict=True), strict=True):
-        if place is not None and own:
-            method.merge_rows([None if grad is None else flat(grad) for grad in column], flat(place))
+    drawing = columns.drawing(method)
+    for index, (place, column) in enumerate(zip(out, zip(*columns.tensors, strict=True), strict=True)):
+        if place is not None and inside[index]:
+            drawing(index).merge_rows([None if grad is None else flat(grad) for grad in column], flat(place))
     if any(outside):
         columns.only(outside).combine(gram.new_ones(1, len(tasks)), None, list(compress(out, outside)))
     return lambda: Figures(gram, gram.new_full((len(tasks),), torch.nan))

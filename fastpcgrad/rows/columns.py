@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import compress
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from .._blocks import Blocks
 from .._ops import to_device
 from ..backends import kernels
+from ..methods import Elementwise, Method, Solution
 
 Tensors = Sequence[Sequence[Tensor | None]]
 
@@ -39,22 +40,27 @@ class Columns:
         devices: Sequence[torch.device],
     ) -> None:
         self.tensors, self.pointers, self.widths = tensors, pointers, widths
-        self._dtypes, self._devices = dtypes, devices
+        self.dtypes, self.devices = dtypes, devices
 
     @cached_property
     def whole(self) -> Blocks | None:
         """All of J, where it is of one kind."""
-        if not self._dtypes:
+        if not self.dtypes:
             return Blocks(self.tensors, self.pointers, self.widths, torch.float32, torch.device("cpu"))
-        dtype, device = self._dtypes[0], self._devices[0]
-        if self._dtypes.count(dtype) < len(self._dtypes) or self._devices.count(device) < len(self._devices):
+        dtype, device = self.dtypes[0], self.devices[0]
+        if self.dtypes.count(dtype) < len(self.dtypes) or self.devices.count(device) < len(self.devices):
             return None
         return Blocks(self.tensors, self.pointers, self.widths, dtype, device)
+
+    @property
+    def fused(self) -> Blocks | None:
+        """All of J, where one kernel may do both passes and what is between them."""
+        return self.whole
 
     @cached_property
     def parts(self) -> list[tuple[Sequence[int], Blocks]]:
         """Which blocks are of one kind, and these; in the order of the first of each kind."""
-        kinds = list(zip(self._dtypes, self._devices, strict=True))
+        kinds = list(zip(self.dtypes, self.devices, strict=True))
         parts: list[tuple[Sequence[int], Blocks]] = []
         for kind in dict.fromkeys(kinds):
             chosen = [own == kind for own in kinds]
@@ -69,8 +75,8 @@ class Columns:
             [list(compress(row, chosen)) for row in self.tensors],
             [list(compress(row, chosen)) for row in self.pointers],
             array("q", compress(self.widths, chosen)),
-            list(compress(self._dtypes, chosen)),
-            list(compress(self._devices, chosen)),
+            list(compress(self.dtypes, chosen)),
+            list(compress(self.devices, chosen)),
         )
 
     def gram(self, problem_of: Sequence[int] | None, problems: int) -> Tensor:
@@ -87,6 +93,14 @@ class Columns:
         for places, blocks in self.parts:
             chosen = _some(weights_of, places)
             kernels.combine_blocks(blocks, to_device(weights, blocks.device), chosen, [out[index] for index in places])
+
+    def solve(self, method: Method, gram: Tensor, tasks: Sequence[int]) -> Solution:
+        """What a method makes of G; see ``Method.checked_solve``."""
+        return method.checked_solve(gram, tasks)
+
+    def drawing(self, method: Elementwise) -> Callable[[int], Elementwise]:
+        """For the number of a block the method, as it merges its columns."""
+        return lambda index: method
 
 
 def _some(numbers: Sequence[int] | None, places: Sequence[int]) -> list[int] | None:

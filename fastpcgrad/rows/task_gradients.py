@@ -146,6 +146,12 @@ class TaskGradients:
     def _columns(self, rows: Sequence[Row], pointers: Sequence[Sequence[int]]) -> Columns:
         return Columns(rows, pointers, self.widths, self.dtypes, self.devices)
 
+    def summary(self) -> tuple[object, ...]:
+        """What must be alike in all processes that have parts of the rows: tasks, stays, which gradients there are."""
+        tasks = self.tasks
+        there = [bytes(grad is not None for grad in self._rows[task]) for task in tasks]
+        return tasks, sorted(self._stays.items()), there
+
     def snapshot(self) -> dict[str, Any]:
         """What a copy of this object needs to go on with the round, see ``restore``."""
         self._check_whole()
