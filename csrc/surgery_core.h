@@ -3,22 +3,9 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FPG_HOST_DEVICE __host__ __device__
-#else
-#define FPG_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace fpg {
-
-// Squared row norms in this range leave fp32 products and their sums exact enough: below it, products of fp32 elements
-// may underflow by more than 2^-24 of the sum (for up to 2^46 columns); above it, a lane may overflow.
-constexpr double kSafeSquaredNormMin = 0x1p-80;
-constexpr double kSafeSquaredNormMax = 0x1p120;
-
-// Weights in this range keep their meaning when rounded to fp32 and multiplied with fp32 elements.
-constexpr double kSafeWeightMin = 0x1p-100;
-constexpr double kSafeWeightMax = 0x1p100;
 
 struct Projection {
   bool self_projection;
@@ -27,9 +14,9 @@ struct Projection {
 };
 
 // Negative and finite. False for NaN: a dot product that is not finite takes no part.
-FPG_HOST_DEVICE inline bool conflicts(double dot) { return dot < 0 && dot >= -1.7976931348623157e308; }
+FPG_HOST_DEVICE bool conflicts(double dot) { return dot < 0 && dot >= -1.7976931348623157e308; }
 
-FPG_HOST_DEVICE inline bool usable(double squared_norm, double min_squared_norm) {
+FPG_HOST_DEVICE bool usable(double squared_norm, double min_squared_norm) {
   return squared_norm > min_squared_norm && squared_norm <= 1.7976931348623157e308;
 }
 
@@ -38,9 +25,9 @@ FPG_HOST_DEVICE inline bool usable(double squared_norm, double min_squared_norm)
 //
 // dots [T] holds v = C_i G throughout: v_j is the test g_i' . g_j, and a projection on task j adds c G[j, :].
 template <class Sync>
-FPG_HOST_DEVICE inline void project_row(const double* gram, const int64_t* order, int64_t tasks, int64_t i,
-                                        Projection projection, double* coefficients, double* dots, int lane, int lanes,
-                                        Sync sync) {
+FPG_HOST_DEVICE void project_row(const double* gram, const int64_t* order, int64_t tasks, int64_t i,
+                                 Projection projection, double* coefficients, double* dots, int lane, int lanes,
+                                 Sync sync) {
   for (int64_t k = lane; k < tasks; k += lanes) {
     coefficients[k] = k == i ? 1.0 : 0.0;
     dots[k] = gram[i * tasks + k];
@@ -67,7 +54,7 @@ FPG_HOST_DEVICE inline void project_row(const double* gram, const int64_t* order
 }
 
 // Weight of task k in scale * (sum of the projected rows): the column sum of C, added in the order of the rows.
-FPG_HOST_DEVICE inline double merged_weight(const double* coefficients, int64_t tasks, int64_t k, double scale) {
+FPG_HOST_DEVICE double merged_weight(const double* coefficients, int64_t tasks, int64_t k, double scale) {
   double sum = 0;
   for (int64_t i = 0; i < tasks; ++i) sum += coefficients[i * tasks + k];
   return scale * sum;

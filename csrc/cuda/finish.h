@@ -2,6 +2,8 @@
 // T x T solve. A grid of any size does it; what a warp takes depends on nothing but its number.
 #pragma once
 
+#include "../fp32_range.h"
+#include "../surgery_core.h"
 #include "gram.h"
 
 namespace fpg {
@@ -20,10 +22,9 @@ struct SolveJob {
 
 enum Flag { kRight = 0, kRedo = 1, kRedoUnlessZero = 2 };
 
-// A NaN may be the difference of two products that overflowed.
 __device__ inline int flag_of(double squared_norm) {
   if (squared_norm == 0) return kRedoUnlessZero;  // a row of zeros, or an underflow
-  return squared_norm >= kSafeSquaredNormMin && squared_norm <= kSafeSquaredNormMax ? kRight : kRedo;
+  return safe_squared_norm(squared_norm) ? kRight : kRedo;
 }
 
 __device__ inline bool any_flag(const int* flags, int64_t count) {
