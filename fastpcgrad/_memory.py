@@ -6,7 +6,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from functools import cache
-from itertools import compress
+from itertools import compress, pairwise
 from operator import attrgetter
 
 import torch
@@ -37,6 +37,48 @@ def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bo
     )
 
 
+def views_alone(grads: Sequence[Tensor]) -> set[int]:
+    """The places of those that lie in memory which others of them share and nobody else holds, each in its own part.
+
+    Such are the gradients that came out of one collective: views of what it filled.
+
+    Args:
+        grads: dense strided tensors, see ``are_alone``.
+    """
+    groups: dict[int, list[int]] = {}
+    for place, key in enumerate([grad.untyped_storage()._cdata for grad in grads]):
+        groups.setdefault(key, []).append(place)
+    return {place for places in groups.values() if _is_alone(grads, places) for place in places}
+
+
+def _is_alone(grads: Sequence[Tensor], places: Sequence[int]) -> bool:
+    """Whether these tensors, which share memory, and what they are views of are all that holds it."""
+    if _VIEWS_ALONE is None or _counts_of_views(grads, places) != _VIEWS_ALONE:
+        return False
+    spans = sorted(
+        (int(grads[place].storage_offset()) * grads[place].itemsize, grads[place].nbytes) for place in places
+    )
+    storage = grads[places[0]].untyped_storage()
+    return (
+        all(start + nbytes <= after for (start, nbytes), (after, _) in pairwise(spans))
+        and storage.resizable()
+        and not (grads[places[0]].is_cpu and storage.is_shared())
+    )
+
+
+def _counts_of_views(grads: Sequence[Tensor], places: Sequence[int]) -> tuple[set[int], set[int], int, int]:
+    """See ``_counts``: of tensors that share memory, of what they are views of, and of the memory without these."""
+    assert _use_count is not None
+    storage = grads[places[0]].untyped_storage()
+    bases = list({id(base): base for base in (grads[place]._base for place in places) if base is not None}.values())
+    return (
+        {sys.getrefcount(grads[place]) for place in places},
+        set(map(sys.getrefcount, bases)),
+        _use_count(storage._cdata) - len(places) - len(bases),
+        sys.getrefcount(storage),
+    )
+
+
 Counts = tuple[set[int], set[int], set[int]]
 
 
@@ -62,7 +104,17 @@ def _counts_of_one_alone() -> Counts | None:
     return _counts(grads, list(map(Tensor.untyped_storage, grads)))
 
 
+def _counts_of_views_alone() -> tuple[set[int], set[int], int, int] | None:
+    if _use_count is None:
+        return None
+    base = torch.ones(2, device="cpu")
+    grads = [base[:1], base[1:]]
+    del base
+    return _counts_of_views(grads, [0, 1])
+
+
 _ALONE = _counts_of_one_alone()
+_VIEWS_ALONE = _counts_of_views_alone()
 
 
 _HUGE_FROM = 4 << 20  # bytes; below, a page fault more or less does not matter

@@ -13,7 +13,7 @@ PACKAGE = Path(fastpcgrad.__file__).parent
 FLOORS = (
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
     {"_checks", "_blocks", "variants", "balancing", "distributed.local_tensors"},
-    {"_ops", "_generators", "distributed.processes"},
+    {"_ops", "_generators", "_losses", "distributed.processes"},
     {"_derivatives"},
     {"backends"},
     {"functional"},
@@ -22,6 +22,8 @@ FLOORS = (
     {"rows.task_gradients", "rows.memory_plan", "distributed.exchange", "merging.report", "merging.problems"},
     {"rows.moved"},
     {"rows.capture"},
+    {"rows.layout"},
+    {"rows.stays"},
     {"merging.graph_pieces", "merging.by_rows"},
     {"merging.two_phase"},
     {"surgery", "autograd", "features", "arrays", "gradnorm"},

@@ -106,7 +106,7 @@ def test_the_merged_gradient_lies_in_a_row(made):
     case = Case(made, 3)
     surgery = fastpcgrad.GradientSurgery(case.parameters, len(case.gradients))
     case.fill(surgery)
-    rows = surgery._layout.capture.rows
+    rows = surgery._layouts.current.capture.rows
     held = {g.data_ptr() for row in rows._rows.values() for g in row if g is not None}
     surgery.merge()
     assert {p.grad.data_ptr() for p in case.parameters if p.grad is not None} <= held

@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..functional import check_tensors
+from .._losses import check_tensors
 
 Granularity = Literal["model", "group", "parameter"] | Sequence[Iterable[Tensor]]
 Collections = list[list[Tensor]]
+CheckedGranularity = Literal["model", "group", "parameter"] | Collections
 
 
 class Division(NamedTuple):
@@ -90,7 +91,7 @@ def check_parameters(parameters: Sequence[Tensor], shared: Sequence[Tensor] | No
             raise ValueError(f"shared holds a tensor {list(p.shape)} that is none of the parameters")
 
 
-def check_granularity(granularity: Granularity) -> Literal["model", "group", "parameter"] | Collections:
+def check_granularity(granularity: Granularity) -> CheckedGranularity:
     """Its name, or each collection as a list."""
     if granularity in ("model", "group", "parameter"):
         return granularity
@@ -112,7 +113,7 @@ def check_granularity(granularity: Granularity) -> Literal["model", "group", "pa
 
 def problem_of_each(
     parameters: Sequence[Tensor],
-    granularity: Literal["model", "group", "parameter"] | Collections,
+    granularity: CheckedGranularity,
     groups: Sequence[dict[str, Any]],
     shared: Sequence[Tensor] | None,
 ) -> list[int] | None:

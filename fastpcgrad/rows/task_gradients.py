@@ -13,7 +13,7 @@ from torch import Tensor, UntypedStorage
 
 from .._blocks import addresses
 from .._gradients import dense, gradient_dtype
-from .._memory import are_alone
+from .._memory import are_alone, views_alone
 from ..functional import ROW_DTYPES
 from .columns import Columns
 
@@ -199,9 +199,14 @@ class TaskGradients:
         if alone:
             row.clear()
         if not self._may_stay(there, sizes, strides, dtypes, alone):
+            # What came out of one collective shares memory, and may go on doing so.
+            views = self._views(there, strides, dtypes) if alone else set()
             there.reverse()
             kinds = zip(sizes, strides, dtypes, strict=True)
-            there = [self._settled_one([there.pop()], *kind, alone) for kind in kinds]
+            there = [
+                there.pop() if place in views else self._settled_one([there.pop()], *kind, alone)
+                for place, kind in enumerate(kinds)
+            ]
         settled = iter(there)
         return [next(settled) if here else None for here in present]
 
@@ -212,6 +217,17 @@ class TaskGradients:
             return one[0]
         grad = dense(one[0])
         return torch.empty_strided(grad.shape, stride, dtype=dtype, device=grad.device).copy_(grad)
+
+    def _views(
+        self, grads: Sequence[Tensor], strides: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
+    ) -> set[int]:
+        """The places of those that may stay, each in a part of memory that they alone share."""
+        if any(grad.layout != torch.strided or grad.requires_grad for grad in grads):
+            return set()
+        fit = [
+            g.stride() == stride and g.dtype == dtype for g, stride, dtype in zip(grads, strides, dtypes, strict=True)
+        ]
+        return {place for place in views_alone(grads) if fit[place]}
 
     def _may_stay(
         self,

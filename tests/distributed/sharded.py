@@ -165,7 +165,7 @@ class Twin:
         self.parameters = list(Net(torch.float64).parameters())
         options = {name: chosen(self.parameters) if callable(chosen) else chosen for name, chosen in options.items()}
         self.surgery = fastpcgrad.GradientSurgery(self.parameters, TASKS, method, process_group="local", **options)
-        self.surgery._processes.check = lambda *_, **__: None  # looks through all live objects
+        self.surgery._stays.processes.check = lambda *_, **__: None  # looks through all live objects
 
     def merged(self, rows, present):
         for t in present:

@@ -1,0 +1,177 @@
+"""The parameters of a surgery and the rows that their gradients become, looked up anew at each round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from .._gradients import gradient_dtype
+from ..distributed.exchange import Exchange
+from ..distributed.local_tensors import LocalTensor, is_dtensor
+from . import host
+from .capture import Capture, MovedCapture
+from .forms import Complex, Form
+from .moved import MovedGradients, check_accumulate_dtype
+from .parameters import (
+    CheckedGranularity,
+    Division,
+    HasGroups,
+    are_among,
+    check_parameters,
+    problem_of_each,
+)
+from .task_gradients import TaskGradients
+
+_KIND = attrgetter(*("dtype", "device", "shape"), *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
+
+
+class Layout(NamedTuple):
+    """What a round knows of its parameters.
+
+    Attributes:
+        found: the trainable ones, as the source has them.
+        kinds: dtype, device, shape and dtype of the gradient of each; None for one that is lazy.
+        division: which of the different ones form one problem.
+        capture: their rows.
+        exchange: with the processes that have other parts of them; None: there are none.
+        lazy: whether some have no shape yet, and no row.
+    """
+
+    found: list[Tensor]
+    kinds: Sequence[tuple[Any, ...] | None]
+    division: Division
+    capture: Capture
+    exchange: Exchange | None
+    lazy: bool
+
+
+class RowChoice(NamedTuple):
+    """How a caller wants the rows, see ``GradientSurgery``; None: as the gradients come."""
+
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+    accumulate_dtype: torch.dtype | None = None
+
+
+class Layouts:
+    """The layout of the parameters that a source has at the time.
+
+    Args:
+        source: is asked for its parameter groups anew each round.
+        shared: the parameters that undergo surgery; None: as the method's scope says.
+        granularity: which of them form one problem.
+        rows: how they are kept.
+    Raises:
+        TypeError, ValueError: see ``GradientSurgery``.
+    """
+
+    def __init__(
+        self, source: HasGroups, shared: Sequence[Tensor] | None, granularity: CheckedGranularity, rows: RowChoice
+    ) -> None:
+        self._source, self._shared, self._granularity, self._rows = source, shared, granularity, rows
+        self.current = self._laid_out(self.trainable())
+
+    def trainable(self) -> list[Tensor]:
+        """The parameters that require grad, as the source has them now."""
+        return [p for group in self._source.param_groups for p in group["params"] if p.requires_grad]
+
+    def resolve(self) -> Layout:
+        """Look the trainable parameters up; lay the rows out anew where they changed.
+
+        Raises:
+            RuntimeError: they changed while rows are filled.
+        """
+        layout, found = self.current, self.trainable()
+        filled = layout.capture.rows.tasks
+        same = len(found) == len(layout.found) and all(map(is_, found, layout.found))
+        if same and (filled or _kinds(found) == layout.kinds):
+            return layout
+        if filled:
+            raise RuntimeError(
+                f"the trainable parameters changed within a round ({len(layout.found)} before, {len(found)} now) "
+                f"while rows of tasks {filled} are filled: call merge() or discard() first"
+            )
+        self.current = self._laid_out(found)
+        return self.current
+
+    def _laid_out(self, found: list[Tensor]) -> Layout:
+        parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
+        check_parameters(parameters, self._shared)
+        division = Division(
+            shared=None if self._shared is None else are_among(parameters, self._shared),
+            groups=problem_of_each(parameters, self._granularity, self._source.param_groups, self._shared),
+        )
+        lazy = any(map(is_lazy, found))
+        capture = self._capture_for(parameters)
+        return Layout(found, _kinds(found), division, capture, _exchange_for(capture), lazy)
+
+    def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
+        """Of rows as autograd leaves them, or of such that are converted or sent away."""
+        dtype, device, sums = self._rows
+        forms = _forms_of(parameters)
+        own = as_rows_see(parameters, forms)
+        plain = TaskGradients(own, dtype)
+        dtypes = set(plain.dtypes)
+        if device is not None:
+            host.check_one_kind(plain.devices, dtypes)
+        copies = host.copies_for(plain.devices[0] if own else torch.device("cpu"), device)
+        if sums is not None:
+            check_accumulate_dtype(sums, dtypes)
+            if dtypes == {sums} and copies is None:  # the rows themselves will do
+                sums = None
+        if copies is None and sums is None and plain.dtypes == list(map(gradient_dtype, own)):
+            return Capture(parameters, plain, forms)
+        return MovedCapture(parameters, MovedGradients(own, dtype, sums, copies), forms)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a copy of this object needs to go on with the round, see ``restored``."""
+        state = {name: value for name, value in self.__dict__.items() if name != "current"}
+        return {**state, "rows_of_round": self.current.capture.rows.snapshot()}
+
+    @classmethod
+    def restored(cls, snapshot: dict[str, Any]) -> Layouts:
+        """A copy, of a copy's parameters. The layout is made anew, for its process' memory; the rows of the round go
+        along."""
+        rows = snapshot.pop("rows_of_round")
+        layouts = cls.__new__(cls)
+        layouts.__dict__.update(snapshot)
+        layouts.current = layouts._laid_out(layouts.trainable())
+        layouts.current.capture.rows.restore(rows)
+        return layouts
+
+
+def as_rows_see(parameters: Sequence[Tensor], forms: Mapping[int, Form]) -> Sequence[Tensor]:
+    """With the shapes, strides and dtypes that their rows have."""
+    if not forms:
+        return parameters
+    return [forms[index].like_row() if index in forms else p for index, p in enumerate(parameters)]
+
+
+def _forms_of(parameters: Sequence[Tensor]) -> dict[int, Form]:
+    """How rows hold the gradients of DTensors and of complex parameters, by index."""
+    forms: dict[int, Form] = {}
+    for index, p in enumerate(parameters):
+        if is_dtensor(p):
+            forms[index] = LocalTensor(p)
+        elif p.is_complex():
+            forms[index] = Complex(p)
+    return forms
+
+
+def _exchange_for(capture: Capture) -> Exchange | None:
+    """With all that have parts or replicas of the parameters."""
+    forms = map(capture.forms.get, range(len(capture.parameters)))
+    places = [form if isinstance(form, LocalTensor) else None for form in forms]
+    return Exchange(places) if any(places) else None
+
+
+def _kinds(found: Sequence[Tensor]) -> Sequence[tuple[Any, ...] | None]:
+    try:
+        return list(map(_KIND, found))
+    except RuntimeError:  # a lazy one has no shape, and one that is no leaf no grad_dtype
+        return [None if is_lazy(p) else (p.dtype, p.device, p.shape, gradient_dtype(p)) for p in found]
