@@ -53,13 +53,18 @@ class GradientSurgery:
         granularity: ``model``: one surgery over all parameters. ``group`` or ``parameter``: one for each parameter
             group, or for each parameter. Collections of parameters, such as those of each layer: one for each, in
             one pass over all. A method whose original works on each parameter does so anyway.
-        process_group: ``auto``: in a round with several processes, parameters whose gradients a module averages over
-            them, or that are sharded, are refused, and others get one warning. ``local``: each process merges by
-            itself; under DistributedDataParallel with one forward a task, inside ``task(t)``, the rows are averaged.
+        process_group: parameters that are DTensors have the processes of their meshes: all of them must enter the same
+            tasks, and one that fails ends the round of all; see below. Of others, ``auto``: in a round with several
+            processes, parameters whose gradients a module averages over them are refused, and others get one warning.
+            ``local``: each process merges by itself; under DistributedDataParallel with one forward a task, inside
+            ``task(t)``, the rows are averaged.
     Memory: T rows of N elements, where N counts the trainable parameters: T·N·itemsize bytes, of which one row becomes
         ``.grad``. On the CPU they stay mapped until the next round's gradients take their place, one by one. Rows of
         another dtype than the parameters are freed parameter by parameter as merged gradients take their place.
         ``memory_plan`` tells the bytes beforehand.
+    Many processes: rows of DTensors are their local tensors, G is summed over their meshes, and the answer of the first
+        process counts; what is sent does not depend on N. Parameters beside them that are no DTensors must have the
+        same gradients in all processes. ``repr`` says which meshes there are.
     Raises:
         TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
         ValueError: no parameters, parameters that are no leaves; a parameter in two or in none of the collections of
@@ -215,7 +220,8 @@ class GradientSurgery:
         Returns:
             what conflicted and what became of it.
         Raises:
-            RuntimeError: no task was there, or inside a task. Nothing is changed.
+            RuntimeError: no task was there, or inside a task; another process that shares parameters has failed, is
+                elsewhere in its round, or gone. Nothing is changed.
             torch.OutOfMemoryError: no room to convert the merged gradient or to send it back. The round is over, and
                 ``.grad`` is None.
         """
@@ -223,7 +229,7 @@ class GradientSurgery:
         layout = self._layouts.current
         rows = layout.capture.rows
         if layout.exchange is not None:
-            self._stays.meet("merge()", *rows.summary(), self.accumulate, repr(self.method))
+            self._stays.meet("merge() of tasks", *rows.tasks, rows.summary(), type(self.method).__name__)
         if not rows.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         if self.accumulate == "mean":

@@ -12,9 +12,9 @@ PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
-    {"_checks", "_blocks", "variants", "balancing", "distributed.local_tensors"},
+    {"_checks", "_blocks", "variants", "distributed.links", "distributed.local_tensors"},
     {"_ops", "_generators", "_losses", "distributed.processes"},
-    {"_derivatives"},
+    {"_derivatives", "balancing"},
     {"backends"},
     {"functional"},
     {"methods"},

@@ -18,6 +18,7 @@ from torch import Tensor
 from .._blocks import Blocks
 from ..methods import Elementwise, Method, Solution
 from ..rows.columns import Columns
+from .links import Link, groups_of
 from .local_tensors import LocalTensor
 
 PATIENCE = timedelta(seconds=10)
@@ -27,40 +28,6 @@ _SPREAD = 1e-3
 """By which part of the largest entry G may differ between processes that should have the same gradients."""
 
 _messengers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-
-class Link:
-    """Collectives over groups, one after the other, which together reach everybody; counts the bytes of each.
-
-    Args:
-        groups: process groups, in the same order in all processes: those of a mesh's dimensions, say.
-    """
-
-    def __init__(self, groups: Sequence[Any]) -> None:
-        self.groups = groups
-        self.nbytes = 0
-        """What this process has handed to collectives so far."""
-
-    def sum_(self, tensor: Tensor, groups: Sequence[Any] | None = None) -> Tensor:
-        """The sum over all processes, in place; over those of some groups, where told so."""
-        return self._reduce(tensor, self.groups if groups is None else groups, torch.distributed.ReduceOp.SUM)
-
-    def max_(self, tensor: Tensor) -> Tensor:
-        """The largest over all processes, in place."""
-        return self._reduce(tensor, self.groups, torch.distributed.ReduceOp.MAX)
-
-    def from_root_(self, tensor: Tensor) -> Tensor:
-        """What the root has, in place."""
-        for group in self.groups:
-            self.nbytes += tensor.nbytes
-            torch.distributed.broadcast(tensor, group=group, group_src=0)
-        return tensor
-
-    def _reduce(self, tensor: Tensor, groups: Sequence[Any], op: Any) -> Tensor:
-        for group in groups:
-            self.nbytes += tensor.nbytes
-            torch.distributed.all_reduce(tensor, op=op, group=group)
-        return tensor
 
 
 class Rounds:
@@ -99,10 +66,11 @@ class Rounds:
         if failed:
             raise OutOfStep(f"process {failed - 1} has failed in this round of gradient surgery, which ends everywhere")
         if most != -least:
+            where = " ".join(map(str, (point, *details)))
             raise OutOfStep(
                 "the processes that share parameters are not at the same point of a round of gradient surgery; process "
-                f"{torch.distributed.get_rank()} is at {point}{details}. All must enter the same tasks in the same "
-                "order, each as often, with gradients of the same parameters, and give None for the same losses"
+                f"{torch.distributed.get_rank()} is at: {where}. All must enter the same tasks in the same order, each "
+                "as often, with gradients of the same parameters, and give None for the same losses"
             )
 
     def fail(self) -> None:
@@ -132,7 +100,7 @@ class Exchange:
     def __init__(self, places: Sequence[LocalTensor | None]) -> None:
         self._places = places
         self.meshes = list(dict.fromkeys(place.mesh for place in places if place is not None))
-        self._link = Link(list(dict.fromkeys(group for mesh in self.meshes for group in _groups(mesh))))
+        self._link = Link(list(dict.fromkeys(group for mesh in self.meshes for group in groups_of(mesh))))
         self.rounds = Rounds(self._link.groups)
 
     @property
@@ -146,6 +114,43 @@ class Exchange:
     def over(self, columns: Columns) -> Columns:
         """J, of which this process has these columns."""
         return SharedColumns(columns, self._places, self.meshes, self._link)
+
+
+class Answers:
+    """All solve, so that their methods' states go on; the root's answer and state count.
+
+    Args:
+        link: to those who solve the same problem.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def solve(self, method: Method, gram: Tensor, tasks: Sequence[int]) -> Solution:
+        """See ``Columns.solve``."""
+        solution = method.checked_solve(gram, tasks)
+        state = method.state_dict()
+        kept = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        weights, coefficients, *states = self._from_root(solution.weights, solution.coefficients, *kept.values())
+        assert weights is not None
+        if kept:
+            method.load_state_dict({**state, **dict(zip(kept, states, strict=True))})
+        return Solution(weights, coefficients)
+
+    def _from_root(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """The root's, sent as one."""
+        given = [tensor for tensor in tensors if tensor is not None]
+        sent = torch.cat([tensor.to(given[0].device).contiguous().view(-1).view(torch.uint8) for tensor in given])
+        parts = iter(self._link.from_root_(sent).split([tensor.nbytes for tensor in given]))
+        return [
+            None if own is None else next(parts).clone().view(own.dtype).view(own.shape).to(own.device)
+            for own in tensors
+        ]
+
+    def seed(self, generator: torch.Generator | None, device: torch.device) -> int:
+        """One for all, which all generators are asked for, so that they go on alike."""
+        on = device if generator is None else generator.device
+        return int(self._link.from_root_(torch.randint(1 << 62, (1,), generator=generator, device=on).to(device)))
 
 
 class SharedColumns(Columns):
@@ -172,30 +177,21 @@ class SharedColumns(Columns):
         tasks = len(self.tensors)
         each = super().gram(numbers, (1 + len(self._meshes)) * problems).view(-1, problems, tasks, tasks)
         for own, mesh in zip(each[1:], self._meshes, strict=True):
-            self._link.sum_(own, _groups(mesh))
+            self._link.sum_(own, groups_of(mesh))
         if None in self._places:
             self._check_alike(each[0])
         return self._link.from_root_(each.sum(dim=0))
 
     def solve(self, method: Method, gram: Tensor, tasks: Sequence[int]) -> Solution:
-        """See ``Columns``. All solve, so that their methods' states go on; the root's answer and state count."""
-        solution = super().solve(method, gram, tasks)
-        state = method.state_dict()
-        kept = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        weights, coefficients, *states = self._from_root(solution.weights, solution.coefficients, *kept.values())
-        assert weights is not None
-        if kept:
-            method.load_state_dict({**state, **dict(zip(kept, states, strict=True))})
-        return Solution(weights, coefficients)
+        """See ``Answers``."""
+        return Answers(self._link).solve(method, gram, tasks)
 
     def drawing(self, method: Elementwise) -> Callable[[int], Elementwise]:
         """See ``Columns``. Replicas of a column draw alike, and no two others do."""
         if not method.draws:
             return lambda index: method
-        generator, device = method.generator, self.devices[0]
-        assert not isinstance(generator, random.Random)
-        on = device if generator is None else generator.device
-        seed = int(self._link.from_root_(torch.randint(1 << 62, (1,), generator=generator, device=on).to(device)))
+        assert not isinstance(method.generator, random.Random)
+        seed = Answers(self._link).seed(method.generator, self.devices[0])
         drawing = copy.copy(method)
 
         def seeded(index: int) -> Elementwise:
@@ -206,16 +202,6 @@ class SharedColumns(Columns):
             return drawing
 
         return seeded
-
-    def _from_root(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        """The root's, sent as one."""
-        given = [tensor for tensor in tensors if tensor is not None]
-        sent = torch.cat([tensor.to(given[0].device).contiguous().view(-1).view(torch.uint8) for tensor in given])
-        parts = iter(self._link.from_root_(sent).split([tensor.nbytes for tensor in given]))
-        return [
-            None if own is None else next(parts).clone().view(own.dtype).view(own.shape).to(own.device)
-            for own in tensors
-        ]
 
     def _check_alike(self, gram: Tensor) -> None:
         """RuntimeError where plain parameters have other gradients in other processes, which nobody would reduce."""
@@ -228,11 +214,6 @@ class SharedColumns(Columns):
             )
 
 
-def _groups(mesh: Any) -> list[Any]:
-    """The process group of each dimension of a mesh, if there is somebody else along it."""
-    return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
-
-
 def _messenger(group: Any) -> Any:
     """A group of the same processes for messages on the host; made once for each, by all of its processes."""
     if group not in _messengers:
@@ -242,3 +223,54 @@ def _messenger(group: Any) -> Any:
             options["timeout"] = group._get_backend(torch.device("cpu")).options._timeout
         _messengers[group] = distributed.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
     return _messengers[group]
+
+
+class AveragedColumns(Columns):
+    """J of which each process has columns of its own, and whose gradients are averaged later: as in data parallelism,
+    where each process has the gradients at the features of its part of the batch.
+
+    Args:
+        columns: of this process.
+        link: to those that have the others.
+    """
+
+    def __init__(self, columns: Columns, link: Link) -> None:
+        super().__init__(columns.tensors, columns.pointers, columns.widths, columns.dtypes, columns.devices)
+        self._link = link
+
+    @property
+    def fused(self) -> Blocks | None:
+        return None
+
+    def gram(self, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+        """See ``Columns``: of the whole batch, whose loss is the mean of those of its parts."""
+        total = self._link.sum_(super().gram(problem_of, problems)).div_(self._link.size**2)
+        return self._link.from_root_(total)
+
+    def solve(self, method: Method, gram: Tensor, tasks: Sequence[int]) -> Solution:
+        """See ``Answers``."""
+        return Answers(self._link).solve(method, gram, tasks)
+
+
+class Averaging:
+    """With the processes that have other parts of a batch.
+
+    Args:
+        groups: see ``Link``.
+    """
+
+    def __init__(self, groups: Sequence[Any]) -> None:
+        self._link = Link(groups)
+
+    @property
+    def nbytes(self) -> int:
+        """What this process has handed to collectives so far."""
+        return self._link.nbytes
+
+    def over(self, columns: Columns) -> Columns:
+        """J, of which this process has these columns."""
+        return AveragedColumns(columns, self._link)
+
+    def present(self, there: Sequence[Sequence[bool]], device: torch.device) -> list[list[bool]]:
+        """For each task and tensor whether any process has a gradient."""
+        return self._link.max_(torch.tensor(there, dtype=torch.int32, device=device)).bool().tolist()

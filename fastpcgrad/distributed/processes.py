@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._graph import leaves
 from .._warnings import warn_once
+from .links import groups_of
 from .local_tensors import is_dtensor
 
 Choice = Literal["auto", "local"]
@@ -73,6 +74,23 @@ def check_process_group(value: object) -> Choice:
     if value == "local":
         return "local"
     raise ValueError(f"process_group must be 'auto' or 'local'; found {value!r}")
+
+
+def check_groups(value: object) -> Choice | list[Any]:
+    """Whose batches form one: ``auto`` and ``local`` as in ``check_process_group``, or groups.
+
+    Args:
+        value: those two, None for ``auto``, a process group or a device mesh, whose dimensions all count.
+    Raises:
+        TypeError, ValueError: anything else; the message shows what was found.
+    """
+    distributed = torch.distributed
+    if isinstance(value, getattr(distributed, "DeviceMesh", ())):
+        return groups_of(value)
+    if isinstance(value, getattr(distributed, "ProcessGroup", ())):
+        assert isinstance(value, distributed.ProcessGroup)
+        return [value] if distributed.get_world_size(value) > 1 else []
+    return check_process_group(value)
 
 
 class Processes:
@@ -157,17 +175,21 @@ def check_graph(tensors: Sequence[Tensor], process_group: object) -> None:
         )
 
 
-def check_behind(features: Sequence[Tensor], process_group: Choice) -> None:
-    """Before the gradients at ``features`` are merged, for all parameters that these depend on.
+def groups_behind(features: Sequence[Tensor], chosen: Choice | list[Any]) -> list[Any]:
+    """The groups over which the gradients of all parameters are averaged that ``features`` depend on.
 
     In a training loop they are other tensors in each step. As long as the parameter nearest to each is the same, they
     are taken to depend on the same others: the graph is walked in the first step only.
 
-    Raises, Warns:
-        see ``Processes.check``.
+    Args:
+        chosen: see ``check_groups``: groups are those, and with ``local`` there are none.
+    Raises:
+        NotImplementedError: sharded parameters, or several modules that average over different groups.
+    Warns:
+        FastPCGradWarning: see ``Processes.check``.
     """
-    if not _is_initialized():
-        return
+    if not _is_initialized() or isinstance(chosen, list):
+        return chosen if isinstance(chosen, list) else []
     nearest = [next((p for p in leaves([z], hidden=True) if isinstance(p, Parameter)), None) for z in features]
     if all(p is not None and not _is_stale(_replicas_behind.get(p)) for p in nearest):
         replicas = _no_replicas.union(*map(_replicas_behind.__getitem__, nearest))
@@ -176,7 +198,19 @@ def check_behind(features: Sequence[Tensor], process_group: Choice) -> None:
         _refuse_sharded([*features, *behind])
         replicas = _remembered(behind)
         _replicas_behind.update((p, replicas) for p in nearest if p is not None)
-    _check_replicas(replicas, process_group)
+    if chosen == "local":
+        return []
+    _blamed(replicas, _averages)  # which collects modules that are gone
+    averaging = [module for reference in replicas if (module := reference()) is not None and _averages(module)]
+    groups = {id(group): group for group in map(_group, averaging)}
+    if len(groups) > 1:
+        raise NotImplementedError(
+            f"parameters are averaged over {len(groups)} different process groups: pass the one of the batch as "
+            "process_group"
+        )
+    if not groups:
+        _check_replicas(replicas, chosen)
+    return list(groups.values())
 
 
 def _is_initialized() -> bool:
@@ -286,8 +320,12 @@ def _averages(module: Any) -> bool:
 
 def _processes(module: Any) -> int:
     """How many processes a replica averages over."""
+    return torch.distributed.get_world_size(_group(module))
+
+
+def _group(module: Any) -> Any:
     group = getattr(module, "process_group", None)
-    return torch.distributed.get_world_size() if group is None else int(group.size())
+    return torch.distributed.group.WORLD if group is None else group
 
 
 def _name(module: Any) -> str:

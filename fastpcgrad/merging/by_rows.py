@@ -11,7 +11,7 @@ import torch
 from .._memory import prefer_huge_pages
 from .._ops import Figures, Later, flat, to_device
 from ..backends import kernels
-from ..distributed.exchange import Exchange
+from ..distributed.exchange import Averaging, Exchange
 from ..methods import Elementwise, Method
 from ..rows.columns import Columns, Tensors
 from ..rows.parameters import UNDIVIDED, Division
@@ -28,7 +28,7 @@ def merge(
     division: Division = UNDIVIDED,
     *,
     in_place: bool,
-    exchange: Exchange | None = None,
+    exchange: Exchange | Averaging | None = None,
 ) -> tuple[ConflictReport, Row]:
     """Merge all rows.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Sequence
 from itertools import chain, compress
@@ -146,11 +147,11 @@ class TaskGradients:
     def _columns(self, rows: Sequence[Row], pointers: Sequence[Sequence[int]]) -> Columns:
         return Columns(rows, pointers, self.widths, self.dtypes, self.devices)
 
-    def summary(self) -> tuple[object, ...]:
-        """What must be alike in all processes that have parts of the rows: tasks, stays, which gradients there are."""
-        tasks = self.tasks
-        there = [bytes(grad is not None for grad in self._rows[task]) for task in tasks]
-        return tasks, sorted(self._stays.items()), there
+    def summary(self) -> str:
+        """A digest of what must be alike in all processes that have parts of the rows: stays, and where there are
+        gradients."""
+        there = [bytes(grad is not None for grad in self._rows[task]) for task in self.tasks]
+        return hashlib.blake2b(repr((sorted(self._stays.items()), there)).encode(), digest_size=4).hexdigest()
 
     def snapshot(self) -> dict[str, Any]:
         """What a copy of this object needs to go on with the round, see ``restore``."""

@@ -505,8 +505,7 @@ def a_module_that_takes_the_place_of_another_is_seen():
     second = DistributedDataParallel(net, gradient_as_bucket_view=True, static_graph=True)
     assert_refused(lambda: own.check(parameters, moved=True), parameters, "row_dtype")
     assert_refused(doors(second, parameters, own_batch(), "local")["backward"], parameters, "static_graph")
-    features = net.trunk(own_batch()[0])
-    assert_refused(lambda: fastpcgrad.shared_features(features, TASKS), parameters, "DistributedDataParallel")
+    assert processes.groups_behind([net.trunk(own_batch()[0])], "auto") == [dist.group.WORLD]
 
 
 @scenario
@@ -552,16 +551,11 @@ def shared_features_walk_the_graph_of_a_trunk_once():
 
 
 @scenario
-def shared_features_under_ddp_are_refused_and_locally_a_mean_of_surgeries():
-    options = {"process_group": "auto"}
+def shared_features_under_ddp_are_locally_a_mean_of_surgeries():
+    options = {"process_group": "local"}
     net = Net(lambda z: fastpcgrad.shared_features(z, TASKS, fixed_order(), **options))
     wrapped = DistributedDataParallel(net)
-    parameters, between = list(net.parameters()), net.between
-    for _ in range(2):
-        assert_refused(lambda: wrapped(own_batch()[0]), parameters, "DistributedDataParallel", "process_group='local'")
-    net.between = None
-    assert_ordinary_steps_are_right(wrapped, parameters)
-    net.between, options["process_group"] = between, "local"
+    parameters = list(net.parameters())
     for p in parameters:
         p.grad = None
     with no_warning():
@@ -578,13 +572,12 @@ def shared_features_under_ddp_are_refused_and_locally_a_mean_of_surgeries():
 
 
 @scenario
-def groups_and_meshes_are_not_taken():
+def groups_and_meshes_are_not_taken_where_rows_are_reduced():
     x = torch.ones(2, requires_grad=True)
     for value, word in ((dist.group.WORLD, "ProcessGroup"), (mesh(), "DeviceMesh")):
         for call in (
             lambda v=value: Processes(v),
             lambda v=value: fastpcgrad.backward([x[0], x[1]], process_group=v),
             lambda v=value: fastpcgrad.grad([x[0], x[1]], [x], process_group=v),
-            lambda v=value: fastpcgrad.shared_features(x, 2, process_group=v),
         ):
             assert_refused(call, [x], "does not reduce", word, "'local'")
