@@ -229,7 +229,10 @@ class GradientSurgery:
         layout = self._layouts.current
         rows = layout.capture.rows
         if layout.exchange is not None:
-            self._stays.meet("merge() of tasks", *rows.tasks, rows.summary(), type(self.method).__name__)
+            state = {
+                key: list(value.shape) for key, value in self.method.state_dict().items() if isinstance(value, Tensor)
+            }
+            self._stays.meet("merge() of tasks", *rows.tasks, rows.summary(), type(self.method).__name__, state)
         if not rows.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         if self.accumulate == "mean":

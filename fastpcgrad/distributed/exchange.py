@@ -51,7 +51,7 @@ class Rounds:
     @property
     def nbytes(self) -> int:
         """See ``Link``."""
-        return self._link.nbytes
+        return self._link.nbytes if "_link" in vars(self) else 0
 
     def arrive(self, point: str, *details: object) -> None:
         """Wait for the others at a point of the round.
@@ -86,6 +86,17 @@ class Rounds:
         self._points = []
 
 
+def _messenger(group: Any) -> Any:
+    """A group of the same processes for messages on the host; made once for each, by all of its processes."""
+    if group not in _messengers:
+        distributed = torch.distributed
+        ranks, options = distributed.get_process_group_ranks(group), {}
+        with suppress(Exception):  # not told by every backend
+            options["timeout"] = group._get_backend(torch.device("cpu")).options._timeout
+        _messengers[group] = distributed.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
+    return _messengers[group]
+
+
 class OutOfStep(RuntimeError):
     """Another process has failed, or is somewhere else in its round."""
 
@@ -113,22 +124,29 @@ class Exchange:
 
     def over(self, columns: Columns) -> Columns:
         """J, of which this process has these columns."""
-        return SharedColumns(columns, self._places, self.meshes, self._link)
+        return SharedColumns(columns, self._link, self._places, self.meshes)
 
 
-class Answers:
-    """All solve, so that their methods' states go on; the root's answer and state count.
+class JointColumns(Columns):
+    """J of which each process has columns of its own. All solve, so that their methods' states go on; the root's answer
+    and state count.
 
     Args:
-        link: to those who solve the same problem.
+        columns: of this process.
+        link: to those that have the others.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, columns: Columns, link: Link) -> None:
+        super().__init__(columns.tensors, columns.pointers, columns.widths, columns.dtypes, columns.devices)
         self._link = link
 
+    @property
+    def fused(self) -> Blocks | None:
+        return None
+
     def solve(self, method: Method, gram: Tensor, tasks: Sequence[int]) -> Solution:
-        """See ``Columns.solve``."""
-        solution = method.checked_solve(gram, tasks)
+        """See ``Columns``."""
+        solution = super().solve(method, gram, tasks)
         state = method.state_dict()
         kept = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         weights, coefficients, *states = self._from_root(solution.weights, solution.coefficients, *kept.values())
@@ -147,24 +165,20 @@ class Answers:
             for own in tensors
         ]
 
-    def seed(self, generator: torch.Generator | None, device: torch.device) -> int:
-        """One for all, which all generators are asked for, so that they go on alike."""
-        on = device if generator is None else generator.device
-        return int(self._link.from_root_(torch.randint(1 << 62, (1,), generator=generator, device=on).to(device)))
 
+class SharedColumns(JointColumns):
+    """Columns of DTensors: one pass sums G over all processes, the other needs nobody.
 
-class SharedColumns(Columns):
-    """J of which each process has columns of its own: one pass sums G over all of them, the other needs nobody."""
+    Args:
+        columns, link: see ``JointColumns``.
+        places, meshes: see ``Exchange``.
+    """
 
     def __init__(
-        self, columns: Columns, places: Sequence[LocalTensor | None], meshes: Sequence[Any], link: Link
+        self, columns: Columns, link: Link, places: Sequence[LocalTensor | None], meshes: Sequence[Any]
     ) -> None:
-        super().__init__(columns.tensors, columns.pointers, columns.widths, columns.dtypes, columns.devices)
-        self._places, self._meshes, self._link = places, meshes, link
-
-    @property
-    def fused(self) -> Blocks | None:
-        return None
+        super().__init__(columns, link)
+        self._places, self._meshes = places, meshes
 
     def gram(self, problem_of: Sequence[int] | None, problems: int) -> Tensor:
         """See ``Columns``. That of each mesh is summed over it; of the result all take the root's bits."""
@@ -182,16 +196,15 @@ class SharedColumns(Columns):
             self._check_alike(each[0])
         return self._link.from_root_(each.sum(dim=0))
 
-    def solve(self, method: Method, gram: Tensor, tasks: Sequence[int]) -> Solution:
-        """See ``Answers``."""
-        return Answers(self._link).solve(method, gram, tasks)
-
     def drawing(self, method: Elementwise) -> Callable[[int], Elementwise]:
         """See ``Columns``. Replicas of a column draw alike, and no two others do."""
         if not method.draws:
             return lambda index: method
         assert not isinstance(method.generator, random.Random)
-        seed = Answers(self._link).seed(method.generator, self.devices[0])
+        device = self.devices[0]
+        on = device if method.generator is None else method.generator.device
+        own = torch.randint(1 << 62, (1,), generator=method.generator, device=on)
+        seed = int(self._link.from_root_(own.to(device)))
         drawing = copy.copy(method)
 
         def seeded(index: int) -> Elementwise:
@@ -214,42 +227,13 @@ class SharedColumns(Columns):
             )
 
 
-def _messenger(group: Any) -> Any:
-    """A group of the same processes for messages on the host; made once for each, by all of its processes."""
-    if group not in _messengers:
-        distributed = torch.distributed
-        ranks, options = distributed.get_process_group_ranks(group), {}
-        with suppress(Exception):  # not told by every backend
-            options["timeout"] = group._get_backend(torch.device("cpu")).options._timeout
-        _messengers[group] = distributed.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
-    return _messengers[group]
-
-
-class AveragedColumns(Columns):
-    """J of which each process has columns of its own, and whose gradients are averaged later: as in data parallelism,
-    where each process has the gradients at the features of its part of the batch.
-
-    Args:
-        columns: of this process.
-        link: to those that have the others.
-    """
-
-    def __init__(self, columns: Columns, link: Link) -> None:
-        super().__init__(columns.tensors, columns.pointers, columns.widths, columns.dtypes, columns.devices)
-        self._link = link
-
-    @property
-    def fused(self) -> Blocks | None:
-        return None
+class AveragedColumns(JointColumns):
+    """Columns whose gradients are averaged later: those at the features of one part of a batch."""
 
     def gram(self, problem_of: Sequence[int] | None, problems: int) -> Tensor:
         """See ``Columns``: of the whole batch, whose loss is the mean of those of its parts."""
         total = self._link.sum_(super().gram(problem_of, problems)).div_(self._link.size**2)
         return self._link.from_root_(total)
-
-    def solve(self, method: Method, gram: Tensor, tasks: Sequence[int]) -> Solution:
-        """See ``Answers``."""
-        return Answers(self._link).solve(method, gram, tasks)
 
 
 class Averaging:
