@@ -99,8 +99,12 @@ CASES = {
     "CAGrad": Case(lambda T: methods.CAGrad(c=0.5), lambda J: reference.cagrad(J, 0.5), without_kink, ALL_KINDS),
     "CAGrad, far": Case(lambda T: methods.CAGrad(c=2.0), lambda J: reference.cagrad(J, 2.0), without_kink, ALL_KINDS),
     "CAGrad, no radius": Case(lambda T: methods.CAGrad(c=0.0), lambda J: reference.cagrad(J, 0.0)),
-    "FairGrad": Case(lambda T: methods.FairGrad(0.5), lambda J: reference.fairgrad(J, 0.5), without_ridge, most=64),
-    "FairGrad, 3": Case(lambda T: methods.FairGrad(3.0), lambda J: reference.fairgrad(J, 3.0), without_ridge, most=64),
+    "FairGrad": Case(
+        lambda T: methods.FairGrad(0.5), lambda J: reference.fairgrad(J, 0.5), without_ridge, ALL_KINDS, most=64
+    ),
+    "FairGrad, 3": Case(
+        lambda T: methods.FairGrad(3.0), lambda J: reference.fairgrad(J, 3.0), without_ridge, ALL_KINDS, most=64
+    ),
     "FairGrad, not fair": Case(lambda T: methods.FairGrad(0.0), lambda J: reference.fairgrad(J, 0.0)),
     "NashMTL": Case(lambda T: methods.NashMTL(), reference.nash_mtl, without_ridge, ALL_KINDS, most=64),
     "NashMTL, whole": Case(lambda T: methods.NashMTL(0), lambda J: reference.nash_mtl(J, 0), without_ridge, ALL_KINDS),
