@@ -1,4 +1,4 @@
-// Who solves a T x T problem together: one thread of a CPU, or a warp of a GPU (cuda/method_weights.cu).
+// Who solves a T x T problem together: one thread of a CPU, or a warp of a GPU (cuda/warp_group.h).
 //
 // All lanes of a group take the same way: what they decide on comes from `sum`, `lowest` and their like, which give the
 // same bits to all. `sync` makes what they wrote visible to each other.

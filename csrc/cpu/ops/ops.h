@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../../fp32_range.h"
-#include "../../surgery_core.h"
+#include "../../solvers/pcgrad.h"
 #include "../rows.h"
 #include "../threads.h"
 
@@ -51,8 +51,7 @@ void for_each_piece(const Rows& rows, const std::vector<Piece>& pieces, int thre
 void gram(const Rows& rows, const std::vector<Piece>& pieces, double* result, int threads);
 
 // C of each problem.
-void solve(const double* gram, int64_t tasks, int64_t problems, const int64_t* order, bool order_per_problem,
-           Projection projection, double* coefficients);
+void solve(const SolveJob& job);
 
 // `weights` [count, T]: each block takes those of its problem.
 void combine(const Rows& rows, const std::vector<Piece>& pieces, const double* weights, int64_t count, int threads);

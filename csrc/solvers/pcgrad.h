@@ -1,9 +1,8 @@
-// The T x T solve: PCGrad's sequential projections on a Gram matrix. Shared by the CPU and the CUDA library.
+// PCGrad: each task gradient is projected, one after the other, off those that it conflicts with (Yu et al. 2020,
+// arXiv:2001.06782). A row of C is a problem of its own.
 #pragma once
 
-#include <cstdint>
-
-#include "host_device.h"
+#include "group.h"
 
 namespace fpg {
 
@@ -13,6 +12,18 @@ struct Projection {
   double min_squared_norm;
 };
 
+struct SolveJob {
+  const double* gram;    // [problems, T, T]
+  const int64_t* order;  // [T, T], or [problems, T, T] when order_per_problem
+  bool order_per_problem;
+  Projection projection;
+  int64_t tasks;
+  int64_t problems;
+  double* coefficients;  // [problems, T, T]
+  double* weights;       // [problems, T]: scale * column sums; null: none
+  double scale;
+};
+
 // Negative and finite. False for NaN: a dot product that is not finite takes no part.
 FPG_HOST_DEVICE bool conflicts(double dot) { return dot < 0 && dot >= -1.7976931348623157e308; }
 
@@ -20,23 +31,21 @@ FPG_HOST_DEVICE bool usable(double squared_norm, double min_squared_norm) {
   return squared_norm > min_squared_norm && squared_norm <= 1.7976931348623157e308;
 }
 
-// Row i of C by one group of `lanes` threads, of which the caller is `lane`; `sync` makes the group's writes to `dots`
-// visible to it. A single thread passes 0, 1 and an empty sync.
-//
-// dots [T] holds v = C_i G throughout: v_j is the test g_i' . g_j, and a projection on task j adds c G[j, :].
-template <class Sync>
-FPG_HOST_DEVICE void project_row(const double* gram, const int64_t* order, int64_t tasks, int64_t i,
-                                 Projection projection, double* coefficients, double* dots, int lane, int lanes,
-                                 Sync sync) {
-  for (int64_t k = lane; k < tasks; k += lanes) {
+// Row i of C, of the problem with this `gram`; `order` [T] is the row's. dots [T] holds v = C_i G throughout: v_j is
+// the test g_i' . g_j, and a projection on task j adds c G[j, :]. The loops are not for_each: with hundreds of tasks a
+// lane of a GPU has several elements, whose loads shall overlap.
+template <class Group>
+FPG_HOST_DEVICE void project_row(const Group& group, const double* gram, const int64_t* order, int64_t tasks, int64_t i,
+                                 Projection projection, double* coefficients, double* dots) {
+  for (int64_t k = group.lane; k < tasks; k += group.lanes) {
     coefficients[k] = k == i ? 1.0 : 0.0;
     dots[k] = gram[i * tasks + k];
   }
-  sync();
+  group.sync();
   for (int64_t place = 0; place < tasks; ++place) {
     const int64_t j = order[place];
     if (j < 0 || j >= tasks) {
-      for (int64_t k = lane; k < tasks; k += lanes) coefficients[k] = __builtin_nan("");
+      for (int64_t k = group.lane; k < tasks; k += group.lanes) coefficients[k] = __builtin_nan("");
       return;
     }
     if (j == i && !projection.self_projection) continue;
@@ -44,12 +53,12 @@ FPG_HOST_DEVICE void project_row(const double* gram, const int64_t* order, int64
     const double dot = dots[j];
     if (!conflicts(dot) || !usable(squared_norm, projection.min_squared_norm)) continue;
     const double step = -dot / (squared_norm + projection.eps);
-    sync();
-    for (int64_t k = lane; k < tasks; k += lanes) {
+    group.sync();
+    for (int64_t k = group.lane; k < tasks; k += group.lanes) {
       dots[k] += step * gram[j * tasks + k];
       if (k == j) coefficients[k] += step;
     }
-    sync();
+    group.sync();
   }
 }
 
