@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, _ops
+from .._torch import raw_stream
 from . import abi, eager
 from .abi import BLOCKS, DTYPES, F64, I64, INT, POINTER, ROWS, SOLVE
 from .stacked import combine_projected
@@ -111,8 +112,7 @@ def _on(index: int | None) -> AbstractContextManager[Any]:
 
 
 def _stream(index: int | None) -> int:
-    # Its number alone: torch.cuda.current_stream makes an object of it.
-    return 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
+    return 0 if index is None else raw_stream(index)
 
 
 def _call(name: str, device: torch.device, *arguments: object) -> None:
