@@ -14,8 +14,8 @@ PACKAGE = Path(fastpcgrad.__file__).parent
 FLOORS = (
     {"_torch"},
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
-    {"_checks", "_native", "variants", "balancing", "processes"},
-    {"_ops", "generator_state"},
+    {"_checks", "_native", "variants", "processes"},
+    {"_ops", "generator_state", "balancing"},
     {"_derivatives"},
     {"functional"},
     {"backends"},

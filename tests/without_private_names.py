@@ -6,10 +6,11 @@ import sys
 from operator import attrgetter
 from pathlib import Path
 
+import pytest
 import torch
-import torch._subclasses.fake_tensor
+import torch._subclasses.fake_tensor  # what the stand-ins ask for
 import torch.fx.experimental.proxy_tensor
-from torch.utils import _python_dispatch
+import torch.utils._python_dispatch
 
 NAMES = (
     "_C.DispatchKey",
@@ -62,7 +63,7 @@ def load(names=NAMES):
     return module
 
 
-def pytest_configure():
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests():
     assert "fastpcgrad" not in sys.modules, "it has to be loaded first"
-    assert _python_dispatch.is_in_torch_dispatch_mode() is False
     sys.modules["fastpcgrad._torch"] = load()
