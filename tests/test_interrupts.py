@@ -229,6 +229,28 @@ def test_a_method_that_fails_leaves_rows_that_can_be_merged(accumulate):
     torch.testing.assert_close([p.grad for p in made.model.parameters()], expected, rtol=0, atol=0)
 
 
+def test_a_method_that_fails_when_it_has_written_leaves_rows_that_cannot_be_merged(backend):
+    class Fails(methods.PCGrad):
+        def merge(self, blocks, out, tasks):
+            super().merge(blocks, out, tasks)
+            raise ZeroDivisionError
+
+    made = Tasks()
+    expected = expected_of(made)
+    for t in (0, 1, 0):
+        with made.surgery.task(t):
+            losses_of(made.model)[t].backward()
+    made.surgery.method = Fails(FIXED)
+    with pytest.raises(ZeroDivisionError):
+        made.surgery.merge()
+    made.surgery.method = methods.PCGrad(FIXED)
+    for further in (made.surgery.merge, made.surgery.task(0).__enter__):
+        with pytest.raises(RuntimeError, match="cut off"):
+            further()
+    made.surgery.discard()
+    assert_round_is_right(made, expected)
+
+
 @pytest.mark.parametrize("kind", ["tensor", "accumulated"])
 def test_the_round_after_an_exception_in_a_hook_is_right(made, kind):
     if isinstance(made, TwoPhase) and kind == "accumulated":
