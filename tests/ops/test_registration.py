@@ -239,6 +239,26 @@ def test_modes_tracers_and_transforms_see_the_ops():
     assert "fastpcgrad::gram" in [event.name for event in profile.events()]
 
 
+@pytest.mark.parametrize("name", MUTATING)
+def test_an_op_that_overwrites_is_no_part_of_a_graph(name):
+    for sample in SAMPLES[name]():
+        for place, argument in enumerate(sample):
+            if not isinstance(argument, torch.Tensor) or not argument.is_floating_point():
+                continue
+            before = argument.clone()
+            given = [*sample[:place], argument.detach().requires_grad_(), *sample[place + 1 :]]
+            with pytest.raises(RuntimeError, match=f"{name} has no derivative"):
+                getattr(OPS, name)(*given)
+            torch.testing.assert_close(argument, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_computes_anew():
+    traced = torch.jit.trace(lambda j: fastpcgrad.combine(j, fastpcgrad.gram(j)[0]), rows(), check_trace=False)
+    j = rows()
+    assert torch.equal(traced(j), fastpcgrad.combine(j, fastpcgrad.gram(j)[0]))
+
+
 COMPILED = {
     "gram": lambda j, order: fastpcgrad.gram(j * 2),
     "gram-segments": lambda j, order: fastpcgrad.gram(j, [0, 10, 40]) + 1,
