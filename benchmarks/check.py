@@ -90,7 +90,7 @@ def _scale(rows: Tensor, variant: str, partial: Tensor | None = None) -> float:
     tasks = rows.shape[0]
     order = chosen.draw_order(tasks)
     joined = rows if partial is None else torch.cat([rows, partial], dim=1)
-    weights = reference.coefficients(reference.gram(joined), order, chosen.self_projection).sum(dim=0)
+    weights = reference.coefficients(reference.gram(joined), order, chosen.guards.self_projection).sum(dim=0)
     scale = float(weights @ _norms(rows)) / (tasks if chosen.reduction == "mean" else 1)
     return scale if partial is None else scale + float(weights @ _norms(partial))
 

@@ -41,9 +41,10 @@ from benchmarks.session import Run
 from benchmarks.targets import GPU, verdicts
 from benchmarks.timing import Call, alone, replays_of, with_times
 from fastpcgrad import backends, variants
-from fastpcgrad._ops import Blocks
+from fastpcgrad._blocks import Blocks
 from fastpcgrad.backends import cuda
 from fastpcgrad.backends.stacked import Stacked
+from fastpcgrad.variants import Guards
 
 TASKS = (8, 4, 2, 16, 32, 64)
 WIDTHS = (10_000, 100_000, 1_000_000)
@@ -83,10 +84,9 @@ def timed(run: Run, row: Row, build: Callable[[], Call], replayed: bool = False)
         if replayed:
             return with_times(row, alone(replays_of(call, REPLAYS), run.device, calls_of_one=REPLAYS))
         return with_times(row, alone(call, run.device))
-    except (ImportError, AttributeError) as error:
-        return dataclasses.replace(row, status=missing(error))
     except Exception as error:
-        return dataclasses.replace(row, status=failed(error))
+        absent = row.kind == "method" and isinstance(error, (ImportError, AttributeError))
+        return dataclasses.replace(row, status=missing(error) if absent else failed(error))
 
 
 def time_op(
@@ -237,7 +237,7 @@ class Scattered:
 
     def packed(self) -> Contender:
         merged = self.grads.new_empty(self.grads.shape[1])
-        call = partial(cuda.pcgrad, self.grads, self.order, False, 0.0, 0.0, 1.0, None, merged)
+        call = partial(cuda.pcgrad, self.grads, self.order, Guards(), 1.0, None, merged)
         return Contender(LIBRARY, "", "cuda", partial(_made, call))
 
     def in_blocks(self, backend: str, functions: Any) -> Iterator[tuple[str, Contender]]:
@@ -247,7 +247,7 @@ class Scattered:
         calls: dict[str, Call] = {
             "gram_blocks": lambda: functions.gram_blocks(blocks, None, 1),
             "combine_blocks": lambda: functions.combine_blocks(blocks, weights, None, out),
-            "pcgrad_blocks": lambda: functions.pcgrad_blocks(blocks, self.order, False, 0.0, 0.0, 1.0, out),
+            "pcgrad_blocks": lambda: functions.pcgrad_blocks(blocks, self.order, Guards(), 1.0, out),
         }
         for op, call in calls.items():
             yield op, Contender(LIBRARY, "", backend, partial(_made, call))

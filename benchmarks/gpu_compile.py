@@ -15,6 +15,7 @@ from multiprocessing import get_context
 import torch
 
 from fastpcgrad import backends, variants
+from fastpcgrad.variants import Guards
 
 WIDTH = 4096
 """A kernel depends on T, the dtype and whether rows are 16-byte aligned (``backends/triton/launch.py``), not on N."""
@@ -27,7 +28,7 @@ def compile_kernels(tasks: int, dtype: torch.dtype, device: str) -> None:
     grads = torch.randn(tasks, WIDTH, dtype=dtype, device=device)
     order = variants.get("paper").draw_orders(tasks, None, None).to(device)
     triton.mix_(grads, torch.eye(tasks, dtype=torch.float64, device=device), None)
-    triton.pcgrad(grads, order, False, 0.0, 0.0, 1.0, None, grads.new_empty(WIDTH))
+    triton.pcgrad(grads, order, Guards(), 1.0, None, grads.new_empty(WIDTH))
 
 
 def compile_all(shapes: Sequence[tuple[int, torch.dtype]], device: str) -> None:

@@ -15,6 +15,7 @@ from benchmarks.timing import Call
 from fastpcgrad import methods
 from fastpcgrad.methods.base import Method
 from fastpcgrad.methods.elementwise import Elementwise
+from fastpcgrad.methods.fixed_weights import FixedWeights
 
 TASKS = (2, 8, 32)
 PEER = "torchjd"
@@ -97,7 +98,8 @@ def aggregate(method: Method, grads: Tensor) -> Tensor:
     if isinstance(method, Elementwise):
         return method.aggregate(grads)
     tasks = len(grads)
-    gram = fastpcgrad.gram(grads) if method.looks_at_gram else grads.new_empty(tasks, tasks, dtype=torch.float64)
+    known = isinstance(method, FixedWeights)  # which takes but the shape of G
+    gram = grads.new_empty(tasks, tasks, dtype=torch.float64) if known else fastpcgrad.gram(grads)
     return fastpcgrad.combine(grads, method.weights(gram))
 
 

@@ -26,6 +26,7 @@ from benchmarks.rows import ROOT
 from benchmarks.timing import Call, alone, replays_of
 from fastpcgrad import variants
 from fastpcgrad.backends import cuda
+from fastpcgrad.variants import Guards
 
 TUNED = ROOT / "csrc" / "cuda" / "tuned.h"
 BYTES = 1 << 30
@@ -78,7 +79,7 @@ def calls(tasks: int, dtype: torch.dtype, size: int) -> list[Call]:
 
 def surgery(grads: Tensor, out: Tensor) -> Call:
     order = variants.get("paper").draw_orders(grads.shape[0], None, None).to("cuda")
-    return lambda: cuda.pcgrad(grads, order, False, 0.0, 0.0, 1.0, None, out)
+    return lambda: cuda.pcgrad(grads, order, Guards(), 1.0, None, out)
 
 
 def replayed(call: Call) -> float:

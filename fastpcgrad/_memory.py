@@ -1,9 +1,11 @@
-"""Who else holds the memory of a gradient: only what nobody else holds may be taken over and written."""
+"""Memory of tensors: who else holds that of a gradient, which only then may be taken over; pages for a fresh one."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Sequence
+from functools import cache
 from operator import attrgetter
 
 import torch
@@ -59,3 +61,26 @@ def _counts_of_one_alone() -> Counts | None:
 
 
 _ALONE = _counts_of_one_alone()
+
+
+_HUGE_FROM = 4 << 20  # bytes; below, a page fault more or less does not matter
+_PAGE = 4096
+_MADV_HUGEPAGE = 14
+
+
+def prefer_huge_pages(fresh: Tensor) -> Tensor:
+    """Ask Linux to back a large CPU tensor, just allocated, with huge pages; returns the tensor.
+
+    Memory that was never touched costs a page fault every 4 KiB: for a result of 64 MiB more than reading a J of
+    512 MiB. It is a hint: where the kernel does not take it, nothing changes.
+    """
+    if fresh.is_cpu and fresh.nbytes >= _HUGE_FROM and sys.platform == "linux":
+        first = -(-fresh.data_ptr() // _PAGE) * _PAGE
+        length = (fresh.data_ptr() + fresh.nbytes - first) // _PAGE * _PAGE
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+    return fresh
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

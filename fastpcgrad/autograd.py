@@ -11,10 +11,10 @@ from torch import Tensor
 from . import methods
 from ._graph import check_kept, explain, leaves, unreached
 from ._warnings import warn_of_one_loss
+from .distributed.processes import check_graph
 from .functional import check_tensors, present_losses
-from .merging import merge
-from .processes import check_graph
-from .task_gradients import TaskGradients
+from .merging.by_rows import merge
+from .rows.task_gradients import TaskGradients
 
 
 def grad(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _derivatives, _ops, variants
+from . import _derivatives, variants
 from ._checks import ROW_DTYPES as ROW_DTYPES
 from ._checks import (
     check_gram,
@@ -29,6 +29,7 @@ from ._checks import (
     is_readable,
 )
 from ._modes import is_batched
+from .backends import kernels
 from .variants import Generator
 
 Segments = Tensor | Sequence[int]
@@ -57,7 +58,7 @@ def gram(grads: Tensor, segments: Segments | None = None) -> Tensor:
                 [ 0., 25.]], dtype=torch.float64)
     """
     check_rows(grads)
-    return _ops.gram(grads, _offsets(segments, grads))
+    return kernels.gram(grads, _offsets(segments, grads))
 
 
 def pcgrad_coefficients(
@@ -95,7 +96,7 @@ def pcgrad_coefficients(
     check_gram(gram)
     check_guards(eps, min_squared_norm)
     check_order(order, gram.shape[-1], gram.shape[0] if gram.dim() == 3 else None, gram.device)
-    return _ops.pcgrad_coefficients(gram, order, self_projection, float(eps), float(min_squared_norm))
+    return kernels.pcgrad_coefficients(gram, order, self_projection, float(eps), float(min_squared_norm))
 
 
 def combine(grads: Tensor, weights: Tensor, out: Tensor | None = None, *, segments: Segments | None = None) -> Tensor:
@@ -125,9 +126,9 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor | None = None, *, segmen
     offsets = _offsets(segments, grads)
     check_matrix("weights", weights, grads, _problems(offsets), (grads.shape[0],))
     if out is None:
-        return _ops.combine(grads, weights, offsets)
+        return kernels.combine(grads, weights, offsets)
     _check_out(out, grads, weights)
-    _ops.combine_out(grads, weights, offsets, out)
+    kernels.combine_out(grads, weights, offsets, out)
     return out
 
 
@@ -160,7 +161,7 @@ def mix_(grads: Tensor, coefficients: Tensor, *, segments: Segments | None = Non
     check_matrix("coefficients", coefficients, grads, _problems(offsets), (grads.shape[0], grads.shape[0]))
     if coefficients.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("mix_ has no derivative: coefficients requires grad; use torch.no_grad()")
-    _ops.mix_(grads, coefficients, offsets)
+    kernels.mix_(grads, coefficients, offsets)
     return grads
 
 
@@ -205,14 +206,13 @@ def pcgrad(
         raise ValueError(f"reduction must be 'sum', 'mean', 'none' or None; found {reduction!r}")
     offsets = _offsets(segments, grads)
     order = _order_for(grads, offsets, chosen, order, generator)
-    guards = (chosen.self_projection, chosen.eps, chosen.min_squared_norm)
     if reduction == "none":
         _derivatives.refuse_derivative("pcgrad", grads)
         rows = grads.detach().clone(memory_format=torch.contiguous_format)
-        _ops.pcgrad_(rows, order, *guards, offsets)
+        kernels.pcgrad_(rows, order, *chosen.guards, offsets)
         return _derivatives.without_derivative("pcgrad", rows, grads)
     scale = 1.0 / grads.shape[0] if (reduction or chosen.reduction) == "mean" else 1.0
-    merged: Tensor = _ops.pcgrad(grads, order, *guards, scale, offsets)[0]
+    merged: Tensor = kernels.pcgrad(grads, order, *chosen.guards, scale, offsets)[0]
     return merged
 
 
@@ -248,7 +248,7 @@ def pcgrad_(
     chosen = variants.get(variant)
     offsets = _offsets(segments, grads)
     order = _order_for(grads, offsets, chosen, order, generator)
-    _ops.pcgrad_(grads, order, chosen.self_projection, chosen.eps, chosen.min_squared_norm, offsets)
+    kernels.pcgrad_(grads, order, *chosen.guards, offsets)
     return grads
 
 

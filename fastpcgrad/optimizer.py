@@ -12,7 +12,7 @@ from torch import Tensor
 from . import methods
 from ._warnings import warn, warn_of_one_loss
 from .functional import present_losses
-from .report import ConflictReport
+from .merging.report import ConflictReport
 from .surgery import GradientSurgery
 from .variants import Generator
 

@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import host_rows
+from ._generators import global_states, set_global_states, set_state, state_of
 from ._gradients import as_real, gradient_dtype
 from ._graph import check_kept, explain, run_backward
-from .capture import Capture, MovedCapture
+from .distributed.processes import Processes
 from .functional import check_loss, check_tensors, present_losses
-from .generator_state import global_states, set_global_states, set_state, state_of
-from .memory import MemoryPlan, plan_memory, plan_two_phase
-from .merging import merge
+from .merging.by_rows import merge
+from .merging.report import ConflictReport
+from .merging.two_phase import merge_in_two_phases
 from .methods import Method, PCGrad, check_method
-from .moved_gradients import MovedGradients, check_accumulate_dtype
-from .parameters import (
+from .rows import host
+from .rows.capture import Capture, MovedCapture
+from .rows.memory_plan import MemoryPlan, plan_memory, plan_two_phase
+from .rows.moved import MovedGradients, check_accumulate_dtype
+from .rows.parameters import (
+    Division,
     Granularity,
     HasGroups,
     are_among,
@@ -31,10 +35,7 @@ from .parameters import (
     parameter_source,
     problem_of_each,
 )
-from .processes import Processes
-from .report import ConflictReport
-from .task_gradients import TaskGradients
-from .two_phase import merge_in_two_phases
+from .rows.task_gradients import TaskGradients
 
 _KIND = attrgetter(*("dtype", "device", "shape"), *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
 
@@ -48,16 +49,14 @@ class _Layout(NamedTuple):
     Attributes:
         found: the trainable ones, as the source has them.
         kinds: dtype, device, shape and dtype of the gradient of each; None for one that is lazy.
-        problems: for each different one the number of its problem; None: one for all.
-        shared: for each whether it undergoes surgery; None: as the method's scope says.
+        division: which of the different ones form one problem.
         capture: their rows.
         lazy: whether some have no shape yet, and no row.
     """
 
     found: list[Tensor]
     kinds: Sequence[tuple[Any, ...] | None]
-    problems: list[int] | None
-    shared: list[bool] | None
+    division: Division
     capture: Capture
     lazy: bool
 
@@ -178,7 +177,7 @@ class GradientSurgery:
             retain_graph: keep the graphs for another backward pass; else the last pass over tensors frees them.
             two_phase: make no rows, but the Gram matrix piece by piece of the graph, then the merged gradient in one
                 weighted backward pass: about N elements at once instead of T·N, for one more backward pass. For
-                tensors only. See ``fastpcgrad.two_phase``.
+                tensors only. See ``fastpcgrad.merging.two_phase``.
         Returns:
             what conflicted and what became of it.
         Raises:
@@ -241,7 +240,7 @@ class GradientSurgery:
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,
-                problems=len(parameters if self.method.scope == "parameter" else set(layout.problems or [0])),
+                problems=len(parameters if self.method.scope == "parameter" else set(layout.division.groups or [0])),
             )
         plan.warn()
         return plan
@@ -265,7 +264,7 @@ class GradientSurgery:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         if self.accumulate == "mean":
             rows.average()
-        report, merged = merge(rows, self.method, layout.shared, layout.problems, in_place=True)
+        report, merged = merge(rows, self.method, layout.division, in_place=True)
         layout.capture.give(merged)
         rows.clear()
         return report
@@ -366,16 +365,18 @@ class GradientSurgery:
     def _laid_out(self, found: list[Tensor]) -> _Layout:
         parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
         check_parameters(parameters, self._shared, self.row_dtype)
-        problems = problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared)
-        shared = None if self._shared is None else are_among(parameters, self._shared)
+        division = Division(
+            shared=None if self._shared is None else are_among(parameters, self._shared),
+            groups=problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared),
+        )
         lazy = any(map(is_lazy, found))
-        return _Layout(found, _kinds(found), problems, shared, self._capture_for(parameters), lazy)
+        return _Layout(found, _kinds(found), division, self._capture_for(parameters), lazy)
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
         real = _as_real(parameters)
         plain = TaskGradients(real, self.row_dtype)
-        copies = host_rows.copies_for(plain.device, self.row_device)
+        copies = host.copies_for(plain.device, self.row_device)
         sums = self.accumulate_dtype
         if sums is not None:
             check_accumulate_dtype(sums, plain.dtype)
@@ -418,7 +419,7 @@ class GradientSurgery:
                 capture.parameters,
                 self.method,
                 tasks=list(losses),
-                shared=layout.shared,
+                division=layout.division,
                 retain_graph=retain_graph,
             )
         capture.give(merged)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import _native, _warnings, backends
-from fastpcgrad import config as config_module
-from fastpcgrad.backends import cpu
+from fastpcgrad import _warnings, backends
+from fastpcgrad.backends import config as config_module
+from fastpcgrad.backends import cpu, native
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_the_error_of_a_library_that_does_not_load_is_shown(config, monkeypatch,
     broken = tmp_path / "libfastpcgrad_cpu.so"
     broken.write_text("not a library")
     monkeypatch.delenv("FASTPCGRAD_BACKEND", raising=False)
-    monkeypatch.setattr(_native, "_load", lambda name: _native._open(broken))
+    monkeypatch.setattr(native, "_load", lambda name: native._open(broken))
     monkeypatch.setattr(cpu, "_library", None)
     monkeypatch.setattr(backends, "_chosen", {})
     text = config()

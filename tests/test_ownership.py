@@ -9,7 +9,7 @@ import torch
 
 import fastpcgrad
 from fastpcgrad import _memory, methods, reference
-from fastpcgrad.task_gradients import TaskGradients
+from fastpcgrad.rows.task_gradients import TaskGradients
 
 FIXED = "tensorflow"
 """A variant that draws nothing."""

@@ -9,8 +9,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpcgrad
-from fastpcgrad import FastPCGradWarning, processes
-from fastpcgrad.processes import Processes, check_process_group
+from fastpcgrad import FastPCGradWarning
+from fastpcgrad.distributed import processes
+from fastpcgrad.distributed.processes import Processes, check_process_group
 from tests.distributed import ranks, refusals
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import host_rows, methods, reference
-from fastpcgrad.capture import MovedCapture
+from fastpcgrad import methods, reference
+from fastpcgrad.rows import host as host_rows
+from fastpcgrad.rows.capture import MovedCapture
 from tests.late_copies import LateCopies
 from tests.linear_problems import linear_loss, random_problem
 

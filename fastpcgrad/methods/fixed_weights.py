@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from .._ops import to_device
-from ._problems import check_gram
 from ._task_vector import TaskVector, check_length, task_vector
 from .base import Method, Solution
+from .solvers.problems import check_gram
 
 
 class FixedWeights(Method):
     """A method whose weights are known before the gradients: its ``solve`` takes but the shape of G."""
-
-    looks_at_gram = False
 
 
 class Mean(FixedWeights):

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .. import variants
 from .._modes import is_fake
-from .._ops import KERNELS, to_device
+from .._ops import to_device
+from ..backends import kernels
 from ..variants import Generator
-from ._problems import check_gram, in_place
 from .base import Method, Solution
+from .solvers.problems import check_gram, in_place
 
 
 class GradVac(Method):
@@ -81,7 +82,7 @@ class GradVac(Method):
         some = to_device(torch.tensor(tasks), gram.device) if len(tasks) < known.shape[-1] else None
         places = to_device(torch.from_numpy(_draw_places(gram.shape, self.generator)), gram.device)
         phi = known.clone() if some is None else known[..., some[:, None], some].contiguous()
-        found: Tensor | None = KERNELS["gradvac"](gram.detach(), places, self.beta, self.eps, phi)
+        found: Tensor | None = kernels.gradvac(gram.detach(), places, self.beta, self.eps, phi)
         if found is None:
             found, phi = _vaccinated(gram, phi, places, self.beta, self.eps)
         if some is None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ._count import count
-from ._problems import check_gram
 from .base import Method, Solution
+from .solvers.problems import check_gram
 
 
 class Krum(Method):

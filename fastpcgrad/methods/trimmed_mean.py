@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._ops import KERNELS
+from ..backends import kernels
 from ._count import count
 from .elementwise import Elementwise
 
@@ -39,7 +39,7 @@ class TrimmedMean(Elementwise):
             )
 
     def merge_rows(self, rows: Sequence[Tensor | None], out: Tensor) -> None:
-        KERNELS["trimmed_mean"](rows, self.trim_number, out)
+        kernels.trimmed_mean(rows, self.trim_number, out)
 
     def __repr__(self) -> str:
         return f"TrimmedMean(trim_number={self.trim_number})"

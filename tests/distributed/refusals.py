@@ -19,8 +19,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpcgrad
-from fastpcgrad import FastPCGradWarning, _warnings, methods, processes, reference
-from fastpcgrad.processes import Processes
+from fastpcgrad import FastPCGradWarning, _warnings, methods, reference
+from fastpcgrad.distributed import processes
+from fastpcgrad.distributed.processes import Processes
 
 TASKS, BATCH = 3, 4
 SCENARIOS: dict[str, Callable[[], None]] = {}

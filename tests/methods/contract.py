@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad.methods import _problems
+from fastpcgrad.methods.solvers import problems
 from tests.methods.matrices import KINDS, difference, gram, jacobian
 
 
@@ -49,7 +49,7 @@ def check_in_torch(make):
     rows = [jacobian(kind, 4, seed=11) for kind in KINDS]
     grams = torch.stack([gram(matrix) for matrix in rows])
     expected = make().solve(grams)
-    with mock.patch.object(_problems, "array_module", lambda gram: torch):
+    with mock.patch.object(problems, "array_module", lambda gram: torch):
         found = make().solve(grams)
         check_not_finite_stays_in_its_problem(make)
     for matrix, w, e in zip(rows, found.weights, expected.weights, strict=True):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastpcgrad.methods import _problems
 from fastpcgrad.methods.gradvac import GradVac
+from fastpcgrad.methods.solvers import problems
 from tests.methods import contract
 from tests.methods.matrices import difference, gram, jacobian, jacobians
 from tests.methods.properties import given, integer_rows, prop, st
@@ -172,7 +172,7 @@ def test_the_state_is_a_copy_and_reset_forgets_it():
 @pytest.mark.parametrize("module", [np, torch], ids=["numpy", "torch"])
 def test_in_a_surgery_each_pair_of_tasks_has_a_target_of_its_own(module, monkeypatch):
     """Two of four tasks at a time, so that no order is drawn; the first steps do not know the last task."""
-    monkeypatch.setattr(_problems, "array_module", lambda gram: module)
+    monkeypatch.setattr(problems, "array_module", lambda gram: module)
     method = GradVac(beta=0.3, eps=0.0)
     surgery, targets = contract.Surgery(method, 4), {}
     for call, (a, b) in enumerate([(0, 1), (1, 2), (0, 2), (0, 1), (1, 3), (1, 2), (0, 3), (2, 3), (0, 1)]):

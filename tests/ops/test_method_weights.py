@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fastpcgrad import methods
-from fastpcgrad._ops import KERNELS
-from fastpcgrad.backends import cpu
+from fastpcgrad.backends import cpu, kernels
 from tests.methods.random_rows import error, gram, random_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -114,7 +113,7 @@ def test_each_solver_is_called(monkeypatch):
 
 def test_no_library_no_answers(monkeypatch):
     monkeypatch.setenv("FASTPCGRAD_BACKEND", "eager")
-    assert KERNELS["method_weights"]("frank_wolfe", torch.eye(2).double(), (0.1, 1.0), None) is None
+    assert kernels.method_weights("frank_wolfe", torch.eye(2).double(), (0.1, 1.0), None) is None
 
 
 def test_an_unknown_solver_is_refused(monkeypatch):
@@ -141,7 +140,7 @@ def test_a_task_that_enters_by_rounding_alone_is_not_the_end():
     for seed in range(200):
         order = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
         given = rows[order]
-        projected = KERNELS["method_weights"]("project_each", given @ given.mT, (0.0, 0.0), None) @ given
+        projected = kernels.method_weights("project_each", given @ given.mT, (0.0, 0.0), None) @ given
         assert float((projected @ (given / norms[order, None]).mT).min()) > -1e-6, seed
 
 

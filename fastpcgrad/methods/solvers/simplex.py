@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._problems import Array, Indices
+from .problems import Array, Indices
 
 SMOOTHING = 1e-9
 """‖w‖_G stands for √(wᵀGw + SMOOTHING²): without a kink at zero every face that can go down shows it."""

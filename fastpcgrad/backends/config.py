@@ -7,8 +7,8 @@ import os
 import numpy
 import torch
 
-from . import backends
-from ._version import __version__
+from .. import backends
+from .._version import __version__
 
 
 def show_config() -> str:
@@ -47,6 +47,6 @@ def backend_in_use(device_type: str = "cpu", *, detailed: bool = True) -> str:
 def _detail(name: str) -> str:
     if name != "cpu":
         return ""
-    from .backends import cpu
+    from . import cpu
 
     return f" ({cpu.isa()})"

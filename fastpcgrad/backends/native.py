@@ -1,14 +1,11 @@
-"""Finds and loads the compiled libraries beside this file, keeps why one could not be loaded; memory hints."""
+"""Finds and loads the compiled libraries in the package, keeps why one could not be loaded."""
 
 from __future__ import annotations
 
 import ctypes
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Literal
-
-import torch  # first: a library loaded after torch shares its OpenMP runtime, and so its one thread pool
 
 ABI_VERSION = 5
 LibraryName = Literal["cpu", "cuda"]
@@ -34,7 +31,7 @@ def load_error(name: LibraryName) -> str | None:
 
 @cache
 def _load(name: LibraryName) -> tuple[ctypes.CDLL | None, str | None]:
-    return _open(Path(__file__).with_name(f"libfastpcgrad_{name}.so"))
+    return _open(Path(__file__).parent.with_name(f"libfastpcgrad_{name}.so"))
 
 
 def _open(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
@@ -59,25 +56,3 @@ def _why_missing(path: Path) -> str:
 
 
 _REBUILD = "build it with 'pip install .', or in a source tree with 'python setup.py build_ext --inplace'"
-
-_HUGE_FROM = 4 << 20  # bytes; below, a page fault more or less does not matter
-_PAGE = 4096
-_MADV_HUGEPAGE = 14
-
-
-def prefer_huge_pages(fresh: torch.Tensor) -> torch.Tensor:
-    """Ask Linux to back a large CPU tensor, just allocated, with huge pages; returns the tensor.
-
-    Memory that was never touched costs a page fault every 4 KiB: for a result of 64 MiB more than reading a J of
-    512 MiB. It is a hint: where the kernel does not take it, nothing changes.
-    """
-    if fresh.is_cpu and fresh.nbytes >= _HUGE_FROM and sys.platform == "linux":
-        first = -(-fresh.data_ptr() // _PAGE) * _PAGE
-        length = (fresh.data_ptr() + fresh.nbytes - first) // _PAGE * _PAGE
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_HUGEPAGE)
-    return fresh
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)

@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
-from ._graph import check_kept, explain
-from ._modes import is_fake
-from ._ops import KERNELS, Figures
-from .functional import check_losses, check_tensors
+from .._graph import check_kept, explain
+from .._modes import is_fake
+from .._ops import Figures
+from ..backends import kernels
+from ..functional import check_losses, check_tensors
+from ..methods import Elementwise, Method
+from ..rows.parameters import UNDIVIDED, Division
+from ..rows.task_gradients import Row, TaskGradients
 from .graph_pieces import Graph, Open
-from .methods import Elementwise, Method
+from .problems import PARTIAL, SUM, WHOLE, Problems, weights_table
 from .report import ConflictReport
-from .task_gradients import Row, TaskGradients
 
-# What becomes of a parameter: all tasks touch it, only some do, or its gradients are summed.
-# Problem k of piece p, for which G is kept by itself, is number p·_KINDS + k.
-_WHOLE, _PARTIAL, _SUMMED = range(3)
-_KINDS = 3
+_KINDS = len((WHOLE, PARTIAL, SUM))
+"""G is kept by itself for each piece of the graph and each row of weights: for row k of piece p as number
+p·_KINDS + k."""
 
 # Within one, a checkpointed block is recomputed once; without one, once in each piece that it is part of.
 _Recomputed = getattr(checkpoint, "GraphExecGroup", nullcontext)
@@ -35,7 +37,7 @@ def merge_in_two_phases(
     method: Method,
     *,
     tasks: Sequence[int] | None = None,
-    shared: Sequence[bool] | None = None,
+    division: Division = UNDIVIDED,
     retain_graph: bool = False,
 ) -> tuple[ConflictReport, Row]:
     """Merge the gradients of several losses without ever holding all of them.
@@ -49,7 +51,7 @@ def merge_in_two_phases(
         parameters: leaves, each once, on one device; may be of several dtypes.
         method: makes weights of the Gram matrix.
         tasks: the index of each loss's task, ascending; None: its place.
-        shared: for each parameter whether it undergoes surgery; the others are summed. None: the method's scope.
+        division: which parameters undergo surgery; all that do form one problem.
         retain_graph: keep the graph for another backward pass.
     Returns:
         the report, and for each parameter its merged gradient, None where it has none. ``.grad`` is as it was.
@@ -78,16 +80,19 @@ def merge_in_two_phases(
     check_kept(found)
     graph = Graph(found, parameters)
     try:
-        problems, grams = _gram_of_each_problem(graph, found, parameters, method, shared)
+        places, grams = _gram_of_each_place(graph, found, parameters, method, division)
     except RuntimeError as error:
         explain(error)
         raise
-    gram = grams[_WHOLE::_KINDS].sum(dim=0) + grams[_PARTIAL::_KINDS].sum(dim=0)
+    gram = grams[WHOLE::_KINDS].sum(dim=0) + grams[PARTIAL::_KINDS].sum(dim=0)
     indices = tuple(range(len(found)) if tasks is None else tasks)
     solution = method.checked_solve(gram, indices)
-    weights = [solution.weights, method.partial_weights(solution.weights), torch.ones_like(solution.weights)]
-    merged = _weighted_backward(found, parameters, problems, weights, retain_graph)
-    _check_linear(parameters, problems, grams, torch.stack(weights), merged, graph.dtypes)
+    weights = weights_table(method, solution.weights)
+    alike = method.partial_weights(solution.weights) is solution.weights
+    rows = [WHOLE, WHOLE if alike else PARTIAL, SUM]  # what takes the same weights takes one pass
+    chosen = [rows[place % _KINDS] if place >= 0 else -1 for place in places]
+    merged = _weighted_backward(found, parameters, chosen, weights, retain_graph)
+    _check_linear(parameters, places, grams, weights, merged, graph.dtypes)
     return ConflictReport(indices, lambda: Figures(gram, *solution)), merged
 
 
@@ -109,18 +114,18 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
             )
 
 
-def _gram_of_each_problem(
+def _gram_of_each_place(
     graph: Graph,
     losses: Sequence[Tensor],
     parameters: Sequence[Tensor],
     method: Method,
-    shared: Sequence[bool] | None,
+    division: Division,
 ) -> tuple[list[int], Tensor]:
-    """The problem of each parameter, -1 without a gradient, and G of each: ``[problems, T, T]``."""
+    """The number of each parameter's G, see ``_KINDS``, -1 without a gradient, and all G: ``[·, T, T]``."""
     count = len(losses)
     pieces = list(graph.pieces(max(graph.largest, graph.width // count)))
     _check_held(max(piece.held for piece in pieces), graph.width, count)
-    problems = [-1] * len(parameters)
+    places = [-1] * len(parameters)
     device = parameters[0].device if parameters else losses[0].device
     grams = torch.zeros(len(pieces) * _KINDS, count, count, dtype=torch.float64, device=device)
     gradients: list[Open] = [{root: torch.ones_like(loss)} for root, loss in zip(graph.roots, losses, strict=True)]
@@ -135,13 +140,11 @@ def _gram_of_each_problem(
                 piece.run(there)
             rows[t] = [there.pop(graph.leaves[index], None) for index in piece.complete]
         touched = [[row[column] is not None for row in rows] for column in range(len(piece.complete))]
-        kinds = []
-        for index, tasks in zip(piece.complete, touched, strict=True):
+        kinds = Problems.made(method, list(map(all, touched)), division.of(piece.complete)).row_of_each
+        for index, tasks, kind in zip(piece.complete, touched, kinds, strict=True):
             unreached.difference_update(compress(range(count), tasks))
-            chosen = all(tasks) or method.scope != "shared" if shared is None else shared[index]
-            kinds.append(_SUMMED if not chosen else _WHOLE if all(tasks) else _PARTIAL)
             if any(tasks):
-                problems[index] = number * _KINDS + kinds[-1]
+                places[index] = number * _KINDS + kind
         own = grams[number * _KINDS : (number + 1) * _KINDS]
         _add_products(own, [parameters[index] for index in piece.complete], rows, kinds)
     if unreached:
@@ -149,7 +152,7 @@ def _gram_of_each_problem(
             f"losses {sorted(unreached)} reach none of the parameters through the graph; where a hook runs the "
             "backward pass (cached losses), merge in one phase"
         )
-    return problems, grams
+    return places, grams
 
 
 def _check_held(held: int, width: int, tasks: int) -> None:
@@ -162,8 +165,8 @@ def _check_held(held: int, width: int, tasks: int) -> None:
         )
 
 
-def _add_products(grams: Tensor, parameters: Sequence[Tensor], rows: Sequence[Row], problems: Sequence[int]) -> None:
-    """Add the products of some parameters' gradients to the Gram matrix of each one's problem."""
+def _add_products(grams: Tensor, parameters: Sequence[Tensor], rows: Sequence[Row], places: Sequence[int]) -> None:
+    """Add the products of some parameters' gradients to the Gram matrix at each one's place."""
     dtypes = [next((grad.dtype for grad in column if grad is not None), None) for column in zip(*rows, strict=True)]
     for dtype in dict.fromkeys(dtypes):
         chosen = [index for index, found in enumerate(dtypes) if dtype is not None and found == dtype]
@@ -171,26 +174,25 @@ def _add_products(grams: Tensor, parameters: Sequence[Tensor], rows: Sequence[Ro
             grads = TaskGradients([parameters[index] for index in chosen], dtype)
             for t, row in enumerate(rows):
                 grads.put(t, [row[index] for index in chosen])
-            grams += KERNELS["gram_blocks"](grads.blocks(), [problems[index] for index in chosen], len(grams))
+            grams += kernels.gram_blocks(grads.blocks(), [places[index] for index in chosen], len(grams))
 
 
 def _weighted_backward(
     losses: Sequence[Tensor],
     parameters: Sequence[Tensor],
-    problems: Sequence[int],
-    weights: Sequence[Tensor],
+    rows: Sequence[int],
+    weights: Tensor,
     retain_graph: bool,
 ) -> Row:
-    """The sum of the task gradients with each parameter's weights: one backward pass for all that share them."""
-    passes: dict[int, tuple[Tensor, list[int]]] = {}
-    for index, problem in enumerate(problems):
-        if problem >= 0:
-            w = weights[problem % _KINDS]
-            passes.setdefault(id(w), (w, []))[1].append(index)
+    """The sum of the task gradients with each parameter's row of ``weights``, -1: none; one backward pass a row."""
+    passes: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        if row >= 0:
+            passes.setdefault(row, []).append(index)
     merged: Row = [None] * len(parameters)
-    for number, (w, chosen) in enumerate(passes.values(), start=1):
+    for number, (row, chosen) in enumerate(passes.items(), start=1):
         inputs = [parameters[index] for index in chosen]
-        seeds = [own.to(loss).reshape(loss.shape) for own, loss in zip(w.detach(), losses, strict=True)]
+        seeds = [own.to(loss).reshape(loss.shape) for own, loss in zip(weights[row].detach(), losses, strict=True)]
         # By way of .grad, for then autograd makes sure that nothing else uses a gradient's memory.
         with _grad_set_aside(inputs):
             torch.autograd.backward(losses, seeds, retain_graph=retain_graph or number < len(passes), inputs=inputs)
@@ -213,13 +215,13 @@ def _grad_set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 def _check_linear(
     parameters: Sequence[Tensor],
-    problems: Sequence[int],
+    places: Sequence[int],
     grams: Tensor,
     weights: Tensor,
     merged: Row,
     dtypes: set[torch.dtype],
 ) -> None:
-    """RuntimeError where ‖m‖² is not wᵀ G w in some problem.
+    """RuntimeError where ‖m‖² is not wᵀ G w at some place.
 
     Where G is not finite but m is, what overflowed in a task gradient did not in the weighted pass; m becomes NaN, for
     it must be seen.
@@ -227,7 +229,7 @@ def _check_linear(
     if is_fake(grams):  # no numbers to look at
         return
     squares = grams.new_zeros(len(grams), 1, 1)
-    _add_products(squares, parameters, [merged], problems)
+    _add_products(squares, parameters, [merged], places)
     weights = weights.repeat(len(grams) // _KINDS, 1)
     expected = torch.einsum("pi,pij,pj->p", weights, grams, weights)
     lengths = weights.abs() * grams.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -236,7 +238,7 @@ def _check_linear(
     # Where exact gradients would be zero (a bias before a normalisation) they are rounding errors of the others.
     allowed = max(1e-3, 4 * unit) * scale + (8 * unit) ** 2 * lengths.norm(dim=0).sum().square()
     figures = torch.stack([squares.flatten(), expected, allowed, grams.sum(dim=(1, 2))], dim=1).tolist()
-    for problem, (square, wanted, tolerance, entries) in enumerate(figures):
+    for place, (square, wanted, tolerance, entries) in enumerate(figures):
         if abs(square - wanted) > tolerance:
             raise RuntimeError(
                 f"the squared norm of a part of the merged gradient is {square:.6g}; the Gram matrix of the task "
@@ -245,5 +247,5 @@ def _check_linear(
             )
         if isfinite(square) and not isfinite(entries):
             for index, own in enumerate(merged):
-                if own is not None and problems[index] == problem:
+                if own is not None and places[index] == place:
                     merged[index] = own * torch.nan  # anew: a hook may hold the gradient

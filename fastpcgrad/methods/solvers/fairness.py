@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._problems import Array, CompiledSolver, Flags
+from .problems import Array, CompiledSolver, Flags
 
 RIDGE = 1e-10
 """Added to the unit diagonal of the cosines. At a Pareto-stationary point there is no solution and x would grow without

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ._problems import Array, Flags
+from .problems import Array, Flags
 
 EPS = float(np.finfo(np.float64).eps)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from ._graph import refuse_reentrant
+from .._graph import refuse_reentrant
 
 Open = dict[GradientEdge, Tensor]
 """One task's gradients at the edges where the next pieces take them up; at a parameter's edge, its gradient."""

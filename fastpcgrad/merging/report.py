@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import Figures, Later
+from .._ops import Figures, Later
 
 
 class ConflictReport:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._gradients import dense, gradient_dtype
-from ._ops import Blocks, addresses
-from .functional import ROW_DTYPES
-from .host_rows import Copies, HostRows
+from .._blocks import Blocks, addresses
+from .._gradients import dense, gradient_dtype
+from ..functional import ROW_DTYPES
+from .host import Copies, HostRows
 from .task_gradients import Row, TaskGradients
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ._native import prefer_huge_pages
-from ._ops import flat
+from .._memory import prefer_huge_pages
+from .._ops import flat
 
 IN_FLIGHT = 256 << 20
 """Bytes of gradients that may wait on the GPU for their copy; where backward is faster than the bus, it has to wait."""

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from ._gradients import dense, gradient_dtype
-from ._memory import are_alone
-from ._ops import Blocks, addresses
-from .functional import ROW_DTYPES
+from .._blocks import Blocks, addresses
+from .._gradients import dense, gradient_dtype
+from .._memory import are_alone
+from ..functional import ROW_DTYPES
 
 _DTYPE = attrgetter("dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import compress
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ._gradients import as_real, gradient_dtype
-from .functional import check_tensors
+from .._gradients import as_real, gradient_dtype
+from ..functional import check_tensors
 
 Granularity = Literal["model", "group", "parameter"] | Sequence[Iterable[Tensor]]
 Collections = list[list[Tensor]]
+
+
+class Division(NamedTuple):
+    """How a caller divides the parameters.
+
+    Attributes:
+        shared: for each whether it undergoes surgery; the others are summed. None: as the method's scope says.
+        groups: for each the number of its problem; None: one problem, or as the method's scope says.
+    """
+
+    shared: list[bool] | None = None
+    groups: list[int] | None = None
+
+    def of(self, chosen: Sequence[int]) -> Division:
+        """That of some of the parameters, by their index."""
+        shared = None if self.shared is None else [self.shared[index] for index in chosen]
+        return Division(shared, None if self.groups is None else [self.groups[index] for index in chosen])
+
+
+UNDIVIDED = Division()
 
 
 class HasGroups(Protocol):

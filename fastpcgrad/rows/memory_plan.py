@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import backends
-from ._gradients import gradient_dtype, gradient_nbytes
-from ._warnings import FastPCGradWarning, warn
-from .host_rows import IN_FLIGHT, row_width
+from .. import backends
+from .._gradients import gradient_dtype, gradient_nbytes
+from .._warnings import FastPCGradWarning, warn
+from .host import IN_FLIGHT, row_width
 
 _MATRICES = 4
 """Of T×T that there are of a problem: G, C, and the orders of the projections, which are put together from others."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._graph import leaves
-from ._warnings import warn_once
+from .._graph import leaves
+from .._warnings import warn_once
 
 Choice = Literal["auto", "local"]
 

@@ -10,8 +10,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from ._gradients import as_real
-from .moved_gradients import MovedGradients
+from .._gradients import as_real
+from .moved import MovedGradients
 from .task_gradients import Row, TaskGradients
 
 _GRAD = attrgetter("grad")

@@ -12,7 +12,6 @@ common, with the module as ``xp``.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._modes import is_fake
-from .._ops import KERNELS, to_device
-from .base import Method, Solution
+from ..._modes import is_fake
+from ..._ops import to_device
+from ...backends import kernels
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -36,44 +35,10 @@ class CompiledSolver(NamedTuple):
     parameters: tuple[float, float] = (0.0, 0.0)
 
 
-class CompiledMethod(Method):
-    """A method whose problem the compiled libraries solve, on the device of G.
-
-    With the CUDA library nothing waits for the device up to T = 64. ``solve_on_host``, which waits, is for where there
-    is no compiled solver: no library, ``FASTPCGRAD_BACKEND=eager``, eigenvalues of more than 16 tasks on a CPU.
-    """
-
-    @abstractmethod
-    def compiled_solver(self) -> CompiledSolver | None:
-        """None: ``solve_on_host`` it is."""
-
-    @abstractmethod
-    def solve_on_host(self, gram: Array) -> Array:
-        """Weights ``[S, T]`` for finite Gram matrices ``[S, T, T]``, both float64."""
-
-    def preference(self, gram: Tensor) -> Tensor | None:
-        """What the solver gets as preferences, on the device of G; None: 1/T each."""
-        return None
-
-    def solve(self, gram: Tensor) -> Solution:
-        check_gram(gram)
-        solver = self.compiled_solver()
-        answers = None if solver is None else compiled(solver, gram, self.preference(gram))
-        if answers is None and is_fake(gram):
-            answers = gram.new_empty(gram.shape[:-1])
-        if answers is not None:
-            return Solution(answers, None)
-        problems, finite = on_host(gram)
-        weights = self.solve_on_host(problems)
-        if not finite.all():
-            weights[~finite] = np.nan
-        return Solution(from_host(weights, gram), None)
-
-
 def compiled(solver: CompiledSolver, gram: Tensor, preference: Tensor | None = None) -> Tensor | None:
     """The solver's answers by a compiled library; None without one. NaN where G is not finite."""
     given = gram.detach() if gram.requires_grad else gram
-    answers: Tensor | None = KERNELS["method_weights"](solver.name, given, solver.parameters, preference)
+    answers: Tensor | None = kernels.method_weights(solver.name, given, solver.parameters, preference)
     return answers
 
 
