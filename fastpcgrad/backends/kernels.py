@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -132,6 +132,18 @@ def _pcgrad_(
     backend = for_tasks(select("cpu" if grads.is_cpu else grads.device.type), grads.shape[0])
     return backend.pcgrad_(grads, order, Guards(self_projection, eps, min_squared_norm), segments, figures)
 
+
+BODIES: dict[str, Callable[..., Any]] = {
+    "gram": _gram,
+    "pcgrad_coefficients": _pcgrad_coefficients,
+    "combine": _combine,
+    "combine_out": _combine_out,
+    "mix_": _mix_,
+    "pcgrad": _pcgrad,
+    "pcgrad_": _pcgrad_,
+    "pcgrad_out": _pcgrad_out,
+}
+"""What serves each op."""
 
 gram = _op("gram", _gram)
 pcgrad_coefficients = _op("pcgrad_coefficients", _pcgrad_coefficients)

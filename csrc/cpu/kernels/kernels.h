@@ -52,4 +52,6 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
 
+extern const Kernels* kernels;  // those in use, see library.cpp
+
 }  // namespace fpg
