@@ -12,9 +12,10 @@ from operator import attrgetter
 import torch
 from torch import Tensor, UntypedStorage
 
+from ._torch import storage_use_count
+
 _ADDRESS = attrgetter("_cdata")
 _IS_CPU = attrgetter("is_cpu")
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bool:
@@ -68,13 +69,13 @@ def _is_alone(grads: Sequence[Tensor], places: Sequence[int]) -> bool:
 
 def _counts_of_views(grads: Sequence[Tensor], places: Sequence[int]) -> tuple[set[int], set[int], int, int]:
     """See ``_counts``: of tensors that share memory, of what they are views of, and of the memory without these."""
-    assert _use_count is not None
+    assert storage_use_count is not None
     storage = grads[places[0]].untyped_storage()
     bases = list({id(base): base for base in (grads[place]._base for place in places) if base is not None}.values())
     return (
         {sys.getrefcount(grads[place]) for place in places},
         set(map(sys.getrefcount, bases)),
-        _use_count(storage._cdata) - len(places) - len(bases),
+        storage_use_count(storage._cdata) - len(places) - len(bases),
         sys.getrefcount(storage),
     )
 
@@ -88,14 +89,14 @@ def _counts(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> Coun
     The second finds views, DLPack capsules and NumPy arrays; not those who hold the tensor itself, who share its one
     reference to its memory. These the first finds, and the third those who hold ``tensor.untyped_storage()``.
     """
-    references, uses = sys.getrefcount, _use_count
+    references, uses = sys.getrefcount, storage_use_count
     assert uses is not None
     return set(map(references, grads)), set(map(uses, map(_ADDRESS, storages))), set(map(references, storages))
 
 
 def _counts_of_one_alone() -> Counts | None:
     """What ``_counts`` gives for a gradient that nobody else holds, which differs between versions; None: unknown."""
-    if _use_count is None:
+    if storage_use_count is None or not hasattr(UntypedStorage, "_cdata"):
         return None
     parameter = torch.zeros(2, device="cpu", requires_grad=True)
     parameter.grad = torch.ones(2, device="cpu")
@@ -105,7 +106,7 @@ def _counts_of_one_alone() -> Counts | None:
 
 
 def _counts_of_views_alone() -> tuple[set[int], set[int], int, int] | None:
-    if _use_count is None:
+    if storage_use_count is None or not hasattr(UntypedStorage, "_cdata"):
         return None
     base = torch.ones(2, device="cpu")
     grads = [base[:1], base[1:]]

@@ -108,7 +108,7 @@ __device__ inline void solve(const SolveJob& job) {
 __device__ inline void merge_weights(const SolveJob& job) {
   const int64_t tasks = job.tasks;
   for (int64_t k = block_index() * kThreads + thread_index(); k < job.problems * tasks; k += blocks() * kThreads) {
-    job.weights[k] = merged_weight(job, k);
+    job.weights[k] = merged_weight(job.coefficients + k / tasks * tasks * tasks, tasks, k % tasks, job.scale);
   }
 }
 

@@ -69,10 +69,4 @@ FPG_HOST_DEVICE double merged_weight(const double* coefficients, int64_t tasks, 
   return scale * sum;
 }
 
-// Weight k of all.
-FPG_HOST_DEVICE double merged_weight(const SolveJob& job, int64_t k) {
-  const int64_t tasks = job.tasks;
-  return merged_weight(job.coefficients + k / tasks * tasks * tasks, tasks, k % tasks, job.scale);
-}
-
 }  // namespace fpg

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from ..distributed.processes import check_graph
 from .base import LearnedBalancer, OptimizerFactory, all_finite, task_values
 from .refusals import Refusals
 
@@ -108,17 +109,23 @@ class GradNorm(LearnedBalancer):
     def note_gradients(self, losses: Sequence[Tensor] | Tensor, layer: Layer) -> None:
         """Note all tasks, with norms from T backward passes that go no further down than the layer.
 
+        Where several processes have parts of the batch, the gradients are averaged over them first: T times W.
+
         Args:
             losses: see ``forward``; their graphs are kept.
             layer: W: a tensor or several, or a module, which stands for its first parameter (its weight).
         Raises:
             TypeError, ValueError: see ``forward``; a layer without a tensor that requires grad, or one that a loss does
                 not depend on.
+            NotImplementedError: W that DistributedDataParallel averages with ``static_graph``; a sharded one, of FSDP,
+                fully_shard or tensor parallelism.
         """
+        tensors = layer_tensors(layer)
+        check_graph(tensors, "local")
         losses = losses if isinstance(losses, Tensor) else list(losses)
         values = self._vector("losses", losses)
         self._look_for_others(losses)
-        norms = layer_norms(losses, layer_tensors(layer), mean=self._mean)
+        norms = layer_norms(losses, tensors, mean=self._mean)
         self._noted = list(zip(values.unbind(), self._vector("norms", norms).unbind(), strict=True))
 
     @torch.no_grad()
@@ -180,7 +187,7 @@ def layer_norms(
     """‖∇_W L_i‖ for each task, ``[T]``; the graphs of the losses are kept.
 
     Args:
-        losses: T scalar losses, or one tensor ``[T]``.
+        losses: T scalar losses, or one tensor ``[T]`` or ``[T, 1]``.
         layer: W.
         create_graph: make the norms differentiable.
         mean: what is made of each gradient first, the mean over processes; None: nothing.
@@ -211,7 +218,7 @@ def _roots(losses: Sequence[Tensor] | Tensor) -> Sequence[Tensor | GradientEdge]
     if not isinstance(losses, Tensor):
         return losses
     stack = losses.grad_fn
-    if stack is None or stack.name() != "StackBackward0":
+    if stack is None or stack.name() != "StackBackward0" or len(stack.next_functions) != len(losses):
         return losses.unbind()
     return [
         loss if below is None else GradientEdge(below, index)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import variants
-from .._modes import is_fake
+from .._modes import is_fake, refuse_tracers
 from .._ops import to_device
 from ..backends import kernels
 from ..variants import Generator
@@ -44,7 +44,7 @@ class GradVac(Method):
     Numerics: float64 by the compiled library on the device of G; without one NumPy on a CPU, else torch on that device.
         Nothing waits for it. NaN or inf in G gives NaN weights
         and leaves φ̂ of that problem as it was.
-    Source: Wang et al. 2021, Gradient Vaccine, arXiv:2010.05874, Alg. 1.
+    Source: Wang et al. 2021, Gradient Vaccine, arXiv:2010.05874, Alg. 1. Oracle: ``reference.gradvac``.
     Example:
         >>> G = torch.tensor([[1.0, -0.6], [-0.6, 1.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.GradVac().solve(G).coefficients
@@ -75,6 +75,7 @@ class GradVac(Method):
 
     def solve_for(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
         check_gram(gram)
+        refuse_tracers(gram)
         if is_fake(gram):  # the targets are those of real steps
             coefficients = gram.new_empty(gram.shape)
             return Solution(coefficients.sum(-2), coefficients)

@@ -214,10 +214,10 @@ def _kernels_nbytes(
     """What the backend that will run there takes at most: it has the blocks of one dtype after those of another."""
     if device.type == "meta":
         return 0
-    workspace_nbytes = backends.select(device.type).workspace_nbytes
+    backend = backends.for_tasks(backends.select(device.type), tasks)
     each = [[w for w, own in zip(widths, dtypes, strict=True) if own == dtype] for dtype in dict.fromkeys(dtypes)]
     pairs = zip(each, dict.fromkeys(dtypes), strict=True)
-    return max(int(workspace_nbytes(tasks, own, dtype, problems)) for own, dtype in pairs)
+    return max(backend.workspace_nbytes(tasks, own, dtype, problems) for own, dtype in pairs)
 
 
 def _giving(tasks: int, parameters: Sequence[Tensor], row_dtypes: Sequence[torch.dtype]) -> tuple[int, int]:

@@ -10,10 +10,13 @@ namespace {
 // Merged to the `out` of the rows, or mixed in place. `matrices`: the job's Gram matrices, to be written.
 void pcgrad(const Rows& rows, const SolveJob& job, double* matrices, bool in_place, int threads) {
   const std::vector<Piece> pieces = plan(rows);
+  const int64_t tasks = job.tasks;
   gram(rows, pieces, matrices, threads);
   solve(job);
   if (in_place) return mix(rows, pieces, job.coefficients, threads);
-  for (int64_t k = 0; k < job.problems * job.tasks; ++k) job.weights[k] = merged_weight(job, k);
+  for (int64_t k = 0; k < job.problems * tasks; ++k) {
+    job.weights[k] = merged_weight(job.coefficients + k / tasks * tasks * tasks, tasks, k % tasks, job.scale);
+  }
   combine(rows, pieces, job.weights, job.problems, threads);
 }
 
