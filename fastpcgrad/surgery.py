@@ -17,12 +17,15 @@ from ._gradients import as_real, gradient_dtype
 from ._graph import check_kept, explain, run_backward
 from .distributed.processes import Processes
 from .functional import check_loss, check_tensors, present_losses
+from .merging.by_factors import is_large, planned
 from .merging.by_rows import merge
 from .merging.report import ConflictReport
 from .merging.two_phase import merge_in_two_phases
 from .methods import Method, PCGrad, check_method
 from .rows import host
 from .rows.capture import Capture, MovedCapture
+from .rows.choice import LEAST_ELEMENTS, Choice, RowsReport, check_rows
+from .rows.factors import Factors, all_dense
 from .rows.memory_plan import MemoryPlan, plan_memory, plan_two_phase
 from .rows.moved import MovedGradients, check_accumulate_dtype
 from .rows.parameters import (
@@ -39,6 +42,9 @@ from .rows.task_gradients import TaskGradients
 
 _KIND = attrgetter(*("dtype", "device", "shape"), *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
 
+_SMALL = RowsReport(dense={f"the model's matrices have less than {LEAST_ELEMENTS} elements": 1})
+_BY_CALLER = RowsReport(dense={"backward passes that the surgery did not run": 1})
+
 Forward = Callable[[], Tensor | None]
 """Runs a task's forward and gives its loss; None: the task is absent."""
 
@@ -52,6 +58,7 @@ class _Layout(NamedTuple):
         division: which of the different ones form one problem.
         capture: their rows.
         lazy: whether some have no shape yet, and no row.
+        is_large: whether it may pay to keep task gradients as factors.
     """
 
     found: list[Tensor]
@@ -59,6 +66,7 @@ class _Layout(NamedTuple):
     division: Division
     capture: Capture
     lazy: bool
+    is_large: bool
 
 
 class GradientSurgery:
@@ -125,6 +133,7 @@ class GradientSurgery:
         accumulate_dtype: torch.dtype | None = None,
         granularity: Granularity = "model",
         process_group: object = "auto",
+        rows: Choice = "auto",
     ) -> None:
         if not isinstance(num_tasks, int) or num_tasks < 1:
             raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
@@ -135,10 +144,12 @@ class GradientSurgery:
         self.granularity = check_granularity(granularity)
         self.row_dtype, self.row_device = row_dtype, row_device
         self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
+        self.rows = check_rows(rows)
         self._processes = Processes(process_group)
         self._source = parameter_source(optimizer_or_params)
         self._shared = None if shared is None else check_tensors("shared", shared)
         self._stay: _Stay | None = None
+        self._kept = _BY_CALLER
         self._layout = self._laid_out(self._trainable())
 
     @property
@@ -265,6 +276,8 @@ class GradientSurgery:
         if self.accumulate == "mean":
             rows.average()
         report, merged = merge(rows, self.method, layout.division, in_place=True)
+        report.rows = self._kept if rows.factors is None else rows.factors.report
+        self._kept = _BY_CALLER
         layout.capture.give(merged)
         rows.clear()
         return report
@@ -370,7 +383,7 @@ class GradientSurgery:
             groups=problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared),
         )
         lazy = any(map(is_lazy, found))
-        return _Layout(found, _kinds(found), division, self._capture_for(parameters), lazy)
+        return _Layout(found, _kinds(found), division, self._capture_for(parameters), lazy, is_large(parameters))
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
@@ -392,11 +405,29 @@ class GradientSurgery:
         if left > 1 or retain_graph:
             check_kept(list(losses.values()))
         with _Stay(self, shared_forward=left > 1) as capture:
+            factors = self._planned(losses, capture)
+            if factors is not None:
+                _run_factored(losses, retain_graph, capture, factors)
+                return
             for index, loss in losses.items():
                 left -= 1
                 capture.open(index)
                 run_backward(loss, retain_graph or left > 0)
                 capture.close()
+
+    def _planned(self, losses: Mapping[int, Tensor], capture: Capture) -> Factors | None:
+        """How weights' gradients are kept as factors; None where all rows are to be whole."""
+        if self.rows == "auto" and not self._layout.is_large:
+            self._kept = _SMALL
+            return None
+        if isinstance(capture, MovedCapture):
+            self._kept = all_dense("rows of another dtype or on another device", len(capture.parameters))
+            return None
+        found = planned(losses, capture.parameters, self.method, self.rows)
+        if isinstance(found, Factors):
+            return found
+        self._kept = found
+        return None
 
     def _in_two_phases(
         self, losses: dict[int, Tensor], forwards: dict[int, Forward], retain_graph: bool
@@ -441,6 +472,20 @@ class GradientSurgery:
                 run_backward(check_loss(f"losses[{index}]()", loss), retain_graph)
                 del loss  # and with it the graph, before the next forward
                 capture.close()
+
+
+def _run_factored(losses: Mapping[int, Tensor], retain_graph: bool, capture: Capture, factors: Factors) -> None:
+    """Each loss backward inside its task, but not to the weights."""
+    parameters, left = capture.parameters, len(losses)
+    with factors.noting():
+        for slot, (index, loss) in enumerate(losses.items()):
+            left -= 1
+            capture.open(index)
+            run_backward(loss, retain_graph or left > 0, factors.begin(slot))
+            for done in factors.compare([parameters[unknown].grad for unknown in factors.unknown]):
+                parameters[done].grad = None
+            capture.close()
+    capture.rows.factors = factors
 
 
 class _Stay:

@@ -98,7 +98,7 @@ class Processes:
         Warns:
             FastPCGradWarning: there are several processes, and nothing says that each is to merge by itself.
         """
-        ready = _is_initialized()
+        ready = is_initialized()
         if self._checked[0] is parameters and self._checked[1] is ready and not _is_stale(self._replicas):
             return
         _refuse_sharded(parameters)
@@ -140,7 +140,7 @@ def check_graph(tensors: Sequence[Tensor], process_group: object) -> None:
     """
     choice = check_process_group(process_group)
     _refuse_sharded(tensors)
-    if not _is_initialized():
+    if not is_initialized():
         return
     replicas = _remembered(tensors)
     _check_replicas(replicas, choice)
@@ -160,7 +160,7 @@ def check_behind(features: Sequence[Tensor], process_group: Choice) -> None:
     Raises, Warns:
         see ``Processes.check``.
     """
-    if not _is_initialized():
+    if not is_initialized():
         return
     nearest = [next((p for p in leaves([z], hidden=True) if isinstance(p, Parameter)), None) for z in features]
     if all(p is not None and not _is_stale(_replicas_behind.get(p)) for p in nearest):
@@ -173,14 +173,15 @@ def check_behind(features: Sequence[Tensor], process_group: Choice) -> None:
     _check_replicas(replicas, process_group)
 
 
-def _is_initialized() -> bool:
+def is_initialized() -> bool:
+    """Whether this process has others beside it."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _refuse_sharded(tensors: Iterable[Tensor]) -> None:
     """NotImplementedError for what says itself that this process has a part of it only."""
     module = sys.modules.get("torch.distributed.tensor")
-    if module is None and not _is_initialized():  # no shards without either
+    if module is None and not is_initialized():  # no shards without either
         return
     distributed = getattr(module, "DTensor", ())
     for tensor in tensors:

@@ -16,6 +16,7 @@ from ..backends import kernels
 from ..methods import Elementwise, Method
 from ..rows.parameters import UNDIVIDED, Division
 from ..rows.task_gradients import Row, TaskGradients
+from .by_factors import Settled, merged_factor, settled
 from .problems import SUMMED, Problems, weights_table
 from .report import ConflictReport
 
@@ -38,18 +39,21 @@ def merge(
     Raises:
         Whatever the method raises. Where rows have been written by then, and after an interrupt, ``grads`` is at risk.
     """
+    factors = settled(grads) if grads.factors else {}
     blocks = grads.blocks()
     complete = not any(0 in row for row in blocks.pointers)
     whole = [True] * len(blocks.widths) if complete else _everywhere(blocks)
+    for index, (weight, _) in factors.items():
+        whole[index] = weight.whole
     problems = Problems.made(method, whole, division)
     out = list(blocks.tensors[0]) if complete else _first_of_each(blocks)
     if not in_place:
         out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-        return _merge(blocks, tuple(grads.tasks), method, problems, out)
+        return _merge(blocks, factors, tuple(grads.tasks), method, problems, out)
     before = _versions(out)
     grads.at_risk = True
     try:
-        return _merge(blocks, tuple(grads.tasks), method, problems, out)
+        return _merge(blocks, factors, tuple(grads.tasks), method, problems, out)
     except Exception:
         grads.at_risk = _versions(out) != before
         raise
@@ -64,31 +68,39 @@ def _versions(out: Row) -> list[int]:
 
 
 def _merge(
-    blocks: Blocks, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
+    blocks: Blocks, factors: Settled, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
 ) -> tuple[ConflictReport, Row]:
     if isinstance(method, Elementwise):
         return ConflictReport(tasks, _merge_columns(blocks, method, tasks, problems, out)), out
-    projections = method.projections(len(tasks)) if problems.is_one_for_all else None
+    projections = method.projections(len(tasks)) if problems.is_one_for_all and not factors else None
     if projections is not None:
         order, guards, scale = projections
         if blocks.device.type != "cpu":
             order = to_device(order, blocks.device)
         return ConflictReport(tasks, kernels.pcgrad_blocks(blocks, order, guards, scale, out)), out
-    return _merge_by_weights(blocks, tasks, method, problems, out)
+    return _merge_by_weights(blocks, factors, tasks, method, problems, out)
 
 
 def _merge_by_weights(
-    blocks: Blocks, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
+    blocks: Blocks, factors: Settled, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
 ) -> tuple[ConflictReport, Row]:
     is_one = problems.is_one_for_all
-    grams = kernels.gram_blocks(blocks, None if is_one else problems.of, problems.count)
+    if factors:
+        inside = [index not in factors for index in range(len(out))]
+        blocks, rest = _some(blocks, inside), list(compress(out, inside))
+        of, row_of_each = list(compress(problems.of, inside)), list(compress(problems.row_of_each, inside))
+    else:
+        rest, of, row_of_each = out, problems.of, [] if is_one else problems.row_of_each
+    grams = kernels.gram_blocks(blocks, None if is_one else of, problems.count)
+    for index, (_, own) in factors.items():
+        if problems.of[index] != SUMMED:
+            grams[problems.of[index]] += own
     gram = grams if problems.are_many else grams[0]
     solution = method.checked_solve(gram, tasks)
-    if is_one:
-        kernels.combine_blocks(blocks, solution.weights[None], None, out)
-    else:
-        table = weights_table(method, solution.weights)
-        kernels.combine_blocks(blocks, table, problems.row_of_each, out)
+    table = solution.weights[None] if is_one and not factors else weights_table(method, solution.weights)
+    kernels.combine_blocks(blocks, table, row_of_each if len(table) > 1 else None, rest)
+    for index, (weight, _) in factors.items():
+        out[index] = merged_factor(weight, table[problems.row_of_each[index]], blocks.dtype)
 
     def figures() -> Figures:
         return Figures(grams.sum(dim=0), *solution, grams) if problems.are_many else Figures(gram, *solution)

@@ -15,6 +15,7 @@ from .._blocks import Blocks, addresses
 from .._gradients import dense, gradient_dtype
 from .._memory import are_alone
 from ..functional import ROW_DTYPES
+from .factors import Factors
 
 _DTYPE = attrgetter("dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -54,6 +55,8 @@ class TaskGradients:
         self._spent: list[Row] = []
         self._stays: dict[int, int] = {}  # how often a task was entered, of those entered again
         self._averaged = False
+        self.factors: Factors | None = None
+        """Those parameters of which the tasks' gradients are factors; a row may hold more for one."""
         self.at_risk = False
         """Whether rows are being written: where that was cut off, they are neither what they were nor merged."""
 
@@ -106,6 +109,16 @@ class TaskGradients:
             own = False
         self._rows[task] = row if own else self._settled(_detached(row), alone=True)
         self._own.add(task)
+
+    def has_rows_of(self, index: int) -> bool:
+        """Whether some task has a gradient of a parameter in its row."""
+        return any(row[index] is not None for row in self._rows.values())
+
+    def add_to(self, task: int, index: int, grad: Tensor) -> None:
+        """Add to a task's gradient of one parameter, or take one over that is dense and nobody else's."""
+        row = self._rows[task]
+        there = row[index]
+        row[index] = grad if there is None else there + grad
 
     def average(self) -> None:
         """Divide the row of each task that was entered several times by their number."""
@@ -161,6 +174,7 @@ class TaskGradients:
 
     def _forget(self) -> None:
         self._rows, self._stays, self._own, self._averaged, self.at_risk = {}, {}, set(), False, False
+        self.factors = None
 
     def _check_whole(self) -> None:
         if self.at_risk:
