@@ -146,6 +146,7 @@ def _fill_factored(
     grads: TaskGradients, losses: Mapping[int, Tensor], inputs: Sequence[Tensor], factors: Factors, retain_graph: bool
 ) -> None:
     """As ``_fill``, but weights are kept as factors."""
+    factors.why_looped = "there are inputs that need not be leaves"
     left, edges = len(losses), factors.edges
     with factors.noting():
         for slot, (t, loss) in enumerate(losses.items()):

@@ -275,7 +275,7 @@ class Drawn(nn.Module):
         self.pieces = nn.ModuleList(kind() for kind in kinds)
         self.depths = [draw.choice([len(kinds), len(kinds), draw.randint(1, len(kinds))]) for _ in range(tasks)]
         self.heads = nn.ModuleList(nn.Linear(WIDTH, draw.randint(1, 3)) for _ in range(tasks))
-        self.outside = nn.Parameter(torch.ones(WIDTH))
+        self.outside, self.is_above = nn.Parameter(torch.ones(WIDTH)), draw.random() < 0.8
         self.shape = (draw.randint(2, 4), draw.randint(1, 3), WIDTH)
 
     def of_surgery(self):
@@ -284,8 +284,9 @@ class Drawn(nn.Module):
 
     def forward(self, x):
         """A loss for each task."""
-        seen = [x * self.outside]
+        below, above = (1, self.outside) if self.is_above else (self.outside, 1)
+        seen = [x * below]
         for piece in self.pieces:
             seen.append(piece(seen[-1]))
-        outputs = [head(seen[depth]) for head, depth in zip(self.heads, self.depths, strict=True)]
+        outputs = [head(seen[depth] * above) for head, depth in zip(self.heads, self.depths, strict=True)]
         return [(out - n).square().mean() for n, out in enumerate(outputs)]

@@ -20,6 +20,7 @@ FLOORS = (
     {"methods"},
     {"rows.choice"},
     {"rows.factors"},
+    {"rows.stacked"},
     {"rows.host", "rows.parameters", "rows.task_gradients", "merging.report"},
     {"rows.moved", "rows.memory_plan", "merging.problems"},
     {"rows.capture"},

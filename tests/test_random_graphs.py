@@ -7,6 +7,7 @@ import torch
 
 import fastpcgrad
 from fastpcgrad import methods
+from fastpcgrad.rows import stacked
 
 from .random_graphs import Drawn
 
@@ -37,11 +38,11 @@ def flat(model):
 
 
 def check(model, twin, x, tasks, tolerance=1e-12):
-    """Two steps with factors against plain backward passes of a twin; gives the reports."""
+    """Four steps with factors against plain backward passes of a twin; gives the reports."""
     y = x.detach().clone().requires_grad_(x.requires_grad)
     surgery = fastpcgrad.GradientSurgery(model.of_surgery(), tasks, methods.PCGrad("tensorflow"), rows="factored")
     reports = []
-    for _ in range(2):
+    for _ in range(4):
         J = plain_rows(twin, y)
         G = J.double() @ J.double().T
         w = methods.PCGrad("tensorflow").weights(G)
@@ -59,8 +60,9 @@ def check(model, twin, x, tasks, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("seed", range(GRAPHS))
-def test_a_random_graph(seed):
+def test_a_random_graph(seed, monkeypatch):
     draw = random.Random(seed)
-    tasks, learned_input = draw.randint(2, 4), draw.random() < 0.3
+    tasks, learned_input = draw.randint(2, 4), draw.random() < 0.2
     model, twin = (drawn(seed, tasks) for _ in range(2))
+    monkeypatch.setattr(stacked, "stacking_pays", lambda *_: True)
     check(model, twin, torch.randn(model.shape, dtype=torch.float64, requires_grad=learned_input), tasks)

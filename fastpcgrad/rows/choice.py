@@ -86,3 +86,14 @@ def factors_pay(rows: int, inner: int, outer: int, tasks: int) -> bool:
         tasks: k, those that reach it.
     """
     return tasks > 1 and 2 * rows * (inner + tasks * outer) <= tasks * inner * outer
+
+
+def stacking_pays(rows: int, within: int, beside: int) -> bool:
+    """Whether the tasks are to go through a trunk together.
+
+    Args:
+        rows: the most that a and δ of one of its weights have.
+        within: elements of its weights that are factors.
+        beside: elements of its other parameters, of which there is a gradient for each task.
+    """
+    return rows <= 64 and 4 * beside <= within

@@ -13,8 +13,10 @@ for such hooks; it does so again once any hook was registered.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from .._gradients import gradient_dtype
 from .._graph import leaf_of
 from .._memory import prefer_huge_pages
 from .choice import LEAST_ELEMENTS, Choice, RowsReport, factors_pay
+
+Row = list[Tensor | None]
+"""One task's gradient of each parameter; None where it has none."""
 
 _PLAIN = (Tensor, Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,27 +89,37 @@ class Factors:
     Args:
         weights: those that are factored.
         parameters: leaves, each once, in the order of the rows.
-        leaves: what else the losses depend on.
+        graph: of the losses.
+        leaves: what else these depend on.
         known: what the first step of this graph has found.
         why_dense: see ``RowsReport.dense``.
     Attributes:
         weights: by index.
-        edges: where δ comes in, of all their uses.
+        uses: all their uses: the weight, the product and its first row.
+        edges: where δ comes in, of each use.
+        products: the nodes of these.
+        graph: of the losses.
+        why_looped: why there is a backward pass a task; None: they are stacked.
     """
 
     def __init__(
         self,
         weights: Sequence[Factored],
         parameters: Sequence[Tensor],
+        graph: Graph,
         leaves: Sequence[Tensor],
-        known: _Known,
+        known: Known,
         why_dense: Counter[str],
     ) -> None:
         self.weights = {weight.index: weight for weight in weights}
-        self._uses = [(weight, node, first) for weight in weights for node, first in weight.nodes]
-        self.edges = [GradientEdge(node, 0) for _, node, _ in self._uses]
+        self.uses = [(weight, node, first) for weight in weights for node, first in weight.nodes]
+        self.edges = [GradientEdge(node, 0) for _, node, _ in self.uses]
+        self.products = {node for _, node, _ in self.uses}
+        self.graph, self.known, self.tasks = graph, known, len(graph.roots)
         self._parameters, self._leaves = parameters, list(leaves)
-        self._known, self._why_dense = known, why_dense
+        self._place = {id(p): index for index, p in enumerate(parameters)}
+        self._why_dense = why_dense
+        self.why_looped: str | None = None
         self._slot = 0
         self._noted: set[Node] = set()
         self.unknown: list[int] = []
@@ -113,14 +128,36 @@ class Factors:
     @property
     def report(self) -> RowsReport:
         elements = sum(self._parameters[index].numel() for index in self.weights)
-        return RowsReport(len(self.weights), elements, dense=dict(self._why_dense))
+        return RowsReport(len(self.weights), elements, self.why_looped is None, dict(self._why_dense), self.why_looped)
+
+    def numel(self, index: int) -> int:
+        return self._parameters[index].numel()
+
+    def is_parameter(self, leaf: Tensor) -> bool:
+        return id(leaf) in self._place
+
+    def index_of(self, leaf: Tensor) -> int:
+        return self._place[id(leaf)]
+
+    def is_factored(self, leaf: Tensor) -> bool:
+        return self._place.get(id(leaf)) in self.weights
+
+    def row_of(self, gradients: Iterable[tuple[Tensor, Tensor | None]]) -> Row:
+        """Gradients of leaves as a row; those that are no parameters accumulate."""
+        row: Row = [None] * len(self._parameters)
+        for leaf, grad in gradients:
+            if self.is_parameter(leaf):
+                row[self.index_of(leaf)] = grad
+            elif grad is not None:
+                leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
+        return row
 
     @contextmanager
     def noting(self) -> Iterator[None]:
         """Within, backward passes leave what comes into the products."""
         handles: list[Any] = []
         try:
-            for weight, node, first in self._uses:
+            for weight, node, first in self.uses:
                 handles.append(_seen.register(node.register_prehook, self._note(weight, node, first)))
             yield
         finally:
@@ -139,7 +176,7 @@ class Factors:
         """What the backward pass of the loss in this place is to run to: everything but the weights."""
         self._slot = slot
         self._noted.clear()
-        self.unknown = [index for index in self.weights if index not in self._known.right]
+        self.unknown = [index for index in self.weights if index not in self.known.right]
         return [*self.edges, *self._leaves, *(self._parameters[index] for index in self.unknown)]
 
     def note_captured(self, gradients: Sequence[Tensor | None]) -> None:
@@ -147,7 +184,7 @@ class Factors:
 
         At those that it ran it has looked before the hooks on the activation; a prehook looks after them.
         """
-        for (weight, node, first), grad in zip(self._uses, gradients, strict=True):
+        for (weight, node, first), grad in zip(self.uses, gradients, strict=True):
             if grad is not None and node not in self._noted:
                 weight.add(self._slot, first, grad)
 
@@ -168,12 +205,12 @@ class Factors:
                 continue
             weight = self.weights[index]
             if weight.reached[self._slot] and _is_product(grad, weight, self._slot):
-                self._known.right.add(index)
+                self.known.right.add(index)
                 alike.append(index)
                 continue
             reason = "factors give another gradient than autograd does"
             if bool(grad.isfinite().all()):
-                self._known.wrong[index] = reason
+                self.known.wrong[index] = reason
             self._leaves.append(self._parameters[index])
             self.leave_out(index, reason)
         return alike
@@ -202,12 +239,14 @@ def exact_dtypes(device: torch.device) -> Any:
     return torch.autocast(device.type, enabled=False)
 
 
-class _Known:
+class Known:
     """Of a graph's weights, by index: of which factors were compared and right, and why others are not to be used."""
 
     def __init__(self) -> None:
         self.right: set[int] = set()
         self.wrong: dict[int, str] = {}
+        self.stacked: bool | None = None
+        """Whether stacked gradients were compared, and right."""
 
 
 class _Seen:
@@ -217,22 +256,35 @@ class _Seen:
 
     def __init__(self) -> None:
         self._hooks = -1
-        self._graphs: dict[int, _Known] = {}
+        self._thread, self._count = -1, -1
+        self._graphs: dict[int, Known] = {}
 
-    def known(self, signature: int) -> _Known:
+    def known(self, signature: int) -> Known:
         """Of a graph, by what it looks like."""
         if RemovableHandle.next_id != self._hooks or len(self._graphs) > self._MOST:
             self._graphs.clear()
             self._hooks = RemovableHandle.next_id
-        return self._graphs.setdefault(signature, _Known())
+            self._thread, self._count = get_ident(), torch._C._autograd._get_sequence_nr()
+        return self._graphs.setdefault(signature, Known())
 
     def register(self, register: Callable[..., Any], hook: Callable[..., None]) -> Any:
         """A hook of ours, which does not count."""
         self._hooks += 1
         return register(hook)
 
+    def are_newer(self, nodes: Iterable[Node]) -> bool:
+        """Whether each of these nodes was made since the hooks were counted, in this thread: then it has none."""
+        born = [node._sequence_nr() for node in nodes]
+        return self._thread == get_ident() and min(born) >= self._count
+
 
 _seen = _Seen()
+register = _seen.register
+
+
+def are_without_hooks(nodes: Iterable[Node]) -> bool:
+    """Whether nobody can have registered a hook on any of these nodes."""
+    return _seen.are_newer(nodes)
 
 
 def plan(losses: Sequence[Tensor], parameters: Sequence[Tensor], rows: Choice) -> Factors | RowsReport:
@@ -247,7 +299,7 @@ def plan(losses: Sequence[Tensor], parameters: Sequence[Tensor], rows: Choice) -
     Raises:
         RuntimeError: the graph was freed, or an activation changed since.
     """
-    graph = _Graph(losses)
+    graph = Graph(losses)
     if "CheckpointFunctionBackward" in graph.names:
         return all_dense("a reentrant checkpoint hides what lies behind it", len(parameters))
     finder = _Finder(graph, parameters, rows)
@@ -262,7 +314,7 @@ def plan(losses: Sequence[Tensor], parameters: Sequence[Tensor], rows: Choice) -
     chosen = {id(parameters[index]) for index in finder.found}
     others = [*graph.leaves.values(), *(loss for loss in losses if loss.is_leaf)]
     leaves = [leaf for leaf in others if id(leaf) not in chosen and leaf.requires_grad]
-    return Factors(factored, parameters, leaves, known, finder.why)
+    return Factors(factored, parameters, graph, leaves, known, finder.why)
 
 
 def all_dense(reason: str, parameters: int) -> RowsReport:
@@ -270,21 +322,22 @@ def all_dense(reason: str, parameters: int) -> RowsReport:
     return RowsReport(dense={reason: parameters})
 
 
-class _Graph:
+class Graph:
     """What lies behind the losses.
 
     Attributes:
-        order: its nodes, each after all to which it leads.
+        roots: of the losses; None of one that is a leaf.
+        order: its nodes with their names, each after all to which it leads.
         children: of each node.
         leaves: by the node that adds to their ``.grad``.
         names: of its nodes.
     """
 
     def __init__(self, losses: Sequence[Tensor]) -> None:
-        self._roots = [loss.grad_fn for loss in losses]
+        self.roots = [loss.grad_fn for loss in losses]
         self.children: dict[Node, tuple[tuple[Node | None, int], ...]] = {}
         self.order: dict[Node, str] = {}
-        for root in self._roots:
+        for root in self.roots:
             self._follow(root)
         self.leaves = {node: leaf for node in self.order if (leaf := leaf_of(node)) is not None}
         self.names = set(self.order.values())
@@ -313,10 +366,11 @@ class _Graph:
             )
         )
 
-    def tasks_of(self) -> dict[Node, int]:
+    @cached_property
+    def tasks(self) -> dict[Node, int]:
         """For each node the tasks that reach it, a bit each."""
         masks = dict.fromkeys(self.order, 0)
-        for task, root in enumerate(self._roots):
+        for task, root in enumerate(self.roots):
             if root is not None:
                 masks[root] |= 1 << task
         for node in reversed(self.order):
@@ -336,7 +390,7 @@ class _Finder:
         why: why others were not found, by how many.
     """
 
-    def __init__(self, graph: _Graph, parameters: Sequence[Tensor], rows: Choice) -> None:
+    def __init__(self, graph: Graph, parameters: Sequence[Tensor], rows: Choice) -> None:
         self._graph, self._parameters = graph, parameters
         self.found: dict[int, list[Node]] = {}
         self.transposed: dict[int, bool] = {}
@@ -347,7 +401,7 @@ class _Finder:
             node: place[id(leaf)] for node, leaf in graph.leaves.items() if id(leaf) in place and leaf.dim() == 2
         }
         uses = self._uses(accumulators)
-        tasks = graph.tasks_of() if uses else {}
+        tasks = graph.tasks if uses else {}
         for index, nodes in uses.items():
             reached = tasks[self._ways[index][0]].bit_count()
             reason = self._why_not(parameters[index], nodes, rows, reached)
@@ -402,7 +456,7 @@ class _Finder:
                 return "an activation that is no dense tensor of the weight's device"
         return None
 
-    def look_for_hooks(self, known: _Known) -> None:
+    def look_for_hooks(self, known: Known) -> None:
         """Leave out weights with hooks on their way, and those that were found to be wrong."""
         for index in list(self.found):
             if index not in known.right and index not in known.wrong and self._is_hooked(index):
@@ -412,7 +466,7 @@ class _Finder:
                 self.why[known.wrong[index]] += 1
 
     def _is_hooked(self, index: int) -> bool:
-        return any(map(_has_hooks, self._ways[index])) or any(map(_has_post_hooks, self.found[index]))
+        return any(map(has_hooks, self._ways[index])) or any(map(_has_post_hooks, self.found[index]))
 
     def refuse_all(self, reason: str) -> None:
         self.why[reason] += len(self.found)
@@ -424,7 +478,8 @@ def _is_plain(node: Any) -> bool:
     return node.name() != "AddmmBackward0" or node._saved_alpha == 1
 
 
-def _has_hooks(node: Node) -> bool:
+def has_hooks(node: Node) -> bool:
+    """Whether somebody has registered hooks on a node; those on a tensor cannot be found so."""
     return _has_others(node.register_prehook) or _has_post_hooks(node)
 
 

@@ -16,12 +16,10 @@ from .._gradients import dense, gradient_dtype
 from .._memory import are_alone
 from ..functional import ROW_DTYPES
 from .factors import Factors
+from .factors import Row as Row
 
 _DTYPE = attrgetter("dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")
-
-Row = list[Tensor | None]
-"""One task's gradient of each parameter; None where it has none."""
 
 
 class TaskGradients:
@@ -109,6 +107,10 @@ class TaskGradients:
             own = False
         self._rows[task] = row if own else self._settled(_detached(row), alone=True)
         self._own.add(task)
+
+    def row(self, task: int) -> Row:
+        """A task's row, to look at."""
+        return self._rows[task]
 
     def has_rows_of(self, index: int) -> bool:
         """Whether some task has a gradient of a parameter in its row."""
