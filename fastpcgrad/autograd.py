@@ -39,6 +39,7 @@ def grad(
         process_group: ``local``: where DistributedDataParallel holds parameters of the graph, or there are several
             processes without it, each merges the gradients of its own batch, which are averaged with nobody's.
             ``auto``: the former is an error, and the latter a warning, once.
+        rows: see ``GradientSurgery``.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:

@@ -26,7 +26,7 @@ from .rows import host
 from .rows.capture import Capture, MovedCapture
 from .rows.choice import LEAST_ELEMENTS, Choice, RowsReport, check_rows
 from .rows.factors import Factors, all_dense
-from .rows.memory_plan import MemoryPlan, plan_memory, plan_two_phase
+from .rows.memory_plan import MemoryPlan, plan_factored, plan_memory, plan_two_phase
 from .rows.moved import MovedGradients, check_accumulate_dtype
 from .rows.parameters import (
     Division,
@@ -101,10 +101,19 @@ class GradientSurgery:
         process_group: ``auto``: in a round with several processes, parameters whose gradients a module averages over
             them, or that are sharded, are refused, and others get one warning. ``local``: each process merges by
             itself; under DistributedDataParallel with one forward a task, inside ``task(t)``, the rows are averaged.
+        rows: how ``backward`` of losses that share a graph keeps the gradients of weights that matrix products alone
+            use. ``factored``: of each task only what comes into the products, from which G and the merged gradient are
+            made without the tasks' own. ``auto``: so where that takes less time, in models on a CPU with a million
+            elements in such weights or more, in one process. ``dense``: as they are. Everything else is kept as it is
+            in either case, and what cannot be had exactly from factors too: ``report.rows`` says what was done and
+            why. ``fastpcgrad.dense_rows()`` and ``FASTPCGRAD_ROWS=dense`` switch it off.
     Memory: T rows of N elements, where N counts the trainable parameters: T·N·itemsize bytes, of which one row becomes
         ``.grad``. On the CPU they stay mapped until the next round's gradients take their place, one by one. Rows of
         another dtype than the parameters are freed parameter by parameter as merged gradients take their place.
+        Weights that are kept as factors take N elements instead of T·N, besides T gradients of activations.
         ``memory_plan`` tells the bytes beforehand.
+    Numerics: G and merged gradients from factors have the rounding errors of matrix products, G in float64; their bits
+        may differ from those with dense rows, and with the number of threads, as those of torch's products do.
     Raises:
         TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
         ValueError: no parameters, parameters that are no leaves, on several devices or of several dtypes; a parameter
@@ -224,7 +233,7 @@ class GradientSurgery:
             self.discard()
             raise
 
-    def memory_plan(self, *, two_phase: bool = False) -> MemoryPlan:
+    def memory_plan(self, *, two_phase: bool = False, rows: Choice = "dense") -> MemoryPlan:
         """Bytes that a round takes beyond model and activations, before anything is allocated.
 
         Every task counts with all parameters: an upper bound where some are touched by some tasks only.
@@ -232,6 +241,8 @@ class GradientSurgery:
         Args:
             two_phase: of ``backward(..., two_phase=True)``, as far as it is known before there is a graph: pieces may
                 be somewhat larger, and what crosses from one to the next counts as activations.
+            rows: ``factored``: where all matrices of the model are kept as factors, see ``rows`` of the class. Which
+                are is known once there is a graph, so that the default counts them as rows.
         Warns:
             MemoryPlanWarning: more than is free.
         Example:
@@ -240,15 +251,17 @@ class GradientSurgery:
             16016000
         """
         layout = self._resolve()
-        parameters, rows = _as_real(layout.capture.parameters), layout.capture.rows
-        moved = rows if isinstance(rows, MovedGradients) else None
+        parameters, kept = _as_real(layout.capture.parameters), layout.capture.rows
+        moved = kept if isinstance(kept, MovedGradients) else None
         if two_phase:
             plan = plan_two_phase(self.num_tasks, parameters)
+        elif check_rows(rows) == "factored" and moved is None:
+            plan = plan_factored(self.num_tasks, parameters)
         else:
             plan = plan_memory(
                 self.num_tasks,
                 parameters,
-                rows.dtype,
+                kept.dtype,
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,

@@ -92,6 +92,18 @@ def test_fp32_is_as_exact_as_ever(kind):
         assert report.rows.factored >= 1 + TASKS
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_parameters(dtype):
+    net, x = trunk_and_heads(width=64, dtype=dtype)
+    parameters = list(net.parameters())
+    surgery = surgery_of(parameters)
+    for _ in range(2):
+        report = surgery.backward(losses_of_heads(net, x))
+        assert report.rows.factored == 2 + TASKS
+        assert_merged(parameters, rows_of(losses_of_heads(net, x), parameters), report, 4e-3)
+        assert all(p.grad.dtype == dtype for p in parameters)
+
+
 @pytest.mark.parametrize("factored", [True, False])
 def test_autocast_is_seen_through(factored):
     net, x = trunk_and_heads(width=64)

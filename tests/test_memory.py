@@ -77,6 +77,12 @@ def parts(use):
     indirect=["kernels"],
     ids=str,
 )
+def test_matrices_that_are_factors_are_counted_once():
+    model = torch.nn.Linear(100, 50)
+    plan = fastpcgrad.GradientSurgery(model.parameters(), 8).memory_plan(rows="factored").device
+    assert (plan.merged, plan.rows) == (4 * 5000, 4 * 50 * 8)
+
+
 def test_what_is_there_when_it_is_most(options, kernels, expected):
     plan = plan_of(**options)
     assert parts(plan.device) == expected

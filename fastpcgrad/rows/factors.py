@@ -201,15 +201,16 @@ class Factors:
         """
         alike = []
         for index, grad in zip(self.unknown, gradients, strict=True):
-            if grad is None:
-                continue
             weight = self.weights[index]
-            if weight.reached[self._slot] and _is_product(grad, weight, self._slot):
+            reached = weight.reached[self._slot]
+            if grad is None and not reached:
+                continue
+            if grad is not None and reached and _is_product(grad, weight, self._slot):
                 self.known.right.add(index)
                 alike.append(index)
                 continue
             reason = "factors give another gradient than autograd does"
-            if bool(grad.isfinite().all()):
+            if grad is None or bool(grad.isfinite().all()):
                 self.known.wrong[index] = reason
             self._leaves.append(self._parameters[index])
             self.leave_out(index, reason)
@@ -227,7 +228,7 @@ def _is_product(grad: Tensor, weight: Factored, slot: int) -> bool:
     error = _norm(grad - weight.product(delta).to(grad.dtype))
     coarse = max(torch.finfo(dtype).eps for dtype in (grad.dtype, weight.left.dtype))
     depth = 8 * torch.finfo(delta.dtype).eps * _norm(weight.left) * _norm(delta)
-    return bool(error <= 2 * coarse * _norm(grad) + depth)
+    return bool((error <= 2 * coarse * _norm(grad) + depth) & depth.isfinite())
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -180,6 +180,17 @@ def plan_two_phase(tasks: int, parameters: Sequence[Tensor]) -> MemoryPlan:
     )
 
 
+def plan_factored(tasks: int, parameters: Sequence[Tensor]) -> MemoryPlan:
+    """The plan for matrices as factors, which count as activations, and T rows of everything else."""
+    device, rest = _device_of(parameters), [p for p in parameters if p.dim() != 2]
+    widths, dtype = [p.numel() for p in rest], gradient_dtype(parameters[0]) if parameters else torch.float32
+    rows = tasks * sum(map(gradient_nbytes, rest))
+    use = partial(MemoryUse, device, free_memory(device), rows=rows)
+    merged = sum(map(gradient_nbytes, parameters)) - rows // tasks
+    kernels = _kernels_nbytes(device, tasks, widths, dtype, 1) if widths else 0
+    return MemoryPlan(use(merged=merged, workspace=_matrices_nbytes(device, tasks, _MATRICES) + kernels))
+
+
 def _most(*moments: MemoryUse) -> MemoryUse:
     return max(moments, key=attrgetter("total"))
 

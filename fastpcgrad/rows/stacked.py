@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -166,8 +167,10 @@ def _why_not(factors: Factors, nodes: Sequence[Node], inside: set[Node]) -> str 
     if any(meta.dtype.is_complex for node in nodes for meta in node._input_metadata):
         return "complex numbers"
     beside = 0
+    if any(isinstance(node, BackwardCFunction) for node in graph.order):
+        return "a node that Python runs, and that may run another backward pass"
     for node, leaf in graph.leaves.items():
-        if leaf._post_accumulate_grad_hooks or (node in inside and leaf._backward_hooks):
+        if leaf._post_accumulate_grad_hooks or leaf._backward_hooks:
             return "a hook on a leaf"
         if node in inside and not factors.is_factored(leaf):
             beside += leaf.numel()
