@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.modified import newer_group
 
-SOURCES = {"cpu": sorted(Path("csrc/cpu").glob("*.cpp")), "cuda": sorted(Path("csrc/cuda").glob("*.cu"))}
+SOURCES = {"cpu": sorted(Path("csrc/cpu").rglob("*.cpp")), "cuda": sorted(Path("csrc/cuda").glob("*.cu"))}
 INPUTS = ["setup.py", *(str(path) for path in Path("csrc").rglob("*"))]  # folders too: they show a removal
 EXCLUDED = {("none", "cpu"), ("none", "cuda"), ("cpu", "cuda")}
 REQUIRED = {"auto": [], "cpu": ["cpu"], "cuda": ["cpu", "cuda"], "none": []}
@@ -86,7 +86,7 @@ def cpu_commands():
     objects = {file.stem: [str(file)] for file in SOURCES["cpu"] if file.stem != "kernels"}
     # Baseline first: of an inline function that several objects hold, the linker keeps the first copy.
     for isa, flags in {"baseline": "", **({"avx2": AVX2, "avx512": AVX512} if x86 else {})}.items():
-        objects[f"kernels_{isa}"] = [*flags.split(), f"-DFPG_ISA={isa}", "csrc/cpu/kernels.cpp"]
+        objects[f"kernels_{isa}"] = [*flags.split(), f"-DFPG_ISA={isa}", "csrc/cpu/kernels/kernels.cpp"]
     command += ["-DFPG_HAVE_X86_ISAS=1"] if x86 else []
     return {stem: command + rest for stem, rest in objects.items()}, [*command, "-shared"]
 
@@ -111,8 +111,8 @@ class BuildExt(build_ext):
             return self.editable_mode and self.copy_file(in_source, target)
         commands, link = cpu_commands() if ext.name.endswith("cpu") else cuda_commands()
         objects = {f"{self.build_temp}/{ext.name}.{stem}.o": command for stem, command in commands.items()}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda file: self.spawn([*objects[file], "-c", "-o", file]), objects))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels, which take longest, first
+            list(pool.map(lambda file: self.spawn([*objects[file], "-c", "-o", file]), reversed(objects)))
         self.spawn([*link, *objects, "-o", target])
 
     def copy_extensions_to_source(self):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import methods
 from ._graph import check_kept, explain, leaves, unreached
+from ._losses import check_tensors, present_losses
 from ._warnings import warn_of_one_loss
 from .distributed.processes import check_graph
-from .functional import check_tensors, present_losses
 from .merging.by_factors import planned
 from .merging.by_rows import merge
 from .rows.choice import Choice, check_rows

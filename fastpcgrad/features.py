@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._blocks import addresses
+from ._losses import check_tensors
 from .distributed.processes import Choice, check_behind, check_process_group
-from .functional import check_tensors
 from .merging.by_rows import merge
 from .merging.report import ConflictReport
 from .methods import Method, PCGrad, check_method

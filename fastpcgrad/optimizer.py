@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import methods
+from ._losses import present_losses
 from ._warnings import warn, warn_of_one_loss
-from .functional import present_losses
 from .merging.report import ConflictReport
 from .rows.choice import Choice
 from .surgery import GradientSurgery

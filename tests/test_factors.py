@@ -10,8 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastpcgrad
 from fastpcgrad import methods
-from fastpcgrad.merging import by_factors
-from fastpcgrad.rows import factors
+from fastpcgrad.rows import choice, factors
 
 from . import random_graphs
 from .test_random_graphs import check, drawn
@@ -453,7 +452,7 @@ class TestFunctional:
 class TestChoice:
     @pytest.fixture
     def net_and_losses(self, monkeypatch):
-        for module in (factors, by_factors):
+        for module in (choice, factors):
             monkeypatch.setattr(module, "LEAST_ELEMENTS", 1000)
         net, x = trunk_and_heads(width=64, rows=8)
         return net, lambda: losses_of_heads(net, x)

@@ -13,7 +13,7 @@ PACKAGE = Path(fastpcgrad.__file__).parent
 FLOORS = (
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
     {"_checks", "_blocks", "variants", "balancing", "distributed"},
-    {"_ops", "_generators"},
+    {"_ops", "_generators", "_losses"},
     {"_derivatives"},
     {"backends"},
     {"functional"},
@@ -24,6 +24,8 @@ FLOORS = (
     {"rows.host", "rows.parameters", "rows.task_gradients", "merging.report"},
     {"rows.moved", "rows.memory_plan", "merging.problems"},
     {"rows.capture"},
+    {"rows.layout", "rows.factored_round"},
+    {"rows.stays"},
     {"merging.graph_pieces", "merging.by_factors"},
     {"merging.by_rows"},
     {"merging.two_phase"},

@@ -273,6 +273,7 @@ WORKSPACE = """
 import sys, torch
 from fastpcgrad import backends
 from fastpcgrad.rows.task_gradients import TaskGradients
+from fastpcgrad.variants import Guards
 from benchmarks.memory import watch
 
 def blocks(tasks, widths, dtype):

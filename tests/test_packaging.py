@@ -28,7 +28,7 @@ needs_nvcc = pytest.mark.skipif(not (NVCC and COMPILER), reason="there is no nvc
 
 SMALL_CSRC = {
     "version.h": f"#define VERSION {native.ABI_VERSION}\n",
-    "cpu/kernels.cpp": "namespace FPG_ISA { int lanes() { return 1; } }\n",
+    "cpu/kernels/kernels.cpp": "namespace FPG_ISA { int lanes() { return 1; } }\n",
     "cpu/library.cpp": """#include <omp.h>
 #include "version.h"
 namespace baseline { int lanes(); }

@@ -17,7 +17,7 @@ from .._modes import is_fake, is_on
 from ..backends import kernels
 from ..distributed.processes import is_initialized
 from ..methods import Elementwise, Method
-from ..rows.choice import LEAST_ELEMENTS, Choice, RowsReport, in_force
+from ..rows.choice import LEAST_ELEMENTS, Choice, RowsReport, in_force, is_large
 from ..rows.factors import Factored, Factors, all_dense, exact_dtypes, plan
 from ..rows.task_gradients import TaskGradients
 
@@ -52,11 +52,6 @@ def planned(
     if reason := _why_not(found, parameters, method, rows):
         return all_dense(reason, len(parameters))
     return plan(found, parameters, rows)
-
-
-def is_large(parameters: Sequence[Tensor]) -> bool:
-    """Whether factors may pay at all, before anything is known of the graph."""
-    return sum(p.numel() for p in parameters if p.dim() == 2) >= LEAST_ELEMENTS
 
 
 def _why_not(losses: Sequence[Tensor], parameters: Sequence[Tensor], method: Method, rows: Choice) -> str | None:

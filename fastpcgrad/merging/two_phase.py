@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils import checkpoint
 
 from .._graph import check_kept, explain
+from .._losses import check_losses, check_tensors
 from .._modes import is_fake
 from .._ops import Figures
 from ..backends import kernels
-from ..functional import check_losses, check_tensors
 from ..methods import Elementwise, Method
 from ..rows.parameters import UNDIVIDED, Division
 from ..rows.task_gradients import Row, TaskGradients

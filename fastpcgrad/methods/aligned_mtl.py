@@ -31,7 +31,7 @@ class AlignedMTL(CompiledMethod):
     Numerics: eigenvalues up to λ_max·T·2⁻⁵² count as zero. float64, see
         ``_compiled.CompiledMethod``.
     Source: Senushkin et al. 2023, Independent Component Alignment for Multi-Task Learning, CVPR, Alg. 1
-        (arXiv:2305.19000).
+        (arXiv:2305.19000). Oracle: ``reference.aligned_mtl``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.AlignedMTL().weights(G)

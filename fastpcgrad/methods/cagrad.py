@@ -23,7 +23,7 @@ class CAGrad(CompiledMethod):
         ValueError: an argument is negative or not finite.
     Numerics: see ``simplex.minimum``: exact up to rounding while ‖g_v‖ is not tiny. float64,
         see ``_compiled.CompiledMethod``.
-    Source: Liu et al. 2021, Conflict-Averse Gradient Descent, arXiv:2110.14048, Alg. 1.
+    Source: Liu et al. 2021, Conflict-Averse Gradient Descent, arXiv:2110.14048, Alg. 1. Oracle: ``reference.cagrad``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.CAGrad(c=0.5).weights(G)

@@ -29,7 +29,7 @@ class ConFIG(Method):
         opposites), all weights are 0. On the device of G, see ``_compiled.CompiledMethod``; where the library is not,
         by torch, whose ``eigh`` waits for a GPU.
     Source: Liu, Chu and Thuerey 2024, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
-        arXiv:2408.11104, eq. 2.
+        arXiv:2408.11104, eq. 2. Oracle: ``reference.conflict_free``.
     Example:
         >>> G = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.ConFIG().weights(G)

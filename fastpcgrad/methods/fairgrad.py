@@ -26,6 +26,7 @@ class FairGrad(CompiledMethod):
         there is no solution, the weights are large but finite. float64, see
         ``_compiled.CompiledMethod``.
     Source: Ban and Ji 2024, Fair Resource Allocation in Multi-Task Learning, arXiv:2402.15638, eq. 4.
+        Oracle: ``reference.fairgrad``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.FairGrad(alpha=1.0).weights(G)

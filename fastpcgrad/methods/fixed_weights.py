@@ -90,7 +90,7 @@ class RandomWeights(FixedWeights):
     Raises:
         TypeError: a generator of another type.
     Source: Lin et al. 2022, Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning,
-        arXiv:2111.10603 (RLW, normal distribution).
+        arXiv:2111.10603 (RLW, normal distribution). Oracle: ``reference.random_weights``.
     Example:
         >>> method = fastpcgrad.methods.RandomWeights(torch.Generator().manual_seed(0))
         >>> method.weights(torch.eye(3, dtype=torch.float64)).sum()

@@ -37,7 +37,7 @@ class GradDrop(Elementwise):
         TypeError, ValueError: a bad argument; when merging, a number of tasks that does not fit.
     Numerics: see ``Elementwise.aggregate``. A column of zeros gives 0.
     Source: Chen et al. 2020, Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout,
-        arXiv:2010.06808, Alg. 1, lines 10 to 15 (on the gradients of the parameters).
+        arXiv:2010.06808, Alg. 1, lines 10 to 15 (on the gradients of the parameters). Oracle: ``reference.graddrop``.
     Example:
         >>> J = torch.tensor([[1.0, 2.0, -1.0], [3.0, 0.0, -1.0]])
         >>> fastpcgrad.methods.GradDrop().aggregate(J)

@@ -44,7 +44,7 @@ class GradVac(Method):
     Numerics: float64 by the compiled library on the device of G; without one NumPy on a CPU, else torch on that device.
         Nothing waits for it. NaN or inf in G gives NaN weights
         and leaves φ̂ of that problem as it was.
-    Source: Wang et al. 2021, Gradient Vaccine, arXiv:2010.05874, Alg. 1.
+    Source: Wang et al. 2021, Gradient Vaccine, arXiv:2010.05874, Alg. 1. Oracle: ``reference.gradvac``.
     Example:
         >>> G = torch.tensor([[1.0, -0.6], [-0.6, 1.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.GradVac().solve(G).coefficients

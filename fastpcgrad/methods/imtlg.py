@@ -18,7 +18,7 @@ class IMTLG(CompiledMethod):
     Numerics: G⁺ leaves out the eigenvalues up to λ_max·T·2⁻⁵². Σv counts as zero below 1e-12, with the gradients
         scaled to trace G = 1 (TorchJD does not scale them). float64, see ``_compiled.CompiledMethod``.
     Source: Liu et al. 2021, Towards Impartial Multi-task Learning, ICLR; for dependent task gradients Quinton and Rey
-        2024, arXiv:2406.16232.
+        2024, arXiv:2406.16232. Oracle: ``reference.imtlg``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.IMTLG().weights(G)

@@ -30,7 +30,7 @@ class MGDA(CompiledMethod):
         ValueError: ``epsilon`` or ``max_iters`` is not positive; unknown ``solver``.
     Numerics: float64, see ``_compiled.CompiledMethod``; ``exact``: see ``simplex.minimum``.
     Source: Désidéri 2012, doi:10.1016/j.crma.2012.03.014; Sener and Koltun 2018, arXiv:1810.04650, Alg. 2.
-        ``exact``: Wolfe 1976, doi:10.1007/BF01580381.
+        ``exact``: Wolfe 1976, doi:10.1007/BF01580381. Oracles: ``reference.frank_wolfe``, ``reference.mgda``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.MGDA().weights(G)

@@ -40,6 +40,7 @@ class NashMTL(Method):
         there is no solution, the weights are large but finite. NaN or inf in G never enters the state: the weights are
         then found in the next call. float64 on the host, where the state is; waits for the device of G.
     Source: Navon et al. 2022, Multi-Task Learning as a Bargaining Game, arXiv:2202.01017, Alg. 1.
+        Oracle: ``reference.nash_mtl``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.NashMTL(max_norm=0).weights(G)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, cast
+
+from torch import Tensor
 
 Choice = Literal["auto", "dense", "factored"]
 
@@ -72,6 +74,11 @@ def in_force(rows: Choice) -> Choice:
     if named not in ("auto", "dense"):
         raise ValueError(f"{_VARIABLE} must be auto or dense; found {named!r}")
     return "dense" if named == "dense" or _switched_off.get() else rows
+
+
+def is_large(parameters: Iterable[Tensor]) -> bool:
+    """Whether factors may pay at all, before anything is known of the graph."""
+    return sum(p.numel() for p in parameters if p.dim() == 2) >= LEAST_ELEMENTS
 
 
 def factors_pay(rows: int, inner: int, outer: int, tasks: int) -> bool:

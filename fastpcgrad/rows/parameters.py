@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .._gradients import as_real, gradient_dtype
-from ..functional import check_tensors
+from .._losses import check_tensors
 
 Granularity = Literal["model", "group", "parameter"] | Sequence[Iterable[Tensor]]
 Collections = list[list[Tensor]]
+CheckedGranularity = Literal["model", "group", "parameter"] | Collections
 
 
 class Division(NamedTuple):
@@ -99,7 +100,7 @@ def check_parameters(
             raise ValueError(f"shared holds a tensor {list(p.shape)} that is none of the parameters")
 
 
-def check_granularity(granularity: Granularity) -> Literal["model", "group", "parameter"] | Collections:
+def check_granularity(granularity: Granularity) -> CheckedGranularity:
     """Its name, or each collection as a list."""
     if granularity in ("model", "group", "parameter"):
         return granularity
@@ -121,7 +122,7 @@ def check_granularity(granularity: Granularity) -> Literal["model", "group", "pa
 
 def problem_of_each(
     parameters: Sequence[Tensor],
-    granularity: Literal["model", "group", "parameter"] | Collections,
+    granularity: CheckedGranularity,
     groups: Sequence[dict[str, Any]],
     shared: Sequence[Tensor] | None,
 ) -> list[int] | None:

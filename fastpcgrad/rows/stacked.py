@@ -132,7 +132,8 @@ def _through_product(node: Any, delta: Tensor, leads: Sequence[bool]) -> list[Te
     to_input = delta @ node._saved_mat2.t() if leads[-2] else None
     if node.name() == "MmBackward0":
         return [to_input, None]
-    return [delta * node._saved_beta if leads[0] else None, to_input, None]
+    beta = node._saved_beta
+    return [None if not leads[0] else delta if beta == 1 else delta * beta, to_input, None]
 
 
 def find_trunk(factors: Factors) -> Trunk | str:
@@ -237,7 +238,10 @@ class Trial:
         factors.known.stacked = False
         if self._clones.count or len(self._seeds) != len(rows) or any(map(has_hooks, factors.graph.leaves)):
             return
-        deltas, leaves = trunk.run(torch.cat(self._seeds))
+        try:
+            deltas, leaves = trunk.run(torch.cat(self._seeds))
+        except RuntimeError:  # of a formula that does not take stacked gradients; nothing was changed by then
+            return
         pairs = [
             (deltas[node][slot], weight.delta[slot, first : first + deltas[node].shape[1]])
             for weight, node, first in factors.uses
@@ -250,14 +254,16 @@ class Trial:
         factors.known.stacked = _are_alike(pairs)
 
 
-def _are_alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Up to rounding, with room for sums in another order.
+def _are_alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool | None:
+    """Up to rounding, with room for sums in another order; None where something is not finite.
 
     Some may be nothing else (of a bias before a normalisation): the longest says how much there is.
     """
     unit = max(torch.finfo(each.dtype).eps for pair in pairs for each in pair)
     errors = torch.stack([torch.linalg.vector_norm(own - other) for own, other in pairs])
     lengths = torch.stack([torch.linalg.vector_norm(other) for _, other in pairs])
+    if not bool(lengths.isfinite().all()):
+        return None
     return bool((errors <= 64 * unit * torch.maximum(lengths, lengths.amax() / 16)).all())
 
 
@@ -310,14 +316,14 @@ def run_stacked(factors: Factors, trunk: Trunk, losses: Sequence[Tensor], retain
             seeds.append(next(found))
             factors.note_captured([None if edge is None else next(found) for edge in edges])
             rows.append(factors.row_of(zip(heads, found, strict=True)))
-    meta = trunk.edge.node._input_metadata[trunk.edge.output_nr]
-    zeros = torch.zeros(meta.shape, dtype=meta.dtype, device=losses[0].device)
-    deltas, leaves = trunk.run(torch.stack([zeros if seed is None else seed for seed in seeds]))
-    for weight, node, first in factors.uses:
-        if node in deltas:
-            for slot in range(len(losses)):
-                weight.add(slot, first, deltas[node][slot])
-    for node, gradients in leaves.items():
-        for row, grad in zip(rows, gradients.unbind(), strict=True):
-            row[trunk.leaves[node]] = grad
+    there = {slot: seed for slot, seed in enumerate(seeds) if seed is not None}
+    if there:
+        deltas, leaves = trunk.run(torch.stack(list(there.values())))
+        for weight, node, first in factors.uses:
+            if node in deltas:
+                for slot, delta in zip(there, deltas[node], strict=True):
+                    weight.add(slot, first, delta)
+        for node, gradients in leaves.items():
+            for slot, grad in zip(there, gradients, strict=True):
+                rows[slot][trunk.leaves[node]] = grad
     return rows

@@ -42,7 +42,7 @@ def surgery_for(model, **options):
 
 def memory_of_rows(surgery):
     """The host memory of each row that was filled."""
-    return list(surgery._layout.capture.rows._host._rows.values())
+    return list(surgery._layouts.current.capture.rows._host._rows.values())
 
 
 def run(model, surgery, shares=1):
