@@ -1,7 +1,7 @@
 """Builds the native libraries without Python's or torch's headers: one wheel serves all versions.
 
-FASTPCGRAD_BUILD: auto = those with a compiler here, for the CPU with OpenMP (else the package says at run time why);
-cpu = the CPU library, or fail; cuda = both libraries, or fail; none. CXX, CXXFLAGS and CUDA_HOME are obeyed.
+FASTPCGRAD_BUILD: auto = those with a compiler here that works, for the CPU with OpenMP (else the package says at run
+time why); cpu = the CPU library, or fail; cuda = both libraries, or fail; none. CXX, CXXFLAGS and CUDA_HOME are obeyed.
 """
 
 import os
@@ -38,14 +38,27 @@ def cpu_command():
     return [*CXX, *CPU_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
 
+def said_by(command, source):
+    """What a compiler says that cannot make a library of a source file; empty if it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "probe.cu")
+        file.write_text(source)
+        result = subprocess.run([*command, str(file), "-o", f"{folder}/probe.so"], text=True, stderr=subprocess.PIPE)
+    return (result.stderr.strip() or f"exit status {result.returncode}") if result.returncode else ""
+
+
 def why_no_openmp():
     """Why the compiler cannot build a library with OpenMP; empty if it can."""
-    source = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
-    with tempfile.TemporaryDirectory() as folder:
-        command = [*cpu_command(), "-shared", "-xc++", "-", "-o", f"{folder}/probe.so"]
-        result = subprocess.run(command, input=source, text=True, stderr=subprocess.PIPE)
-    said = result.stderr.strip() or f"exit status {result.returncode}"
-    return f"{shlex.join(CXX)} cannot build with OpenMP (install it, or set CXX): {said}" if result.returncode else ""
+    said = said_by(
+        [*cpu_command(), "-shared", "-xc++"], "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
+    )
+    return f"{shlex.join(CXX)} cannot build with OpenMP (install it, or set CXX): {said}" if said else ""
+
+
+def why_no_cuda():
+    """Why nvcc cannot build a library, most often for want of a C++ compiler that it takes; empty if it can."""
+    said = said_by([NVCC, "-shared", "-Xcompiler=-fPIC"], "#include <cuda_runtime.h>\n__global__ void empty() {}\n")
+    return f"{NVCC} cannot build (set CUDA_HOME, or NVCC_CCBIN to a C++ compiler that it takes): {said}" if said else ""
 
 
 def why_missing(name):
@@ -58,7 +71,7 @@ def why_missing(name):
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), ""):
         return reason
-    return why_no_openmp() if MODE == "auto" and name == "cpu" else ""
+    return {"cpu": why_no_openmp, "cuda": why_no_cuda}[name]() if MODE == "auto" else ""
 
 
 if MODE not in REQUIRED:

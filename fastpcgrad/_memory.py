@@ -11,8 +11,9 @@ from operator import attrgetter
 import torch
 from torch import Tensor, UntypedStorage
 
+from ._torch import storage_use_count
+
 _ADDRESS = attrgetter("_cdata")
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bool:
@@ -44,14 +45,14 @@ def _counts(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> Coun
     The second finds views, DLPack capsules and NumPy arrays; not those who hold the tensor itself, who share its one
     reference to its memory. These the first finds, and the third those who hold ``tensor.untyped_storage()``.
     """
-    references, uses = sys.getrefcount, _use_count
+    references, uses = sys.getrefcount, storage_use_count
     assert uses is not None
     return set(map(references, grads)), set(map(uses, map(_ADDRESS, storages))), set(map(references, storages))
 
 
 def _counts_of_one_alone() -> Counts | None:
     """What ``_counts`` gives for a gradient that nobody else holds, which differs between versions; None: unknown."""
-    if _use_count is None:
+    if storage_use_count is None or not hasattr(UntypedStorage, "_cdata"):
         return None
     parameter = torch.zeros(2, device="cpu", requires_grad=True)
     parameter.grad = torch.ones(2, device="cpu")

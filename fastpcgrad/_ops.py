@@ -8,6 +8,7 @@ ranges, each with a Gram matrix, weights or coefficients of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,11 +91,16 @@ def new_figures(grads: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor,
     return gram, torch.empty_like(gram), gram.new_empty(gram.shape[:-1])
 
 
+def written_by(name: str) -> str | None:
+    """The argument that an op overwrites."""
+    found = re.search(r"\(a!\) (\w+)", SCHEMAS[name])
+    return None if found is None else found[1]
+
+
 def checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """What serves an op, for calls that come through the dispatcher: nobody has looked at their arguments."""
-    arguments = op_named(name)._schema.arguments
-    names = [argument.name for argument in arguments]
-    written = next((argument.name for argument in arguments if argument.alias_info is not None), None)
+    names = re.findall(r"(\w+)(?:=\w+)?[,)]", SCHEMAS[name].split(" -> ")[0])
+    written = written_by(name)
 
     def call(*given: Any) -> Any:
         check_arguments(dict(zip(names, given, strict=False)), written)  # defaults are left out

@@ -32,7 +32,8 @@ def grad(
     """The merged gradient of several task losses with respect to ``inputs``; no ``.grad`` is touched.
 
     Args:
-        losses: T scalar losses, None for a task that is absent, or one tensor ``[T]``; they may share a graph.
+        losses: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may share a
+            graph.
         inputs: tensors that require grad, of one device and dtype; need not be leaves.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         retain_graph: keep the graphs for another backward pass; else the last pass frees them.
@@ -76,7 +77,8 @@ def backward(
     """Add the merged gradient of several task losses to ``.grad``, as ``torch.autograd.backward`` adds.
 
     Args:
-        losses: T scalar losses, None for a task that is absent, or one tensor ``[T]``; they may share a graph.
+        losses: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may share a
+            graph.
         inputs: leaves that require grad; None: all leaves of the graphs.
         method, retain_graph, process_group, rows: see ``grad``.
     Raises:

@@ -129,9 +129,9 @@ class PCGrad(torch.optim.Optimizer):
         """Run each task loss backward and replace ``.grad`` by the merged gradient.
 
         Args:
-            objectives: T scalar losses, None for a task that is absent, or one tensor ``[T]``; they may share a graph.
-                Elements of a tensor share at least that: a backward pass of one gives what only others depend on zeros,
-                which count as a gradient.
+            objectives: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may
+                share a graph. Elements of a tensor share at least that: a backward pass of one gives what only others
+                depend on zeros, which count as a gradient.
             retain_graph: keep the graphs for another backward pass; else the last pass frees them.
         Raises:
             TypeError: objectives that are no real floating-point tensors.

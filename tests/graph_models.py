@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -48,10 +51,25 @@ class Heads(MLP):
         self.heads = nn.ModuleList(nn.Linear(WIDTH, 2) for _ in range(6))
 
     def forward(self, tasks):
+        return list(map(self.loss, range(tasks), repeat(self.trunk())))
+
+    def trunk(self):
         h = self.x
         for layer in self.layers:
             h = layer(h).tanh()
-        return [losses_of(head(h), t + 1)[t] for t, head in zip(range(tasks), self.heads, strict=False)]
+        return h
+
+    def loss(self, t, h):
+        return losses_of(self.heads[t](h), t + 1)[t]
+
+
+class HeadsInThreads(Heads):
+    """Each thread numbers its nodes by itself, so that those of the heads come before those of the trunk."""
+
+    def forward(self, tasks):
+        h = self.trunk()
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self.loss, range(tasks), repeat(h)))
 
 
 class Residual(MLP):
@@ -250,6 +268,7 @@ class SeveralGraphs(MLP):
 MODELS = (
     MLP,
     Heads,
+    HeadsInThreads,
     Residual,
     LongSkips,
     Dense,

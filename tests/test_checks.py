@@ -265,6 +265,7 @@ BAD = {
         places().int(),
         places(tasks=2),
         places(3),
+        torch.stack([places(), places() - 1]),
         places()[0],
     ],
     "eps": [-1.0, float("nan")],
@@ -299,10 +300,11 @@ def test_the_op_itself_refuses_a_bad_argument(backend, op, name, index):
 
 
 @pytest.mark.parametrize("op", ["mix_", "pcgrad_"])
-def test_the_op_itself_refuses_overlapping_rows_that_it_would_overwrite(backend, op):
-    grads = torch.randn(100).as_strided((3, 40), (20, 1))
+@pytest.mark.parametrize("stride", [0, 20, 39])
+def test_the_op_itself_refuses_overlapping_rows_that_it_would_overwrite(backend, op, stride):
+    grads = torch.randn(118).as_strided((3, 40), (stride, 1))
     before = grads.clone()
-    with pytest.raises(ValueError, match=r"overlapping rows .* strides \(20, 1\)"):
+    with pytest.raises(ValueError, match=rf"overlapping rows .* strides \({stride}, 1\)"):
         getattr(OPS, op)(**(GOOD[op]() | {"grads": grads}))
     assert torch.equal(grads, before)
 

@@ -92,3 +92,12 @@ def test_a_missing_library_is_said_once_and_a_forced_backend_says_nothing(monkey
         assert torch.equal(fastpcgrad.pcgrad(J), expected)
     monkeypatch.setattr(backends, "_chosen", {})
     assert torch.equal(fastpcgrad.pcgrad(J), expected)
+
+
+def test_without_a_device_it_says_whether_the_cuda_library_was_built(config, monkeypatch):
+    """Else a build on a machine without a GPU could not be looked at there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "load_error", lambda name: f"the {name} library was not built: no nvcc")
+    assert config().splitlines()[-1] == "  cuda: the cuda library was not built: no nvcc"
+    monkeypatch.setattr(native, "load_error", lambda name: None)
+    assert config().splitlines()[-1] == "  cuda: the library is here and can be loaded"

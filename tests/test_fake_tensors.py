@@ -124,6 +124,24 @@ def test_tensors_of_the_meta_device_give_such():
     assert (merged.shape, merged.dtype, merged.device.type) == ((7,), torch.bfloat16, "meta")
 
 
+@pytest.mark.parametrize("make_method", list(all_methods()))
+def test_methods_take_a_gram_matrix_of_the_meta_device(make_method):
+    method, G = make_method(), torch.empty(2, TASKS, TASKS, device="meta", dtype=torch.float64)
+    if isinstance(method, methods.Elementwise):
+        pytest.skip("needs the task gradients themselves")
+    weights = method.weights(G)
+    assert (weights.shape, weights.dtype, weights.device.type) == ((2, TASKS), torch.float64, "meta")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_on_the_meta_device_gets_gradients(way):
+    with torch.device("meta"):
+        model = make_model()
+        WAYS[way](model, methods.PCGrad("tensorflow"))
+    assert all(p.grad.is_meta and p.grad.shape == p.shape for p in model.parameters())
+    assert_a_real_step_is_right(way)
+
+
 BALANCERS = {
     "GradNorm": lambda: balancing.GradNorm(TASKS, alpha=0.5),
     "FAMO": lambda: balancing.FAMO(TASKS),

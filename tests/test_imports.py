@@ -1,6 +1,7 @@
 """Who may import whom: each module of the package imports only what lies in a lower room."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import fastpcgrad
 PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
+    {"_torch"},
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
-    {"_checks", "_blocks", "variants", "balancing", "distributed"},
-    {"_ops", "_generators", "_losses"},
-    {"_derivatives"},
+    {"_checks", "_blocks", "variants", "distributed"},
+    {"_ops", "_generators", "_losses", "balancing"},
     {"backends"},
+    {"_derivatives"},
     {"functional"},
     {"methods"},
     {"rows.choice"},
@@ -39,7 +41,9 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {
     "reference": set(),
     "variants": {"_modes"},
-    "backends": {"_ops", "_blocks", "_memory", "_checks", "_modes", "_warnings", "_version", "variants", "reference"},
+    "backends": {
+        *("_ops", "_blocks", "_memory", "_checks", "_modes", "_warnings", "_version", "_torch", "variants", "reference")
+    },
 }
 """Rooms that may import less than all that lies below them."""
 
@@ -116,6 +120,46 @@ def _within(module, owners):
     return owners is None or any(f"{module}.".startswith(f"fastpcgrad.{owner}.") for owner in owners)
 
 
+def private_names_of_torch(source):
+    """What begins with an underscore and is imported from torch, or is a module's of torch.
+
+    Not what a tensor or another object has; nor ``torch._foreach_...``, which is documented.
+    """
+    tree = ast.parse(source)
+    roots, found = {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                roots[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+            roots |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    found += [name for node in ast.walk(tree) for name in (_dotted(node, roots), _looked_up(node)) if name]
+    private = [name for name in found if re.match(r"torch\b.*\._[a-zA-Z]", name)]
+    return sorted({name for name in private if not name.startswith("torch._foreach_")})
+
+
+def _dotted(node, roots):
+    """The dotted name of an attribute of what was imported."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    is_imported = bool(parts) and isinstance(node, ast.Name) and node.id in roots
+    return ".".join([roots[node.id], *reversed(parts)]) if is_imported else ""
+
+
+def _looked_up(node):
+    """A private name that is looked up by its string."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+        of, name = node.args[:2]
+        if isinstance(name, ast.Constant) and name.value.startswith("_") and ast.unparse(of).startswith("torch"):
+            return f"{ast.unparse(of)}.{name.value}"
+    return ""
+
+
 def modules():
     """(dotted name, file, whether it is a package's own file) of everything in the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -128,6 +172,12 @@ def modules():
 @pytest.mark.parametrize(("module", "path", "is_package"), list(modules()))
 def test_each_module_imports_only_lower_rooms(module, path, is_package):
     assert violations(module, path.read_text(encoding="utf-8"), is_package) == []
+
+
+@pytest.mark.parametrize(("module", "path", "is_package"), list(modules()))
+def test_private_names_of_torch_are_looked_for_in_one_module(module, path, is_package):
+    found = private_names_of_torch(path.read_text(encoding="utf-8"))
+    assert (module == "fastpcgrad._torch") == bool(found), found
 
 
 @pytest.mark.parametrize(("module", "path", "is_package"), list(modules()))
@@ -171,6 +221,39 @@ def test_every_room_exists():
 )
 def test_a_violation_is_found(module, source):
     assert len(violations(f"fastpcgrad.{module}", source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch._C._storage_Use_Count(0)",
+        "import torch._C",
+        "import torch as t\nt._C",
+        "from torch import _C",
+        "from torch._C import DispatchKeySet",
+        "from torch._subclasses import FakeTensor",
+        "from torch.autograd import Variable\nVariable._execution_engine.run_backward()",
+        "from torch.autograd import forward_ad\nforward_ad._current_level >= 0",
+        "def f():\n    import torch._functorch.config as functorch",
+        "import torch\ngetattr(torch._C, '_storage_Use_Count', None)",
+        "import torch\ngetattr(torch, '_C')",
+    ],
+)
+def test_a_private_name_is_found(source):
+    assert private_names_of_torch(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch._foreach_copy_([], [])",
+        "def f(p):\n    return p._version",
+        "from ._torch import forward_mode\nforward_mode._current_level",
+        "import torch\ntorch.overrides.has_torch_function_unary",
+    ],
+)
+def test_what_is_not_private_passes(source):
+    assert private_names_of_torch(source) == []
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,22 @@ def test_a_compiler_without_openmp_is_an_error_where_the_library_was_asked_for(p
 
 
 @needs_compiler
+def test_an_nvcc_that_cannot_build_leaves_the_cuda_library_out_and_the_package_says_so(project):
+    """As one that is older than the machine's C++ compiler: nobody who wants the CPU library is to be stopped by it."""
+    project.write("csrc/cuda/gram.cu", SMALL_CUDA)
+    project.write("toolkit/bin/nvcc", "#!/bin/sh\necho '#error -- unsupported GNU version!' >&2\nexit 1\n")
+    nvcc = project.folder / "toolkit" / "bin" / "nvcc"
+    nvcc.chmod(0o755)
+    toolkit = {"CUDA_HOME": str(project.folder / "toolkit")}
+    wheel = project.wheel("--no-build-isolation", FASTPCGRAD_BUILD="auto", **toolkit)
+    assert native_files(wheel) == {"libfastpcgrad_cpu.so", "libfastpcgrad_cuda.missing"}
+    with zipfile.ZipFile(wheel) as archive:
+        note = archive.read("fastpcgrad/libfastpcgrad_cuda.missing").decode()
+    assert f"{nvcc} cannot build" in note and "unsupported GNU version" in note and "NVCC_CCBIN" in note
+    assert "unsupported GNU version" in project.run_bad(*WHEEL, FASTPCGRAD_BUILD="cuda", **toolkit)
+
+
+@needs_compiler
 def test_headers_of_openmp_without_its_library_are_not_enough(project):
     """As where libgomp is not installed beside the compiler: it compiles, and cannot link."""
     wheel = project.wheel("--no-build-isolation", CXXFLAGS="-L/nowhere -lno_such_openmp", FASTPCGRAD_BUILD="auto")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastpcgrad
+from fastpcgrad import _generators as generator_state
 from fastpcgrad import methods, variants
 from tests.methods.test_in_surgery import ARGUMENTS, all_methods
 
@@ -144,6 +145,23 @@ def test_global_generators_stay_as_they_are_where_the_checkpoint_does_not_hold_t
     before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     run.surgery.load_state_dict(state)
     assert (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+def test_generators_go_on_between_the_two_normals_that_they_make_at_once():
+    own = random.Random(3)
+
+    def draw():
+        return own.gauss(0, 1), random.gauss(0, 1), numpy.random.normal(), torch.randn(()).item()
+
+    disturb(4)
+    draw()
+    state = checkpointed([generator_state.state_of(own), generator_state.global_states()])
+    expected = draw()
+    own.seed(5)
+    disturb(5)
+    generator_state.set_state(own, state[0])
+    generator_state.set_global_states(state[1])
+    assert draw() == expected
 
 
 def test_a_state_of_the_wrapped_optimizer_loads_into_the_wrapper_and_back():

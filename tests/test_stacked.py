@@ -6,11 +6,12 @@ from torch import nn
 
 import fastpcgrad
 from fastpcgrad import methods
-from fastpcgrad.rows import stacked
+from fastpcgrad.rows import factors, stacked
 
 from . import random_graphs
 from .test_factors import TASKS, Hidden, assert_merged, losses_of_heads, rows_of, surgery_of, trunk_and_heads
 from .test_random_graphs import check, drawn
+from .without_private_names import load
 
 FIRST = "the first two steps of the graph, or since somebody has registered a hook"
 OTHER = "a hook on a leaf, an activation that retains its gradient, or stacked gradients that were others"
@@ -51,6 +52,13 @@ def test_kinds_of_trunks(kind):
     model, twin = (drawn(seed, TASKS, kinds) for _ in range(2))
     reports = check(model, twin, torch.randn(model.shape, dtype=torch.float64), TASKS)
     assert [report.rows.loop for report in reports] == [FIRST, FIRST, None, None]
+
+
+@pytest.mark.parametrize("name", ["hooks_registered", "nodes_made"])
+def test_a_torch_that_counts_neither_hooks_nor_nodes_is_never_stacked(name, monkeypatch):
+    monkeypatch.setattr(factors, name, getattr(load(), name))
+    surgery, net, losses = setting()
+    assert [step(surgery, net, losses) for _ in range(4)] == [FIRST] * 4
 
 
 def test_dropout_has_the_masks_of_the_forward_pass():

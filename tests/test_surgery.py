@@ -190,11 +190,13 @@ def test_a_task_can_be_entered_again_after_an_exception(failing):
     setting.assert_grad(setting.oracle(0, 1, 2))
 
 
-def test_an_exception_leaves_grad_as_it_was_before_the_task():
+@pytest.mark.parametrize("failing", range(3))
+@pytest.mark.parametrize("there", range(3))
+def test_an_exception_leaves_grad_as_it_was_before_the_task(failing, there):
     setting = Setting()
-    setting.loss(2).backward()
+    setting.parameters[there].grad = torch.randn_like(setting.parameters[there])
     before = snapshot(setting.parameters)
-    setting.fails(0)
+    setting.fails(failing)
     assert_unchanged(setting.parameters, before)
 
 
@@ -383,6 +385,25 @@ def test_only_shared_parameters_undergo_surgery(shared):
         for task in setting.gradients
     ]
     torch.testing.assert_close(report.gram, reference.gram(torch.stack(rows)))
+
+
+@pytest.mark.parametrize("shared", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_a_parameter_that_is_not_shared_is_no_problem(shared):
+    setting = Setting()
+    named = [setting.parameters[p] for p in shared]
+    setting.surgery = fastpcgrad.GradientSurgery(
+        setting.parameters, 3, methods.PCGrad(FIXED), shared=named, granularity="parameter"
+    )
+    setting.fill(0, 1, 2)
+    report = setting.surgery.merge()
+    assert report.weights.shape == (len(shared), 3)
+    expected = [sum(g for g in column if g is not None) for column in zip(*setting.gradients, strict=True)]
+    for gram, p in zip(report.segment_grams, shared, strict=True):
+        chosen = [[task[p]] for task in setting.gradients]
+        (expected[p],) = reference.merge(chosen, [setting.parameters[p]], FIXED)
+        rows = [torch.zeros(setting.parameters[p].numel()) if g is None else g.flatten() for (g,) in chosen]
+        torch.testing.assert_close(gram, reference.gram(torch.stack(rows)))
+    setting.assert_grad(expected)
 
 
 def test_row_dtype_bfloat16_halves_the_rows_and_keeps_to_its_tolerance():

@@ -243,6 +243,30 @@ def test_gradients_that_are_assigned_inside_a_task_count(surgery_for):
     assert p.grad.tolist() == [1.0] * 3
 
 
+def test_a_hook_that_comes_within_a_task_sees_the_gradient(surgery_for):
+    p, seen = torch.zeros(3, requires_grad=True), []
+    surgery = surgery_for([p], 1)
+    with surgery.task(0):
+        handle = p.register_post_accumulate_grad_hook(lambda p: seen.extend(p.grad.tolist()))
+        (2 * p).sum().backward()
+    handle.remove()
+    surgery.merge()
+    assert seen == p.grad.tolist() == [2.0] * 3
+
+
+def test_hooks_of_a_surgery_that_is_gone_go_with_the_next_round(surgery_for):
+    p = torch.zeros(3, requires_grad=True)
+    gone = surgery_for([p], 1)
+    gone.task(0).__enter__()
+    del gone
+    gc.collect()
+    surgery = surgery_for([p], 1)
+    run(surgery, [p], 0, [torch.ones(3)])
+    assert not p._post_accumulate_grad_hooks
+    surgery.merge()
+    assert p.grad.tolist() == [1.0] * 3
+
+
 @pytest.mark.parametrize("options", [{"row_dtype": HALF}, {"row_dtype": DOUBLE}])
 def test_no_room_for_the_merged_gradient_ends_the_round(options, monkeypatch):
     parameters = [torch.zeros(4, requires_grad=True) for _ in range(3)]

@@ -77,6 +77,14 @@ def test_one_gradient_that_is_copied_leaves_the_others_as_they_are(odd):
     assert torch.equal(copy, odd.to_dense().float())
 
 
+def test_a_gradient_of_another_dtype_of_the_same_size_is_converted():
+    grads = TaskGradients([torch.zeros(6, dtype=torch.float16)])
+    given = torch.arange(6.0).bfloat16()
+    grads.put(0, [given])
+    (found,) = values_of(grads, 0)
+    assert found.dtype == torch.float16 and torch.equal(found, given.half())
+
+
 def test_a_gradient_that_is_a_piece_of_a_larger_tensor_is_copied():
     """What lies beside it is somebody else's, and stays alive as long as the piece."""
     whole = torch.arange(6.0)

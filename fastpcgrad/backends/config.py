@@ -9,6 +9,7 @@ import torch
 
 from .. import backends
 from .._version import __version__
+from . import native
 
 
 def show_config() -> str:
@@ -21,6 +22,7 @@ def show_config() -> str:
     for device_type in ("cpu", "cuda"):
         if device_type == "cuda" and not torch.cuda.is_available():
             lines.append("CUDA tensors: this torch sees no CUDA device")
+            lines.append(f"  cuda: {native.load_error('cuda') or 'the library is here and can be loaded'}")
             continue
         lines.append(f"{device_type} tensors: {backend_in_use(device_type, detailed=False)}")
         for name in backends.NAMES:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _ops
 from .._blocks import Blocks
+from .._torch import raw_stream
 from ..variants import Guards
 from . import abi, eager, native
 from .abi import BLOCKS, DTYPES, F64, I64, INT, POINTER, ROWS, SOLVE
@@ -113,8 +114,7 @@ def _on(index: int | None) -> AbstractContextManager[Any]:
 
 
 def _stream(index: int | None) -> int:
-    # Its number alone: torch.cuda.current_stream makes an object of it.
-    return 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
+    return 0 if index is None else raw_stream(index)
 
 
 def _call(name: str, device: torch.device, *arguments: object) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -133,6 +133,18 @@ def _pcgrad_(
     return backend.pcgrad_(grads, order, Guards(self_projection, eps, min_squared_norm), segments, figures)
 
 
+BODIES: dict[str, Callable[..., Any]] = {
+    "gram": _gram,
+    "pcgrad_coefficients": _pcgrad_coefficients,
+    "combine": _combine,
+    "combine_out": _combine_out,
+    "mix_": _mix_,
+    "pcgrad": _pcgrad,
+    "pcgrad_": _pcgrad_,
+    "pcgrad_out": _pcgrad_out,
+}
+"""What serves each op."""
+
 gram = _op("gram", _gram)
 pcgrad_coefficients = _op("pcgrad_coefficients", _pcgrad_coefficients)
 combine = _op("combine", _combine)
@@ -244,7 +256,9 @@ def sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, su
 
 
 def trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
-    _for_columns(out, rows).trimmed_mean(rows, trim, out)
+    backend = _for_columns(out, rows)
+    _mark_written(out)
+    backend.trimmed_mean(rows, trim, out)
 
 
 def _for_columns(written: Tensor, rows: Sequence[Tensor | None]) -> BlockFunctions:

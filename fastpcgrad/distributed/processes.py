@@ -39,6 +39,16 @@ _REMEDY = (
     "'with surgery.task(t)'"
 )
 
+_OF_ROWS = (
+    "With GradientSurgery(..., process_group='local') and a forward of its own for each task inside 'with "
+    "surgery.task(t)' the rows are averaged as they arise; seed the method's generator alike in all processes. In "
+    "other calls process_group='local' merges what this process alone has seen"
+)
+_OF_NORMS = (
+    "Give GradNorm.note(task, loss, norm) the norms of averaged gradients, and losses that are averaged over the "
+    "processes, so that all come to the same weights; process_group='local' balances by what this process alone saw"
+)
+
 _no_replicas: Replicas = frozenset()
 _replicas_of: Any = WeakTensorKeyDictionary()
 """By each parameter that was looked up for a call that keeps nothing: its replicas."""
@@ -129,12 +139,13 @@ class Processes:
             )
 
 
-def check_graph(tensors: Sequence[Tensor], process_group: object) -> None:
+def check_graph(tensors: Sequence[Tensor], process_group: object, remedy: str = _OF_ROWS) -> None:
     """Before ``torch.autograd.grad``, in a call that keeps nothing.
 
     Args:
         tensors: all leaves of the graph, and what else the gradients are taken of.
         process_group: see ``check_process_group``.
+        remedy: what to do instead.
     Raises, Warns:
         see ``Processes.check``; also for ``static_graph``.
     """
@@ -143,7 +154,7 @@ def check_graph(tensors: Sequence[Tensor], process_group: object) -> None:
     if not is_initialized():
         return
     replicas = _remembered(tensors)
-    _check_replicas(replicas, choice)
+    _check_replicas(replicas, choice, remedy)
     if module := _blamed(replicas, lambda m: _averages(m) and getattr(m, "static_graph", False)):
         raise NotImplementedError(
             f"{_name(module)} with static_graph=True learns from its first backward pass and is passed by in this one, "
@@ -151,7 +162,18 @@ def check_graph(tensors: Sequence[Tensor], process_group: object) -> None:
         )
 
 
-def check_behind(features: Sequence[Tensor], process_group: Choice) -> None:
+def check_layer(layer: Sequence[Tensor], process_group: object) -> None:
+    """Before norms of the task gradients at a layer are taken: parameters, or what is computed from some.
+
+    Raises, Warns:
+        see ``check_graph``.
+    """
+    choice = check_process_group(process_group)
+    check_behind([z for z in layer if not z.is_leaf], choice, _OF_NORMS)
+    check_graph(layer, choice, _OF_NORMS)
+
+
+def check_behind(features: Sequence[Tensor], process_group: Choice, remedy: str = _OF_ROWS) -> None:
     """Before the gradients at ``features`` are merged, for all parameters that these depend on.
 
     In a training loop they are other tensors in each step. As long as the parameter nearest to each is the same, they
@@ -160,7 +182,7 @@ def check_behind(features: Sequence[Tensor], process_group: Choice) -> None:
     Raises, Warns:
         see ``Processes.check``.
     """
-    if not is_initialized():
+    if not features or not is_initialized():
         return
     nearest = [next((p for p in leaves([z], hidden=True) if isinstance(p, Parameter)), None) for z in features]
     if all(p is not None and not _is_stale(_replicas_behind.get(p)) for p in nearest):
@@ -170,7 +192,7 @@ def check_behind(features: Sequence[Tensor], process_group: Choice) -> None:
         _refuse_sharded([*features, *behind])
         replicas = _remembered(behind)
         _replicas_behind.update((p, replicas) for p in nearest if p is not None)
-    _check_replicas(replicas, process_group)
+    _check_replicas(replicas, process_group, remedy)
 
 
 def is_initialized() -> bool:
@@ -197,22 +219,19 @@ def _refuse_sharded(tensors: Iterable[Tensor]) -> None:
             raise NotImplementedError(f"found a parameter {shape} of FullyShardedDataParallel: {_REMEDY}")
 
 
-def _check_replicas(replicas: Replicas, choice: Choice) -> None:
+def _check_replicas(replicas: Replicas, choice: Choice, remedy: str = _OF_ROWS) -> None:
     """With ``auto``, that no module averages the gradients; a warning where there are several processes without one."""
     if choice == "local":
         return
     if module := _blamed(replicas, _averages):
         raise NotImplementedError(
             f"{_name(module)} averages the gradients of these parameters over {_processes(module)} processes, and this "
-            "version does not reduce task gradients. With GradientSurgery(..., process_group='local') and a forward of "
-            "its own for each task inside 'with surgery.task(t)' the rows are averaged as they arise; seed the "
-            "method's generator alike in all processes. In other calls process_group='local' merges what this process "
-            "alone has seen"
+            f"version does not reduce task gradients. {remedy}"
         )
     processes = torch.distributed.get_world_size()
     if processes > 1:
         warn_once(
-            f"each of the {processes} processes merges the task gradients of its own batch by itself, and no "
+            f"each of the {processes} processes takes the task gradients of its own batch by itself, and no "
             "DistributedDataParallel holds these parameters: wrap the model before its first round, or pass "
             "process_group='local' if that is meant"
         )

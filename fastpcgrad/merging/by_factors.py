@@ -6,7 +6,6 @@ T, and no T gradients in memory.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from .._modes import is_fake, is_on
+from .._torch import backward_is_compiled
 from ..backends import kernels
 from ..distributed.processes import is_initialized
 from ..methods import Elementwise, Method
@@ -65,7 +65,7 @@ def _why_not(losses: Sequence[Tensor], parameters: Sequence[Tensor], method: Met
         return "not measured on this device"
     if is_on() or any(map(is_fake, losses)) or has_torch_function(losses):
         return "a mode, a transform or a subclass of Tensor"
-    if getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "compiled_autograd_enabled", False):
+    if backward_is_compiled():
         return "the backward pass is compiled"
     return None
 

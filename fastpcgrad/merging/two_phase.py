@@ -47,7 +47,7 @@ def merge_in_two_phases(
     losses, each weighted, gives the merged gradient.
 
     Args:
-        losses: T scalar losses, or one tensor ``[T]``; of one graph or of several.
+        losses: T scalar losses, or one tensor ``[T]`` or ``[T, 1]``; of one graph or of several.
         parameters: leaves, each once, on one device; may be of several dtypes.
         method: makes weights of the Gram matrix.
         tasks: the index of each loss's task, ascending; None: its place.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import variants
-from .._modes import is_fake
+from .._modes import is_fake, refuse_tracers
 from .._ops import to_device
 from ..backends import kernels
 from ..variants import Generator
@@ -75,6 +75,7 @@ class GradVac(Method):
 
     def solve_for(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
         check_gram(gram)
+        refuse_tracers(gram)
         if is_fake(gram):  # the targets are those of real steps
             coefficients = gram.new_empty(gram.shape)
             return Solution(coefficients.sum(-2), coefficients)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Parameter
-from torch.utils.hooks import RemovableHandle
 
 from .._gradients import gradient_dtype
 from .._graph import leaf_of
 from .._memory import prefer_huge_pages
+from .._torch import hooks_registered, nodes_made
 from .choice import LEAST_ELEMENTS, Choice, RowsReport, factors_pay
 
 Row = list[Tensor | None]
@@ -262,10 +262,11 @@ class _Seen:
 
     def known(self, signature: int) -> Known:
         """Of a graph, by what it looks like."""
-        if RemovableHandle.next_id != self._hooks or len(self._graphs) > self._MOST:
+        hooks = hooks_registered()
+        if hooks != self._hooks or len(self._graphs) > self._MOST:
             self._graphs.clear()
-            self._hooks = RemovableHandle.next_id
-            self._thread, self._count = get_ident(), torch._C._autograd._get_sequence_nr()
+            self._hooks = hooks
+            self._thread, self._count = get_ident(), nodes_made()
         return self._graphs.setdefault(signature, Known())
 
     def register(self, register: Callable[..., Any], hook: Callable[..., None]) -> Any:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._torch import DispatchMode
 from .choice import stacking_pays
 from .factors import Factors, Row, are_without_hooks, has_hooks, register
 
@@ -203,7 +203,9 @@ class Trial:
     @classmethod
     def of(cls, factors: Factors, trunk: Trunk | str) -> Trial | None:
         """One where there is something to be found out."""
-        if isinstance(trunk, str) or factors.known.stacked is not None or not are_without_hooks(trunk.nodes):
+        if isinstance(trunk, str) or factors.known.stacked is not None or DispatchMode is None:
+            return None
+        if not are_without_hooks(trunk.nodes):
             return None
         return cls(factors, trunk)
 
@@ -267,7 +269,7 @@ def _are_alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool | None:
     return bool((errors <= 64 * unit * torch.maximum(lengths, lengths.amax() / 16)).all())
 
 
-class _Clones(TorchDispatchMode):
+class _Clones(DispatchMode or object):  # type: ignore[misc]
     """Counts clones, as ``retain_grad()`` makes one of what comes in: no other sign of it is to be seen."""
 
     def __init__(self) -> None:

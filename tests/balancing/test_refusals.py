@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastpcgrad.balancing import DWA, FAMO, STCH, GradNorm, UncertaintyWeighting
+from fastpcgrad.balancing import DWA, FAMO, STCH, GradNorm, UncertaintyWeighting, refusals
 from tests.balancing.test_not_finite import assert_same_bits, state
 
 
@@ -137,6 +137,17 @@ def test_good_answers_raise_nothing_and_are_let_go(late_answers):
     late_answers.arrive()
     balancer(torch.ones(2))
     assert len(balancer._refusals._on_their_way) == 1
+
+
+def test_a_captured_graph_skips_the_step_and_owes_no_answer(monkeypatch):
+    monkeypatch.setattr(refusals, "known", lambda flag: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    balancer = FAMO(2)
+    famo(balancer, [1.0, 2.0], [0.5, 2.0])
+    saved = state(balancer)
+    famo(balancer, [-1.0, 1.0])
+    balancer(torch.ones(2))
+    assert_same_bits(state(balancer), saved)
 
 
 def test_a_copy_owes_no_answers(late_answers):

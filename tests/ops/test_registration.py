@@ -69,6 +69,8 @@ def test_every_op_is_covered():
     assert SAMPLES.keys() == _ops.SCHEMAS.keys()
 
 
+# Torch 2.15's own, about the copies that opcheck makes and differentiates.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(backend, name):
     for sample in SAMPLES[name]():
@@ -219,6 +221,8 @@ def test_a_negative_view_is_negative(backend):
     torch.testing.assert_close(fastpcgrad.combine(j, torch._neg_view(w)), -fastpcgrad.combine(j, w))
 
 
+# Torch 2.11's own, of any profile without a schedule.
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events at the end of each cycle:UserWarning")
 def test_modes_tracers_and_transforms_see_the_ops():
     j = rows()
     with Ops() as seen:
@@ -233,6 +237,26 @@ def test_modes_tracers_and_transforms_see_the_ops():
     with torch.profiler.profile() as profile:
         fastpcgrad.gram(j)
     assert "fastpcgrad::gram" in [event.name for event in profile.events()]
+
+
+@pytest.mark.parametrize("name", MUTATING)
+def test_an_op_that_overwrites_is_no_part_of_a_graph(name):
+    for sample in SAMPLES[name]():
+        for place, argument in enumerate(sample):
+            if not isinstance(argument, torch.Tensor) or not argument.is_floating_point():
+                continue
+            before = argument.clone()
+            given = [*sample[:place], argument.detach().requires_grad_(), *sample[place + 1 :]]
+            with pytest.raises(RuntimeError, match=f"{name} has no derivative"):
+                getattr(OPS, name)(*given)
+            torch.testing.assert_close(argument, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_computes_anew():
+    traced = torch.jit.trace(lambda j: fastpcgrad.combine(j, fastpcgrad.gram(j)[0]), rows(), check_trace=False)
+    j = rows()
+    assert torch.equal(traced(j), fastpcgrad.combine(j, fastpcgrad.gram(j)[0]))
 
 
 COMPILED = {

@@ -1,12 +1,14 @@
-"""gram and combine under forward mode and the transforms of torch.func, against the same formulas in torch."""
+"""Forward mode and the transforms of torch.func: gram and combine have them, the rest says that it has none."""
 
 from itertools import pairwise
 
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastpcgrad
+from tests.methods.test_in_surgery import ARGUMENTS
 
 # torch's own, where forward mode first needs its formulas.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -102,6 +104,34 @@ def test_derivatives_are_those_of_finite_differences(backend, name, segments):
     x.requires_grad_()
     assert torch.autograd.gradcheck(ours, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(ours, x)
+
+
+SOLVED = ["AlignedMTL", "CAGrad", "ConFIG", "DualProj", "FairGrad", "GradVac", "IMTLG", "MGDA", "NashMTL", "UPGrad"]
+UNSEEN = {
+    "make_fx": lambda weights, G: make_fx(lambda G: weights(G))(G),
+    "vmap": lambda weights, G: torch.func.vmap(weights, randomness="different")(G.expand(2, T, T)),
+    "jvp": lambda weights, G: torch.func.jvp(weights, (G,), (G,)),
+    "grad": lambda weights, G: torch.func.grad(lambda G: weights(G).sum())(G),
+}
+
+
+@pytest.mark.parametrize("way", UNSEEN)
+@pytest.mark.parametrize("name", SOLVED)
+def test_weights_that_no_op_computes_are_no_part_of_a_trace_or_a_derivative(name, way):
+    method = getattr(fastpcgrad.methods, name)(**ARGUMENTS.get(name, {}))
+    with pytest.raises(RuntimeError, match=r"cannot be traced by make_fx or transformed by torch\.func"):
+        UNSEEN[way](method.weights, fastpcgrad.gram(values(T, N)))
+
+
+def test_a_surgery_is_no_part_of_a_trace():
+    p = torch.zeros(N, dtype=torch.float64, requires_grad=True)
+
+    def surgery(J):
+        fastpcgrad.backward(J @ p)
+        return p.grad
+
+    with pytest.raises(RuntimeError, match="cannot be traced by make_fx"):
+        make_fx(surgery)(values(T, N))
 
 
 WITHOUT = {

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..._modes import is_fake
+from ..._modes import is_fake, refuse_tracers
 from ..._ops import to_device
 from ...backends import kernels
 
@@ -47,9 +47,10 @@ def on_host(gram: Tensor) -> tuple[Array, Flags]:
 
     Raises:
         TypeError, ValueError: see ``check_gram``.
-        RuntimeError: no memory behind G.
+        RuntimeError: no memory behind G, or one that looks on would see nothing of what NumPy does.
     """
     check_gram(gram)
+    refuse_tracers(gram)
     if is_fake(gram):
         raise RuntimeError("a G of FakeTensorMode or of the meta device holds no numbers that NumPy could solve for")
     problems: Array = gram.detach().cpu().numpy().reshape(-1, *gram.shape[-2:])
