@@ -12,6 +12,7 @@ from .functional import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficient
 from .gradnorm import gradNorm
 from .merging.report import ConflictReport
 from .optimizer import PCGrad
+from .rows.choice import RowsReport, dense_rows
 from .rows.memory_plan import MemoryPlan, MemoryPlanWarning
 from .surgery import GradientSurgery
 
@@ -22,11 +23,13 @@ __all__ = [
     "MemoryPlan",
     "MemoryPlanWarning",
     "PCGrad",
+    "RowsReport",
     "__version__",
     "apply",
     "backward",
     "balancing",
     "combine",
+    "dense_rows",
     "grad",
     "gradNorm",
     "gram",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.overrides import has_torch_function_unary
 
 from ._torch import engine_backward, may_write_kept_graphs, transforms_active
@@ -48,7 +49,7 @@ def leaves(outputs: Sequence[Tensor], *, hidden: bool = False) -> Iterator[Tenso
     for node in nodes(outputs):
         if not hidden:
             refuse_reentrant(node)
-        leaf = _leaf_of(node)
+        leaf = leaf_of(node)
         if leaf is not None:
             yield leaf
 
@@ -73,7 +74,7 @@ def _leads(loss: Tensor, accumulators: set[int], leading: set[Any]) -> bool:
     queue = [start]
     while queue:
         edge = queue.pop()
-        if edge in leading or id(_leaf_of(edge[0])) in accumulators:
+        if edge in leading or id(leaf_of(edge[0])) in accumulators:
             while edge != start:
                 leading.add(edge)
                 edge = came_from[edge]
@@ -86,7 +87,7 @@ def _leads(loss: Tensor, accumulators: set[int], leading: set[Any]) -> bool:
     return False
 
 
-def _leaf_of(node: Any) -> Tensor | None:
+def leaf_of(node: Any) -> Tensor | None:
     """The leaf whose ``.grad`` a node adds to; None for any other node."""
     return node.variable if type(node).__name__ == "AccumulateGrad" else None
 
@@ -102,18 +103,17 @@ def refuse_reentrant(node: Any) -> None:
         )
 
 
-def run_backward(loss: Tensor, retain_graph: bool) -> None:
-    """``loss.backward(retain_graph)`` of a scalar that requires grad.
+def run_backward(loss: Tensor, retain_graph: bool, inputs: Sequence[Tensor | GradientEdge] = ()) -> None:
+    """``loss.backward(retain_graph, inputs)`` of a scalar that requires grad.
 
     Calls the engine as torch does. What torch looks at before it takes 25 µs, as long as half of a small model's
     backward pass, and is known here.
     """
     if engine_backward is None or has_torch_function_unary(loss) or transforms_active():
-        loss.backward(retain_graph=retain_graph)
+        loss.backward(retain_graph=retain_graph, inputs=inputs or None)
         return
-    engine_backward(
-        (loss,), (torch.ones_like(loss),), retain_graph, False, (), allow_unreachable=True, accumulate_grad=True
-    )
+    ones = torch.ones_like(loss)
+    engine_backward((loss,), (ones,), retain_graph, False, tuple(inputs), allow_unreachable=True, accumulate_grad=True)
 
 
 def check_kept(losses: Sequence[Tensor]) -> None:

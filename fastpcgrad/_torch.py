@@ -5,12 +5,15 @@ The only module that looks for such names, as a test holds. What stands in is sl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.utils.hooks
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -49,6 +52,20 @@ def may_write_kept_graphs() -> bool:
         return bool(not functorch.donated_buffer and inductor.fx_graph_cache and not inductor.force_disable_caches)
     except (ImportError, AttributeError):
         return True
+
+
+def backward_is_compiled() -> bool:
+    """Whether compiled autograd runs backward passes; asked of a module that is there if it does."""
+    return bool(getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "compiled_autograd_enabled", False))
+
+
+_has_count = _private("utils.hooks.RemovableHandle.next_id", None) is not None
+hooks_registered: Callable[[], int] = (
+    partial(getattr, torch.utils.hooks.RemovableHandle, "next_id") if _has_count else count().__next__
+)
+"""How many hooks were ever registered, on anything; where that is unknown, another number each time."""
+nodes_made: Callable[[], int] = _private("_C._autograd._get_sequence_nr", lambda: sys.maxsize)
+"""The number of the next node of a graph that is made in this thread; where that is unknown, one that none reaches."""
 
 
 # Memory and streams.
@@ -147,6 +164,9 @@ count_modes: Callable[[], int] = _private(
     "_C._len_torch_dispatch_stack", _private("utils._python_dispatch.is_in_torch_dispatch_mode", _yes)
 )
 """How many modes see the ops of torch."""
+
+DispatchMode: Any = _private("utils._python_dispatch.TorchDispatchMode", None)
+"""What a mode that sees the ops of torch is derived from; None: unknown."""
 
 
 def _transforms_by_stack() -> bool:

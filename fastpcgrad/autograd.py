@@ -13,7 +13,10 @@ from ._graph import check_kept, explain, leaves, unreached
 from ._losses import check_tensors, present_losses
 from ._warnings import warn_of_one_loss
 from .distributed.processes import check_graph
+from .merging.by_factors import planned
 from .merging.by_rows import merge
+from .rows.choice import Choice, check_rows
+from .rows.factors import Factors
 from .rows.task_gradients import TaskGradients
 
 
@@ -24,6 +27,7 @@ def grad(
     method: methods.Method | None = None,
     retain_graph: bool = False,
     process_group: object = "auto",
+    rows: Choice = "auto",
 ) -> tuple[Tensor | None, ...]:
     """The merged gradient of several task losses with respect to ``inputs``; no ``.grad`` is touched.
 
@@ -36,6 +40,7 @@ def grad(
         process_group: ``local``: where DistributedDataParallel holds parameters of the graph, or there are several
             processes without it, each merges the gradients of its own batch, which are averaged with nobody's.
             ``auto``: the former is an error, and the latter a warning, once.
+        rows: see ``GradientSurgery``.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
@@ -56,7 +61,7 @@ def grad(
     found = present_losses(losses)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
     check_graph([*_leaves(found), *targets], process_group)
-    merged = _merged(found, targets, method, retain_graph)
+    merged = _merged(found, targets, method, retain_graph, check_rows(rows))
     return tuple(merged[id(target)] for target in targets)
 
 
@@ -67,6 +72,7 @@ def backward(
     method: methods.Method | None = None,
     retain_graph: bool = False,
     process_group: object = "auto",
+    rows: Choice = "auto",
 ) -> None:
     """Add the merged gradient of several task losses to ``.grad``, as ``torch.autograd.backward`` adds.
 
@@ -74,7 +80,7 @@ def backward(
         losses: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may share a
             graph.
         inputs: leaves that require grad; None: all leaves of the graphs.
-        method, retain_graph, process_group: see ``grad``.
+        method, retain_graph, process_group, rows: see ``grad``.
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: see ``grad``; inputs that are no leaves. ``.grad`` is
             not changed.
@@ -93,7 +99,7 @@ def backward(
         if not target.is_leaf:
             raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
     check_graph([*behind, *targets], process_group)
-    merged = _merged(found, targets, method, retain_graph)
+    merged = _merged(found, targets, method, retain_graph, check_rows(rows))
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
             new, old = merged[id(target)], target.grad
@@ -103,7 +109,11 @@ def backward(
 
 
 def _merged(
-    losses: Mapping[int, Tensor], targets: Sequence[Tensor], method: methods.Method | None, retain_graph: bool
+    losses: Mapping[int, Tensor],
+    targets: Sequence[Tensor],
+    method: methods.Method | None,
+    retain_graph: bool,
+    rows: Choice,
 ) -> dict[int, Tensor | None]:
     """The merged gradient by the id of its input; an input that stands there twice counts once."""
     method = methods.check_method(method, methods.PCGrad)
@@ -113,18 +123,47 @@ def _merged(
     warn_of_one_loss(len(losses))
     if retain_graph or len(losses) > 1:
         check_kept(list(losses.values()))
-    left = len(losses)
     try:
-        for t, loss in losses.items():
-            left -= 1
-            keep = retain_graph or left > 0
-            grads.put(t, list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)))
+        factors = planned(losses, inputs, method, rows)
+        if isinstance(factors, Factors):
+            _fill_factored(grads, losses, inputs, factors, retain_graph)
+        else:
+            _fill(grads, losses, inputs, retain_graph)
     except RuntimeError as error:
         explain(error)
         raise
     # Not in place: what autograd.grad returns may be a tensor of the graph's own.
     _, merged = merge(grads, method, in_place=False)
     return dict(zip(map(id, inputs), merged, strict=True))
+
+
+def _fill(grads: TaskGradients, losses: Mapping[int, Tensor], inputs: Sequence[Tensor], retain_graph: bool) -> None:
+    left = len(losses)
+    for t, loss in losses.items():
+        left -= 1
+        keep = retain_graph or left > 0
+        grads.put(t, list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)))
+
+
+def _fill_factored(
+    grads: TaskGradients, losses: Mapping[int, Tensor], inputs: Sequence[Tensor], factors: Factors, retain_graph: bool
+) -> None:
+    """As ``_fill``, but weights are kept as factors."""
+    factors.why_looped = "there are inputs that need not be leaves"
+    left, edges = len(losses), factors.edges
+    with factors.noting():
+        for slot, (t, loss) in enumerate(losses.items()):
+            left -= 1
+            factors.begin(slot)
+            asked = [n for n in range(len(inputs)) if n not in factors.weights or n in factors.unknown]
+            wanted: Any = [*edges, *(inputs[n] for n in asked)]
+            found = torch.autograd.grad(loss, wanted, retain_graph=retain_graph or left > 0, allow_unused=True)
+            factors.note_captured(found[: len(edges)])
+            row = dict(zip(asked, found[len(edges) :], strict=True))
+            for done in factors.compare([row[unknown] for unknown in factors.unknown]):
+                del row[done]
+            grads.put(t, [row.get(n) for n in range(len(inputs))])
+    grads.factors = factors
 
 
 def _check_reached(losses: Mapping[int, Tensor], inputs: Sequence[Tensor]) -> None:

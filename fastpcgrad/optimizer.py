@@ -13,6 +13,7 @@ from . import methods
 from ._losses import present_losses
 from ._warnings import warn, warn_of_one_loss
 from .merging.report import ConflictReport
+from .rows.choice import Choice
 from .surgery import GradientSurgery
 from .variants import Generator
 
@@ -46,7 +47,7 @@ class PCGrad(torch.optim.Optimizer):
             has it.
         generator: for the order of the projections; None: the global generator of the variant's original.
         row_dtype: dtype of the packed gradients; None: that of the parameters.
-        process_group: see ``GradientSurgery``.
+        process_group, rows: see ``GradientSurgery``.
         on_repeat: what ``pc_backward`` does where the last one's gradients were not cleared: ``replace`` them, as the
             original does, with one warning where no step has used them; ``add`` to whatever ``.grad`` holds, as
             backward passes do, so that several calls accumulate; or ``raise``.
@@ -83,6 +84,7 @@ class PCGrad(torch.optim.Optimizer):
         row_dtype: torch.dtype | None = None,
         process_group: object = "auto",
         on_repeat: Literal["replace", "add", "raise"] = "replace",
+        rows: Choice = "auto",
     ) -> None:
         # Optimizer.__init__ is not called: it would give this object groups and state of its own.
         missing = [name for name in _NEEDED if not hasattr(optimizer, name)]
@@ -103,7 +105,7 @@ class PCGrad(torch.optim.Optimizer):
         self.optimizer = optimizer
         self.report: ConflictReport | None = None
         self._surgery = GradientSurgery(
-            optimizer, 1, method, shared=shared, row_dtype=row_dtype, process_group=process_group
+            optimizer, 1, method, shared=shared, row_dtype=row_dtype, process_group=process_group, rows=rows
         )
         self._on_repeat = on_repeat
         self._is_unused = False  # whether no step has used the merged gradient

@@ -13,16 +13,23 @@ from ._generators import global_states, set_global_states, set_state, state_of
 from ._graph import check_kept, run_backward
 from ._losses import Forward, check_loss, check_round, check_tensors
 from .distributed.processes import Processes
+from .merging.by_factors import planned
 from .merging.by_rows import merge
 from .merging.report import ConflictReport
 from .merging.two_phase import merge_in_two_phases
 from .methods import Method, PCGrad, check_method
-from .rows.capture import MovedCapture
+from .rows.capture import Capture, MovedCapture
+from .rows.choice import LEAST_ELEMENTS, Choice, RowsReport, check_rows
+from .rows.factored_round import run_factored
+from .rows.factors import Factors, all_dense
 from .rows.layout import Layouts, RowChoice, as_rows_see
-from .rows.memory_plan import MemoryPlan, plan_memory, plan_two_phase
+from .rows.memory_plan import MemoryPlan, plan_factored, plan_memory, plan_two_phase
 from .rows.moved import MovedGradients
 from .rows.parameters import Granularity, HasGroups, check_granularity, parameter_source
 from .rows.stays import Stay, Stays, Task
+
+_SMALL = RowsReport(dense={f"the model's matrices have less than {LEAST_ELEMENTS} elements": 1})
+_BY_CALLER = RowsReport(dense={"backward passes that the surgery did not run": 1})
 
 
 class GradientSurgery:
@@ -58,10 +65,19 @@ class GradientSurgery:
             processes, parameters whose gradients a module averages over them are refused, and others get one warning.
             ``local``: each process merges by itself; under DistributedDataParallel with one forward a task, inside
             ``task(t)``, the rows are averaged.
+        rows: how ``backward`` of losses that share a graph keeps the gradients of weights that matrix products alone
+            use. ``factored``: of each task only what comes into the products, from which G and the merged gradient are
+            made without the tasks' own. ``auto``: so where that takes less time, in models on a CPU with a million
+            elements in such weights or more, in one process. ``dense``: as they are. Everything else is kept as it is
+            in either case, and what cannot be had exactly from factors too: ``report.rows`` says what was done and
+            why. ``fastpcgrad.dense_rows()`` and ``FASTPCGRAD_ROWS=dense`` switch it off.
     Memory: T rows of N elements, where N counts the trainable parameters: T·N·itemsize bytes, of which one row becomes
         ``.grad``. On the CPU they stay mapped until the next round's gradients take their place, one by one. Rows of
         another dtype than the parameters are freed parameter by parameter as merged gradients take their place.
+        Weights that are kept as factors take N elements instead of T·N, besides T gradients of activations.
         ``memory_plan`` tells the bytes beforehand.
+    Numerics: G and merged gradients from factors have the rounding errors of matrix products, G in float64; their bits
+        may differ from those with dense rows, and with the number of threads, as those of torch's products do.
     Many processes: rows of DTensors are their local tensors, G is summed over their meshes, and the answer of the first
         process counts; what is sent does not depend on N. Parameters beside them that are no DTensors must have the
         same gradients in all processes. ``repr`` says which meshes there are.
@@ -93,6 +109,7 @@ class GradientSurgery:
         accumulate_dtype: torch.dtype | None = None,
         granularity: Granularity = "model",
         process_group: object = "auto",
+        rows: Choice = "auto",
     ) -> None:
         if not isinstance(num_tasks, int) or num_tasks < 1:
             raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
@@ -103,6 +120,8 @@ class GradientSurgery:
         self.granularity = check_granularity(granularity)
         self.row_dtype, self.row_device = row_dtype, row_device
         self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
+        self.rows = check_rows(rows)
+        self._kept = _BY_CALLER
         processes, source = Processes(process_group), parameter_source(optimizer_or_params)
         chosen = None if shared is None else check_tensors("shared", shared)
         self._layouts = Layouts(source, chosen, self.granularity, RowChoice(row_dtype, row_device, accumulate_dtype))
@@ -179,7 +198,7 @@ class GradientSurgery:
             self.discard()
             raise
 
-    def memory_plan(self, *, two_phase: bool = False) -> MemoryPlan:
+    def memory_plan(self, *, two_phase: bool = False, rows: Choice = "dense") -> MemoryPlan:
         """Bytes that a round takes beyond model and activations, before anything is allocated.
 
         Every task counts with all parameters: an upper bound where some are touched by some tasks only.
@@ -187,6 +206,8 @@ class GradientSurgery:
         Args:
             two_phase: of ``backward(..., two_phase=True)``, as far as it is known before there is a graph: pieces may
                 be somewhat larger, and what crosses from one to the next counts as activations.
+            rows: ``factored``: where all matrices of the model are kept as factors, see ``rows`` of the class. Which
+                are is known once there is a graph, so that the default counts them as rows.
         Warns:
             MemoryPlanWarning: more than is free.
         Example:
@@ -195,15 +216,17 @@ class GradientSurgery:
             16016000
         """
         layout = self._layouts.resolve()
-        parameters, rows = as_rows_see(layout.capture.parameters, layout.capture.forms), layout.capture.rows
-        moved = rows if isinstance(rows, MovedGradients) else None
+        parameters, kept = as_rows_see(layout.capture.parameters, layout.capture.forms), layout.capture.rows
+        moved = kept if isinstance(kept, MovedGradients) else None
         if two_phase:
             plan = plan_two_phase(self.num_tasks, parameters)
+        elif check_rows(rows) == "factored" and moved is None:
+            plan = plan_factored(self.num_tasks, parameters)
         else:
             plan = plan_memory(
                 self.num_tasks,
                 parameters,
-                rows.dtypes,
+                kept.dtypes,
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,
@@ -238,6 +261,8 @@ class GradientSurgery:
         if self.accumulate == "mean":
             rows.average()
         report, merged = merge(rows, self.method, layout.division, in_place=True, exchange=layout.exchange)
+        report.rows = self._kept if rows.factors is None else rows.factors.report
+        self._kept = _BY_CALLER
         layout.capture.give(merged)
         self._stays.end_round()
         return report
@@ -321,12 +346,30 @@ class GradientSurgery:
             check_kept(list(losses.values()))
         with Stay(self._stays, shared_forward=left > 1) as capture:
             self._stays.meet("losses of tasks", *losses)
+            factors = self._planned(losses, capture)
+            if factors is not None:
+                run_factored(losses, retain_graph, capture, factors)
+                return
             for index, loss in losses.items():
                 left -= 1
                 self._stays.meet("task", index)
                 capture.open(index)
                 run_backward(loss, retain_graph or left > 0)
                 capture.close()
+
+    def _planned(self, losses: Mapping[int, Tensor], capture: Capture) -> Factors | None:
+        """How weights' gradients are kept as factors; None where all rows are to be whole."""
+        if self.rows == "auto" and not self._layouts.current.is_large:
+            self._kept = _SMALL
+            return None
+        if isinstance(capture, MovedCapture):
+            self._kept = all_dense("rows of another dtype or on another device", len(capture.parameters))
+            return None
+        found = planned(losses, capture.parameters, self.method, self.rows)
+        if isinstance(found, Factors):
+            return found
+        self._kept = found
+        return None
 
     def _in_two_phases(
         self, losses: dict[int, Tensor], forwards: dict[int, Forward], retain_graph: bool

@@ -305,8 +305,8 @@ def test_losses_that_share_a_graph_are_not_each_followed_to_its_end(monkeypatch)
     layers = [torch.nn.Linear(4, 4) for _ in range(50)]
     z = torch.nn.Sequential(*layers)(torch.randn(2, 4))
     losses = [(z * t).sum() for t in range(20)]
-    visits, leaf_of = [], _graph._leaf_of
-    monkeypatch.setattr(_graph, "_leaf_of", lambda node: visits.append(node) or leaf_of(node))
+    visits, leaf_of = [], _graph.leaf_of
+    monkeypatch.setattr(_graph, "leaf_of", lambda node: visits.append(node) or leaf_of(node))
     assert _graph.unreached(losses, [layers[0].weight]) == []
     assert len(visits) < len(list(_graph.nodes(losses))) + 5 * len(losses)
 

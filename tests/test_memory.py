@@ -83,6 +83,12 @@ def test_what_is_there_when_it_is_most(options, kernels, expected):
     assert plan.host is None and plan.total == sum(expected) and plan.device.device == CPU
 
 
+def test_matrices_that_are_factors_are_counted_once():
+    model = torch.nn.Linear(100, 50)
+    plan = fastpcgrad.GradientSurgery(model.parameters(), 8).memory_plan(rows="factored").device
+    assert (plan.merged, plan.rows) == (4 * 5000, 4 * 50 * 8)
+
+
 @pytest.mark.parametrize("kernels", [50], indirect=True)
 def test_rows_on_the_host(monkeypatch, kernels):
     """The workspace is where they are."""

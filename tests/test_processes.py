@@ -168,7 +168,7 @@ def test_parameters_are_looked_at_again_when_a_group_appears(monkeypatch):
     monkeypatch.setattr(processes, "_holders", lambda: calls.append(1) or iter(()))
     own.check(parameters)
     assert not calls
-    monkeypatch.setattr(processes, "_is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     own.check(parameters)
     assert calls

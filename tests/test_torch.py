@@ -96,6 +96,9 @@ def stand_in(monkeypatch, names):
 
 ELSEWHERE = (
     "Use_Count",
+    "TorchDispatchMode",
+    "_get_sequence_nr",
+    "next_id",
     "_execution_engine",
     "RawStream",
     "BelowAutograd",
@@ -178,6 +181,7 @@ def test_without_counts_of_references_every_gradient_is_copied(monkeypatch):
     monkeypatch.setattr(_memory, "storage_use_count", None)
     assert _memory._counts_of_one_alone() is None
     monkeypatch.setattr(_memory, "_ALONE", None)
+    monkeypatch.setattr(_memory, "_VIEWS_ALONE", None)
     grad = torch.ones(3)
     assert not _memory.are_alone([grad], [grad.untyped_storage()])
     p = torch.ones(3, requires_grad=True)

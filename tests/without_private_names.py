@@ -23,6 +23,7 @@ NAMES = (
     "_C._TorchDispatchModeKey.PROXY",
     "_C._after_autograd_keyset",
     "_C._are_functorch_transforms_active",
+    "_C._autograd._get_sequence_nr",
     "_C._autograd._profiler_enabled",
     "_C._cuda_getCurrentRawStream",
     "_C._dispatch_keys",
@@ -34,6 +35,8 @@ NAMES = (
     "_C._storage_Use_Count",
     "autograd.Variable._execution_engine",
     "autograd.forward_ad._current_level",
+    "utils._python_dispatch.TorchDispatchMode",
+    "utils.hooks.RemovableHandle.next_id",
 )
 SECOND_CHOICES = ("_C._functorch.peek_interpreter_stack", "utils._python_dispatch.is_in_torch_dispatch_mode")
 """What stands in for others of them."""

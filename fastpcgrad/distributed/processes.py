@@ -131,7 +131,7 @@ class Processes:
         Warns:
             FastPCGradWarning: there are several processes, and nothing says that each is to merge by itself.
         """
-        ready = _is_initialized()
+        ready = is_initialized()
         if self._checked[0] is parameters and self._checked[1] is ready and not _is_stale(self._replicas):
             return
         plain = [p for p in parameters if not is_dtensor(p)]
@@ -175,7 +175,7 @@ def check_graph(tensors: Sequence[Tensor], process_group: object, remedy: str = 
     """
     choice = check_process_group(process_group)
     _refuse_sharded(tensors)
-    if not _is_initialized():
+    if not is_initialized():
         return
     replicas = _remembered(tensors)
     _check_replicas(replicas, choice, remedy)
@@ -194,7 +194,7 @@ def check_layer(layer: Sequence[Tensor], process_group: object) -> None:
     """
     choice = check_process_group(process_group)
     features = [z for z in layer if not z.is_leaf]
-    if features and _is_initialized():
+    if features and is_initialized():
         _check_replicas(_found_behind(features), choice, _OF_NORMS)
     check_graph(layer, choice, _OF_NORMS)
 
@@ -209,7 +209,7 @@ def groups_behind(features: Sequence[Tensor], chosen: Choice | list[Any]) -> lis
     Warns:
         FastPCGradWarning: see ``Processes.check``.
     """
-    if isinstance(chosen, list) or not _is_initialized():
+    if isinstance(chosen, list) or not is_initialized():
         return chosen if isinstance(chosen, list) else []
     replicas = _found_behind(features)
     if chosen == "local":
@@ -243,13 +243,14 @@ def _found_behind(features: Sequence[Tensor]) -> Replicas:
     return replicas
 
 
-def _is_initialized() -> bool:
+def is_initialized() -> bool:
+    """Whether this process has others beside it."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _refuse_sharded(tensors: Iterable[Tensor]) -> None:
     """NotImplementedError for what says itself that this process has a part of it only."""
-    if "torch.distributed.tensor" not in sys.modules and not _is_initialized():  # no shards without either
+    if "torch.distributed.tensor" not in sys.modules and not is_initialized():  # no shards without either
         return
     for tensor in tensors:
         shape = list(tensor.shape)

@@ -16,6 +16,7 @@ from ..methods import Elementwise, Method
 from ..rows.columns import Columns, Tensors
 from ..rows.parameters import UNDIVIDED, Division
 from ..rows.task_gradients import Row, TaskGradients
+from .by_factors import Settled, merged_factor, settled
 from .problems import SUMMED, Problems, weights_table
 from .report import ConflictReport
 
@@ -44,18 +45,21 @@ def merge(
     Raises:
         Whatever the method raises. Where rows have been written by then, and after an interrupt, ``grads`` is at risk.
     """
+    factors = settled(grads, method) if grads.factors else {}
     columns = grads.columns() if exchange is None else exchange.over(grads.columns())
     complete = not any(0 in row for row in columns.pointers)
     whole = [True] * len(columns.widths) if complete else _everywhere(columns.tensors)
+    for index, (weight, _) in factors.items():
+        whole[index] = weight.whole
     problems = Problems.made(method, whole, division)
     out = list(columns.tensors[0]) if complete else _first_of_each(columns.tensors)
     if not in_place:
         out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-        return _merge(columns, tuple(grads.tasks), method, problems, out)
+        return _merge(columns, factors, tuple(grads.tasks), method, problems, out)
     before = _versions(out)
     grads.at_risk = True
     try:
-        return _merge(columns, tuple(grads.tasks), method, problems, out)
+        return _merge(columns, factors, tuple(grads.tasks), method, problems, out)
     except Exception:
         grads.at_risk = _versions(out) != before
         raise
@@ -70,32 +74,41 @@ def _versions(out: Row) -> list[int]:
 
 
 def _merge(
-    columns: Columns, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
+    columns: Columns, factors: Settled, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
 ) -> tuple[ConflictReport, Row]:
     if isinstance(method, Elementwise):
         return ConflictReport(tasks, _merge_columns(columns, method, tasks, problems, out)), out
-    blocks = columns.fused if problems.is_one_for_all else None
+    blocks = columns.fused if problems.is_one_for_all and not factors else None
     projections = None if blocks is None else method.projections(len(tasks))
     if blocks is not None and projections is not None:
         order, guards, scale = projections
         if blocks.device.type != "cpu":
             order = to_device(order, blocks.device)
         return ConflictReport(tasks, kernels.pcgrad_blocks(blocks, order, guards, scale, out)), out
-    return _merge_by_weights(columns, tasks, method, problems, out)
+    return _merge_by_weights(columns, factors, tasks, method, problems, out)
 
 
 def _merge_by_weights(
-    columns: Columns, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
+    columns: Columns, factors: Settled, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
 ) -> tuple[ConflictReport, Row]:
     is_one = problems.is_one_for_all
-    grams = columns.gram(None if is_one else problems.of, problems.count)
+    dtypes = columns.dtypes
+    if factors:
+        inside = [index not in factors for index in range(len(out))]
+        columns, rest = columns.only(inside), list(compress(out, inside))
+        of, row_of_each = list(compress(problems.of, inside)), list(compress(problems.row_of_each, inside))
+    else:
+        rest, of, row_of_each = out, problems.of, [] if is_one else problems.row_of_each
+    grams = columns.gram(None if is_one else of, problems.count)
+    for index, (_, own) in factors.items():
+        if problems.of[index] != SUMMED:
+            grams[problems.of[index]] += own.to(grams.device)
     gram = grams if problems.are_many else grams[0]
     solution = columns.solve(method, gram, tasks)
-    if is_one:
-        columns.combine(solution.weights[None], None, out)
-    else:
-        table = weights_table(method, solution.weights)
-        columns.combine(table, problems.row_of_each, out)
+    table = solution.weights[None] if is_one and not factors else weights_table(method, solution.weights)
+    columns.combine(table, row_of_each if len(table) > 1 else None, rest)
+    for index, (weight, _) in factors.items():
+        out[index] = merged_factor(weight, table[problems.row_of_each[index]], dtypes[index])
 
     def figures() -> Figures:
         return Figures(grams.sum(dim=0), *solution, grams) if problems.are_many else Figures(gram, *solution)

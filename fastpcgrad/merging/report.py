@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._ops import Figures, Later
+from ..rows.choice import RowsReport
 
 
 class ConflictReport:
@@ -21,7 +22,11 @@ class ConflictReport:
     Args:
         tasks: the index of each task that was there, ascending.
         figures: gives G, w and C; called when one of them is first read.
+    Attributes:
+        rows: which task gradients were kept as factors, and why others were not.
     """
+
+    rows = RowsReport()
 
     def __init__(self, tasks: Sequence[int], figures: Later) -> None:
         self.tasks = tasks

@@ -15,6 +15,7 @@ from ..distributed.exchange import Exchange
 from ..distributed.local_tensors import LocalTensor, is_dtensor
 from . import host
 from .capture import Capture, MovedCapture
+from .choice import is_large
 from .forms import Complex, Form
 from .moved import MovedGradients, check_accumulate_dtype
 from .parameters import (
@@ -40,6 +41,7 @@ class Layout(NamedTuple):
         capture: their rows.
         exchange: with the processes that have other parts of them; None: there are none.
         lazy: whether some have no shape yet, and no row.
+        is_large: whether it may pay to keep task gradients as factors.
     """
 
     found: list[Tensor]
@@ -48,6 +50,7 @@ class Layout(NamedTuple):
     capture: Capture
     exchange: Exchange | None
     lazy: bool
+    is_large: bool
 
 
 class RowChoice(NamedTuple):
@@ -108,7 +111,7 @@ class Layouts:
         )
         lazy = any(map(is_lazy, found))
         capture = self._capture_for(parameters)
-        return Layout(found, _kinds(found), division, capture, _exchange_for(capture), lazy)
+        return Layout(found, _kinds(found), division, capture, _exchange_for(capture), lazy, is_large(parameters))
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""

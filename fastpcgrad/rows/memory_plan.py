@@ -196,6 +196,17 @@ def plan_two_phase(tasks: int, parameters: Sequence[Tensor]) -> MemoryPlan:
     )
 
 
+def plan_factored(tasks: int, parameters: Sequence[Tensor]) -> MemoryPlan:
+    """The plan for matrices as factors, which count as activations, and T rows of everything else."""
+    device, rest = _device_of(parameters), [p for p in parameters if p.dim() != 2]
+    rows = tasks * sum(map(gradient_nbytes, rest))
+    use = partial(MemoryUse, device, free_memory(device), rows=rows)
+    merged = sum(map(gradient_nbytes, parameters)) - rows // tasks
+    widths, dtypes = [p.numel() for p in rest], list(map(gradient_dtype, rest))
+    kernels = _kernels_nbytes(device, tasks, widths, dtypes, 1) if rest else 0
+    return MemoryPlan(use(merged=merged, workspace=_matrices_nbytes(device, tasks, _MATRICES) + kernels))
+
+
 def _most(*moments: MemoryUse) -> MemoryUse:
     return max(moments, key=attrgetter("total"))
 

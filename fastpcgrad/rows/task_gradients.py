@@ -17,12 +17,11 @@ from .._gradients import dense, gradient_dtype
 from .._memory import are_alone, views_alone
 from ..functional import ROW_DTYPES
 from .columns import Columns
+from .factors import Factors
+from .factors import Row as Row
 
 _DTYPE = attrgetter("dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")
-
-Row = list[Tensor | None]
-"""One task's gradient of each parameter; None where it has none."""
 
 
 class TaskGradients:
@@ -61,6 +60,8 @@ class TaskGradients:
         self._spent: list[Row] = []
         self._stays: dict[int, int] = {}  # how often a task was entered, of those entered again
         self._averaged = False
+        self.factors: Factors | None = None
+        """Those parameters of which the tasks' gradients are factors; a row may hold more for one."""
         self.at_risk = False
         """Whether rows are being written: where that was cut off, they are neither what they were nor merged."""
 
@@ -113,6 +114,20 @@ class TaskGradients:
             own = False
         self._rows[task] = row if own else self._settled(_detached(row), alone=True)
         self._own.add(task)
+
+    def row(self, task: int) -> Row:
+        """A task's row, to look at."""
+        return self._rows[task]
+
+    def has_rows_of(self, index: int) -> bool:
+        """Whether some task has a gradient of a parameter in its row."""
+        return any(row[index] is not None for row in self._rows.values())
+
+    def add_to(self, task: int, index: int, grad: Tensor) -> None:
+        """Add to a task's gradient of one parameter, or take one over that is dense and nobody else's."""
+        row = self._rows[task]
+        there = row[index]
+        row[index] = grad if there is None else there + grad
 
     def average(self) -> None:
         """Divide the row of each task that was entered several times by their number."""
@@ -178,6 +193,7 @@ class TaskGradients:
 
     def _forget(self) -> None:
         self._rows, self._stays, self._own, self._averaged, self.at_risk = {}, {}, set(), False, False
+        self.factors = None
 
     def _check_whole(self) -> None:
         if self.at_risk:

@@ -1,0 +1,122 @@
+"""G and the merged gradient of weights whose task gradients are factors, g_t = δ_tᵀ a.
+
+With K = a aᵀ the products are G_ts = ⟨δ_t, K δ_s⟩, and the merged gradient is (Σ_t w_t δ_t)ᵀ a: one product instead of
+T, and no T gradients in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from .._modes import is_fake, is_on
+from .._ops import to_device
+from .._torch import backward_is_compiled
+from ..backends import kernels
+from ..distributed.processes import is_initialized
+from ..methods import Elementwise, Method
+from ..rows.choice import LEAST_ELEMENTS, Choice, RowsReport, in_force, is_large
+from ..rows.factors import Factored, Factors, all_dense, exact_dtypes, plan
+from ..rows.task_gradients import TaskGradients
+
+_LARGEST_ERROR = {torch.float64: 1e-12}
+_LARGEST_ERROR_OF_NARROWER = 1e-8
+"""Of G, relative to ‖g_t‖²."""
+_LEAST_PRODUCT = 1e-250
+"""Below, what is summed in G may be too small for float64."""
+
+
+Settled = dict[int, tuple[Factored, Tensor]]
+"""Weights that stay factors by their index, each with its G, ``[T, T]`` float64."""
+
+
+def planned(
+    losses: Mapping[int, Tensor], parameters: Sequence[Tensor], method: Method, rows: Choice
+) -> Factors | RowsReport:
+    """How to run losses backward with factors, or why all task gradients are to be kept as they are.
+
+    Args:
+        losses: scalars that require grad.
+        parameters: see ``rows.factors.plan``.
+        method: what is to merge them.
+        rows: what was asked for.
+    """
+    rows = in_force(rows)
+    if rows == "dense":
+        return all_dense("rows='dense'", len(parameters))
+    if rows == "auto" and not is_large(parameters):
+        return all_dense(f"the model's matrices have less than {LEAST_ELEMENTS} elements", len(parameters))
+    found = list(losses.values())
+    if reason := _why_not(found, parameters, method, rows):
+        return all_dense(reason, len(parameters))
+    return plan(found, parameters, rows)
+
+
+def _why_not(losses: Sequence[Tensor], parameters: Sequence[Tensor], method: Method, rows: Choice) -> str | None:
+    if len(losses) < 2:
+        return "one loss"
+    if isinstance(method, Elementwise):
+        return "the method works on each column of the task gradients"
+    if is_initialized():
+        return "several processes"
+    if rows == "auto" and not all(p.is_cpu for p in parameters):
+        return "not measured on this device"
+    if is_on() or any(map(is_fake, losses)) or has_torch_function(losses):
+        return "a mode, a transform or a subclass of Tensor"
+    if backward_is_compiled():
+        return "the backward pass is compiled"
+    return None
+
+
+def settled(grads: TaskGradients, method: Method) -> Settled:
+    """G of each weight that stays factors; the others become rows of ``grads``.
+
+    G is float64 and its products are too: those of fp32 gradients cannot leave its range, and what cancels in G leaves
+    an error of 2⁻⁵³ ‖a‖²‖δ_t‖². Where that is too much of ‖g_t‖² (activations with a mean far above their deviations,
+    and Σ δ_t = 0; or float64 gradients), or where something is not finite, the gradients themselves are made. So they
+    are where a backward pass has left some gradient of such a weight in ``.grad``, which no graph shows: that of a
+    custom function which runs another backward pass.
+    """
+    kept: Settled = {}
+    assert grads.factors is not None
+    for index, weight in list(grads.factors.weights.items()):
+        gram, is_exact = _gram(weight)
+        if is_exact and not isinstance(method, Elementwise) and not grads.has_rows_of(index):
+            kept[index] = weight, gram
+            continue
+        for task, reached, delta in zip(grads.tasks, weight.reached, weight.delta, strict=True):
+            if reached:
+                grads.add_to(task, index, weight.product(delta).to(grads.dtypes[index]))
+        grads.factors.leave_out(index, "factors would not have been exact")
+    return kept
+
+
+def _gram(weight: Factored) -> tuple[Tensor, bool]:
+    """G, and whether it is as exact as a G of rows."""
+    a, delta = weight.left.double(), weight.delta.double()
+    with exact_dtypes(a.device):
+        products = (a @ a.T) @ delta
+        flat = delta.flatten(1)
+        gram = flat @ products.flatten(1).T
+    gram = (gram + gram.T) / 2
+    bound = a.square().sum() * flat.square().sum(dim=1)
+    error = torch.finfo(torch.float64).eps * bound
+    largest = _LARGEST_ERROR.get(weight.delta.dtype, _LARGEST_ERROR_OF_NARROWER)
+    is_zero = (flat.abs().amax(dim=1) == 0) | (a.abs().amax() == 0)
+    is_exact = is_zero | ((error <= largest * gram.diagonal()) & (bound >= _LEAST_PRODUCT))
+    return gram, bool((is_exact & gram.isfinite().all()).all())
+
+
+def merged_factor(weight: Factored, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """(Σ_t w_t δ_t)ᵀ a, in memory of its own.
+
+    Args:
+        weights: w, ``[T]`` float64.
+        dtype: of the gradient.
+    """
+    weights = to_device(weights, weight.delta.device)
+    combined = kernels.combine(weight.delta.flatten(1), weights).view(weight.delta.shape[1:])
+    return weight.product(combined).to(dtype)
