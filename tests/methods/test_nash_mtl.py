@@ -34,7 +34,7 @@ def test_it_is_torchjds_up_to_what_that_leaves_of_the_equation():
     compared = 0
     for tasks in (2, 3, 4):
         theirs = torchjd.NashMTL(tasks, max_norm=0.0).weighting
-        for name, rows in jacobians(kinds=SOLVABLE, tasks=[tasks], seeds=range(10), scales=(1.0, 10.0, 100.0)):
+        for name, rows in jacobians(kinds=SOLVABLE, tasks=[tasks], seeds=range(4), scales=(1.0, 10.0, 100.0)):
             if name.startswith("duplicate, T=2"):
                 continue
             theirs.prvs_alpha = np.ones(tasks)  # begin anew, without compiling the problem again
@@ -44,7 +44,7 @@ def test_it_is_torchjds_up_to_what_that_leaves_of_the_equation():
             if left <= 0.1:
                 assert difference(rows, found, expected) <= 2 * left + 1e-9, name
                 compared += 1
-    assert compared >= 200
+    assert compared >= 75
 
 
 @given(integer_rows())
