@@ -30,6 +30,7 @@ def measured(monkeypatch, tmp_path):
         report = tmp_path / "report.json"
         status = pytest.main(
             [f"benchmarks/{file}", "--benchmark-only", "--quick", "--threads", "1", "-q", "-p", "no:cacheprovider",
+             "-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning",
              "--benchmark-max-time=0.01", f"--benchmark-json={report}", *options]
         )  # fmt: skip
         text = report.read_text() if report.exists() else None
