@@ -55,6 +55,7 @@ def calls(file: str) -> Measure:
             command = [
                 sys.executable, "-m", "pytest", "-q", f"benchmarks/{file}", "--benchmark-only",
                 "--benchmark-columns=median,iqr,rounds", f"--benchmark-json={report}",
+                "-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning",  # where nothing could be measured
                 f"--threads={run.environment.threads}", f"--minutes={minutes}", *options,
             ]  # fmt: skip
             done = subprocess.run([*command, "--quick"] if run.quick else command, cwd=ROOT, check=False)

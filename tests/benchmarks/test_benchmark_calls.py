@@ -98,7 +98,6 @@ def test_a_call_that_is_too_slow_for_a_second_is_timed_cold(measured, monkeypatc
     assert [(row.cold, row.rounds) for row in by(found, subject="loop")] == [(False, 1), (True, 1)]
 
 
-@pytest.mark.filterwarnings("ignore:Not saving anything")  # the plugin's, that there is no number
 def test_what_has_not_begun_in_time_says_so(measured):
     found, status = measured("test_kernels.py", "--minutes=-1")
     assert status == 0 and not found, "without any number there is no report"
