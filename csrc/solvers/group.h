@@ -10,9 +10,11 @@
 #include "../host_device.h"
 
 #if defined(__CUDACC__)
-#define FPG_FEW_STEPS _Pragma("unroll 1")  // a lane has one element or two: unrolled, they take registers for nothing
+#define FPG_FEW_STEPS _Pragma("unroll 1")   // a lane has one element or two: unrolled, they take registers for nothing
+#define FPG_FOUR_STEPS _Pragma("unroll 4")  // of several: their loads overlap
 #else
 #define FPG_FEW_STEPS
+#define FPG_FOUR_STEPS
 #endif
 
 namespace fpg {

@@ -32,8 +32,8 @@ FPG_HOST_DEVICE bool usable(double squared_norm, double min_squared_norm) {
 }
 
 // Row i of C, of the problem with this `gram`; `order` [T] is the row's. dots [T] holds v = C_i G throughout: v_j is
-// the test g_i' . g_j, and a projection on task j adds c G[j, :]. The loops are not for_each: with hundreds of tasks a
-// lane of a GPU has several elements, whose loads shall overlap.
+// the test g_i' . g_j, and a projection on task j adds c G[j, :]. With hundreds of tasks a lane of a GPU has
+// several elements: the loops are not for_each.
 template <class Group>
 FPG_HOST_DEVICE void project_row(const Group& group, const double* gram, const int64_t* order, int64_t tasks, int64_t i,
                                  Projection projection, double* coefficients, double* dots) {
@@ -54,10 +54,9 @@ FPG_HOST_DEVICE void project_row(const Group& group, const double* gram, const i
     if (!conflicts(dot) || !usable(squared_norm, projection.min_squared_norm)) continue;
     const double step = -dot / (squared_norm + projection.eps);
     group.sync();
-    for (int64_t k = group.lane; k < tasks; k += group.lanes) {
-      dots[k] += step * gram[j * tasks + k];
-      if (k == j) coefficients[k] += step;
-    }
+    if (group.lane == 0) coefficients[j] += step;
+    FPG_FOUR_STEPS
+    for (int64_t k = group.lane; k < tasks; k += group.lanes) dots[k] += step * gram[j * tasks + k];
     group.sync();
   }
 }

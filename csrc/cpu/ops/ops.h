@@ -47,6 +47,20 @@ void for_each_piece(const Rows& rows, const std::vector<Piece>& pieces, int thre
   for_each_part(count, used, backwards, [&](int64_t k, void* own) { body(pieces[static_cast<size_t>(k)], own); });
 }
 
+// body(k, memory of this thread) for k < count; a fpg_status. The problems are many and small: a thread takes its share
+// of them at once, every so many-th, instead of asking for each.
+template <class Body>
+int for_each_problem(int64_t count, int64_t work, int64_t least_work, int threads, int64_t doubles_of_each, Body body) {
+  return guarded([&] {
+    const Threads used(threads_for(work, least_work, count, threads),
+                       doubles_of_each * static_cast<int64_t>(sizeof(double)));
+    for_each_part(used.count(), used, false, [&](int64_t first, void* own) {
+      for (int64_t k = first; k < count; k += used.count()) body(k, static_cast<double*>(own));
+    });
+    return FPG_OK;
+  });
+}
+
 // G of each problem, to `result`.
 void gram(const Rows& rows, const std::vector<Piece>& pieces, double* result, int threads);
 
