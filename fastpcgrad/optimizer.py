@@ -147,8 +147,7 @@ class PCGrad(torch.optim.Optimizer):
         surgery.num_tasks = max(surgery.num_tasks, 1 + max(losses))
         before = surgery._gradients() if self._on_repeat == "add" else []
         try:
-            surgery._run(losses, retain_graph)
-            self.report = surgery.merge()
+            self.report = surgery._round(losses, retain_graph)
         except BaseException:
             surgery.discard()
             for p, grad in before:

@@ -16,13 +16,14 @@ from .distributed.processes import Processes
 from .merging.by_factors import planned
 from .merging.by_rows import merge
 from .merging.report import ConflictReport
+from .merging.small_round import SmallRound
 from .merging.two_phase import merge_in_two_phases
 from .methods import Method, PCGrad, check_method
 from .rows.capture import Capture, MovedCapture
 from .rows.choice import LEAST_ELEMENTS, Choice, RowsReport, check_rows
 from .rows.factored_round import run_factored
 from .rows.factors import Factors, all_dense
-from .rows.layout import Layouts, RowChoice, as_rows_see
+from .rows.layout import Layout, Layouts, RowChoice, as_rows_see
 from .rows.memory_plan import MemoryPlan, plan_factored, plan_memory, plan_two_phase
 from .rows.moved import MovedGradients
 from .rows.parameters import Granularity, HasGroups, check_granularity, parameter_source
@@ -126,6 +127,7 @@ class GradientSurgery:
         chosen = None if shared is None else check_tensors("shared", shared)
         self._layouts = Layouts(source, chosen, self.granularity, RowChoice(row_dtype, row_device, accumulate_dtype))
         self._stays = Stays(self._layouts, processes)
+        self._small: tuple[Layout | None, SmallRound | None] = None, None
 
     @property
     def nbytes(self) -> int:
@@ -191,9 +193,8 @@ class GradientSurgery:
         try:
             if forwards:
                 self._run_forwards(forwards, retain_graph)
-            else:
-                self._run(tensors, retain_graph)
-            return self.merge()
+                return self.merge()
+            return self._round(tensors, retain_graph)
         except BaseException:
             self.discard()
             raise
@@ -331,13 +332,29 @@ class GradientSurgery:
 
     def __getstate__(self) -> dict[str, Any]:
         self._stays.check_outside("copy of the surgery")
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_layouts", "_stays")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_layouts", "_stays", "_small")}
         return {**state, "layouts": self._layouts.snapshot(), "processes": self._stays.processes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._layouts = Layouts.restored(state.pop("layouts"))
         self._stays = Stays(self._layouts, state.pop("processes"))
+        self._small = None, None
         self.__dict__.update(state)
+
+    def _round(self, losses: Mapping[int, Tensor], retain_graph: bool) -> ConflictReport:
+        """Each loss backward inside its task, and the merge."""
+        layout, (known, small) = self._layouts.current, self._small
+        if small is not None and layout is known and small.takes(losses, self.method, self.rows):
+            report = small.run(losses, retain_graph, self.method)
+            if report is None:
+                return self.merge()
+            report.rows = _SMALL
+            return report
+        self._run(losses, retain_graph)
+        layout = self._layouts.current
+        if layout is not known:
+            self._small = layout, SmallRound(layout, self._stays) if SmallRound.serves(layout) else None
+        return self.merge()
 
     def _run(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""

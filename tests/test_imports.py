@@ -31,7 +31,7 @@ FLOORS = (
     {"rows.layout", "rows.factored_round"},
     {"rows.stays"},
     {"merging.graph_pieces", "merging.by_factors"},
-    {"merging.by_rows"},
+    {"merging.by_rows", "merging.small_round"},
     {"merging.two_phase"},
     {"surgery", "autograd", "features", "arrays", "gradnorm"},
     {"optimizer"},

@@ -6,6 +6,7 @@ import ctypes
 import struct
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -72,7 +73,8 @@ def read_figures(memory: Tensor) -> _ops.Figures:
 
 def table(rows: Sequence[Sequence[int]]) -> bytes:
     # struct writes addresses in a fifth of the time that array and ctypes take for integers.
-    return b"".join([struct.pack(f"{len(row)}P", *row) for row in rows])
+    numbers = list(chain.from_iterable(rows))
+    return struct.pack(f"{len(numbers)}P", *numbers)
 
 
 def places(tensors: Sequence[Tensor | None]) -> bytes:

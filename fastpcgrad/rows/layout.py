@@ -91,8 +91,7 @@ class Layouts:
         """
         layout, found = self.current, self.trainable()
         filled = layout.capture.rows.tasks
-        same = len(found) == len(layout.found) and all(map(is_, found, layout.found))
-        if same and (filled or _kinds(found) == layout.kinds):
+        if _are_same(found, layout.found) and (filled or _kinds(found) == layout.kinds):
             return layout
         if filled:
             raise RuntimeError(
@@ -101,6 +100,11 @@ class Layouts:
             )
         self.current = self._laid_out(found)
         return self.current
+
+    def is_current(self) -> bool:
+        """Whether the trainable parameters are those of the layout, as they were then."""
+        found, layout = self.trainable(), self.current
+        return _are_same(found, layout.found) and _kinds(found) == layout.kinds
 
     def _laid_out(self, found: list[Tensor]) -> Layout:
         parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
@@ -146,6 +150,10 @@ class Layouts:
         layouts.current = layouts._laid_out(layouts.trainable())
         layouts.current.capture.rows.restore(rows)
         return layouts
+
+
+def _are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def as_rows_see(parameters: Sequence[Tensor], forms: Mapping[int, Form]) -> Sequence[Tensor]:

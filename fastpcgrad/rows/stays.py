@@ -76,11 +76,15 @@ class Stay:
         processes.check(capture.parameters, moved=isinstance(capture, MovedCapture))
         if self._shared_forward:
             processes.check_shared_forward("a call with several losses")
+        self.begin(capture)
+        return capture
+
+    def begin(self, capture: Capture) -> None:
+        """What is there comes aside. Without a look at whether the round may begin."""
         self._capture = capture
         self._aside = capture.aside()
         self._stays.open = self
         capture.enter()
-        return capture
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -107,13 +107,15 @@ class TaskGradients:
         What somebody else holds, or its memory (a view, NumPy, a hook that saved it, another leaf's ``.grad``), is
         copied now: a later backward pass may write there, and a merge must not.
         """
-        try:
-            # Of a row without gaps, the common case, nothing is put together anew.
-            own = self._may_stay(row, self._sizes, self._strides, self.dtypes, True)
-        except (AttributeError, TypeError):  # a None
-            own = False
-        self._rows[task] = row if own else self._settled(_detached(row), alone=True)
+        self._rows[task] = row if self.may_keep(row) else self._settled(_detached(row), alone=True)
         self._own.add(task)
+
+    def may_keep(self, row: Sequence[Any]) -> bool:
+        """Whether a row that was taken from ``.grad`` has no gaps, and is as rows are and nobody else's."""
+        try:
+            return self._may_stay(row, self._sizes, self._strides, self.dtypes, True)
+        except (AttributeError, TypeError):  # a None
+            return False
 
     def row(self, task: int) -> Row:
         """A task's row, to look at."""
