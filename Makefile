@@ -14,31 +14,34 @@ WARNINGS := -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized
 export FASTPCGRAD_BUILD ?= $(if $(shell command -v nvidia-smi),auto,cpu)
 # With pytest-xdist tests share the cores: Triton's kernels are compiled there, which takes longer than to run them.
 IN_PARALLEL = $(shell $(PYTHON) -c 'import os, xdist; print("-p xdist.plugin --dist worksteal -n", min(16, os.cpu_count()))' 2>/dev/null)
-# Beside the others: a process alone leaves a core idle while it waits for a compiler, or computes with one thread.
-FIRST_HALF := tests/ops $(wildcard tests/test_*.py)
+# The tests of a file stay together: some share what is slow to set up, such as processes or a compiled library.
+PYTEST := $(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+# What a change of the algorithms breaks first: no peers, no compilers, no other processes.
+CORE := $(addprefix tests/,ops reference methods optimizer test_autograd.py test_checks.py test_functional.py test_merging.py \
+	test_small_round.py test_surgery.py test_surgery_backward.py test_task_gradients.py test_variants.py)
 CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would collide
-.PHONY: help venv demo test check format bench plot gpu nccl clean
+.PHONY: help venv demo test test-slow test-core check format bench plot gpu nccl clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(EVERYTHING) $(VENV)/native ## install into .venv what all other targets need
 
 demo: $(VENV)/extra-examples $(VENV)/native ## train on handwritten digits with and without gradient surgery
 	$(RUN) -m examples.multidigits $(ARGS)
 
-test: $(EVERYTHING) $(VENV)/native ## run all tests that need no GPU
-ifeq ($(ARGS),)
-	@log=$$(mktemp); $(RUN) -m pytest -q $(FIRST_HALF) > "$$log" 2>&1 & half=$$!; \
-		$(RUN) -m pytest -q tests $(addprefix --ignore=,$(FIRST_HALF)); status=$$?; \
-		wait $$half || status=1; cat "$$log"; rm "$$log"; exit $$status
-else
-	$(RUN) -m pytest -q $(ARGS)
-endif
+test: $(EVERYTHING) $(VENV)/native ## run the tests that need no GPU, but the slow ones
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: $(EVERYTHING) $(VENV)/native ## run the slow tests: compilers, packages, small memory
+	$(PYTEST) -m slow $(ARGS)
+
+test-core: $(VENV)/extra-test-core $(VENV)/native ## in two minutes, with torch and pytest alone: ops, methods, surgery
+	$(PYTEST) -m 'not slow' $(CORE) $(ARGS)
 
 check: $(EVERYTHING) ## lint, formatting and types
 	$(RUN) -m ruff check
@@ -52,7 +55,7 @@ format: $(EVERYTHING) ## rewrite the sources as check wants them
 	$(CLANG_FORMAT) -i
 
 bench: $(EVERYTHING) $(VENV)/native ## measure, after the tests have passed
-	@$(MAKE) --no-print-directory test ARGS= || { echo "Red tests mean no numbers." >&2; exit 1; }
+	@$(MAKE) --no-print-directory test test-slow ARGS= || { echo "Red tests mean no numbers." >&2; exit 1; }
 	$(RUN) -m benchmarks.run $(ARGS)
 
 plot: $(EVERYTHING) ## draw the benchmark results
