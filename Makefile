@@ -17,8 +17,8 @@ IN_PARALLEL = $(shell $(PYTHON) -c 'import os, xdist; print("-p xdist.plugin --d
 # The tests of a file stay together: some share what is slow to set up, such as processes or a compiled library.
 PYTEST := $(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 # What a change of the algorithms breaks first: no peers, no compilers, no other processes.
-CORE := $(addprefix tests/,ops reference methods optimizer test_autograd.py test_checks.py test_functional.py test_merging.py \
-	test_small_round.py test_surgery.py test_surgery_backward.py test_task_gradients.py test_variants.py)
+CORE := $(addprefix tests/,ops reference methods optimizer surgery test_autograd.py test_checks.py test_functional.py test_merging.py \
+	test_small_round.py test_task_gradients.py test_variants.py)
 CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format
 
 .DEFAULT_GOAL := help

@@ -245,7 +245,7 @@ def test_without_a_way_below_autograd_derivatives_are_right_and_modes_refused(mo
 @pytest.mark.slow
 def test_with_none_of_the_names_what_the_package_gives_is_right():
     """Other tests, in a process where none was found. They leave out what is only faster, and compiled code."""
-    files = ["test_autograd.py", "test_surgery.py", "optimizer", "ops/test_gram.py"]
+    files = ["test_autograd.py", "surgery", "optimizer", "ops/test_gram.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.without_private_names", "-p", "no:cacheprovider"]
     only = ["-k", "not triton and not avx", "-m", "not slow"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastpcgrad
 from fastpcgrad import methods
-from tests.test_autograd import BAD_LOSSES
+from tests.test_autograd_refusals import BAD_LOSSES
 
 from .models import assert_merged, fixed, losses_of, train
 

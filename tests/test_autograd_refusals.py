@@ -1,0 +1,73 @@
+"""What backward and grad refuse by name."""
+
+import pytest
+import torch
+
+import fastpcgrad
+
+BAD_LOSSES = [
+    ([], ValueError, ["losses", "none"]),
+    (torch.zeros(0, requires_grad=True), ValueError, ["losses", "none"]),
+    (torch.zeros((), requires_grad=True), ValueError, ["losses", "[]"]),
+    (torch.zeros(2, 2, requires_grad=True), ValueError, ["losses", "[2, 2]"]),
+    ([torch.zeros(2, requires_grad=True)], ValueError, ["losses[0]", "[2]"]),
+    ([torch.zeros(())], ValueError, ["losses[0]", "grad"]),
+    ([1.0], TypeError, ["losses[0]", "float"]),
+    ({"task": torch.zeros((), requires_grad=True)}, TypeError, ["losses[0]", "str"]),
+    (None, TypeError, ["losses", "NoneType"]),
+    ([torch.zeros((), dtype=torch.int64)], TypeError, ["losses[0]", "int64"]),
+    ([torch.zeros((), dtype=torch.complex64, requires_grad=True)], TypeError, ["losses[0]", "complex64"]),
+    (
+        [torch.zeros((), device=device, requires_grad=True) for device in ("cpu", "meta")],
+        ValueError,
+        ["one device", "cpu", "meta"],
+    ),
+]
+
+
+"""Losses, the exception, and words of its message; the drop-in refuses the same."""
+
+
+@pytest.mark.parametrize("call", [fastpcgrad.grad, fastpcgrad.backward])
+@pytest.mark.parametrize(("losses", "error", "words"), BAD_LOSSES)
+def test_bad_losses_are_named_and_nothing_changes(call, losses, error, words):
+    p = torch.zeros(2, requires_grad=True)
+    p.grad = kept = torch.ones(2)
+    with pytest.raises(error) as caught:
+        call(losses, [p])
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert p.grad is kept and kept.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("call", [fastpcgrad.grad, fastpcgrad.backward])
+@pytest.mark.parametrize(
+    ("inputs", "error", "words"),
+    [
+        ([], ValueError, ["inputs", "none"]),
+        ([1.0], TypeError, ["inputs[0]", "float"]),
+        ([torch.zeros(2)], ValueError, ["inputs[0]", "require"]),
+        ([torch.zeros(2, dtype=torch.complex64, requires_grad=True)], TypeError, ["complex64"]),
+        (
+            [torch.zeros(2, device=device, requires_grad=True) for device in ("cpu", "meta")],
+            ValueError,
+            ["no memory", "cpu", "meta"],
+        ),
+    ],
+)
+def test_bad_inputs_are_named(call, inputs, error, words):
+    with pytest.raises(error) as caught:
+        call([torch.zeros((), requires_grad=True)], inputs)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_backward_refuses_inputs_that_are_no_leaves():
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"leaves.*\[2\]"):
+        fastpcgrad.backward([x.sum()], [x * 2])
+
+
+@pytest.mark.parametrize("call", [fastpcgrad.grad, fastpcgrad.backward])
+def test_a_method_that_is_none_is_named(call):
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(TypeError, match=r"method.*paper"):
+        call([x.sum()], [x], method="paper")
