@@ -1,7 +1,7 @@
 """Builds the native libraries without Python's or torch's headers: one wheel serves all versions.
 
-FASTPCGRAD_BUILD: auto = those with a compiler here, for the CPU with OpenMP (else the package says at run time why);
-cpu = the CPU library, or fail; cuda = both libraries, or fail; none. CXX, CXXFLAGS and CUDA_HOME are obeyed.
+FASTPCGRAD_BUILD: auto = those with a compiler here that works, for the CPU with OpenMP (else the package says at run
+time why); cpu = the CPU library, or fail; cuda = both libraries, or fail; none. CXX, CXXFLAGS and CUDA_HOME are obeyed.
 """
 
 import os
@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.modified import newer_group
 
-SOURCES = {"cpu": sorted(Path("csrc/cpu").glob("*.cpp")), "cuda": sorted(Path("csrc/cuda").glob("*.cu"))}
+SOURCES = {"cpu": sorted(Path("csrc/cpu").rglob("*.cpp")), "cuda": sorted(Path("csrc/cuda").glob("*.cu"))}
 INPUTS = ["setup.py", *(str(path) for path in Path("csrc").rglob("*"))]  # folders too: they show a removal
 EXCLUDED = {("none", "cpu"), ("none", "cuda"), ("cpu", "cuda")}
 REQUIRED = {"auto": [], "cpu": ["cpu"], "cuda": ["cpu", "cuda"], "none": []}
@@ -38,14 +38,27 @@ def cpu_command():
     return [*CXX, *CPU_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
 
+def said_by(command, source):
+    """What a compiler says that cannot make a library of a source file; empty if it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "probe.cu")
+        file.write_text(source)
+        result = subprocess.run([*command, str(file), "-o", f"{folder}/probe.so"], text=True, stderr=subprocess.PIPE)
+    return (result.stderr.strip() or f"exit status {result.returncode}") if result.returncode else ""
+
+
 def why_no_openmp():
     """Why the compiler cannot build a library with OpenMP; empty if it can."""
-    source = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
-    with tempfile.TemporaryDirectory() as folder:
-        command = [*cpu_command(), "-shared", "-xc++", "-", "-o", f"{folder}/probe.so"]
-        result = subprocess.run(command, input=source, text=True, stderr=subprocess.PIPE)
-    said = result.stderr.strip() or f"exit status {result.returncode}"
-    return f"{shlex.join(CXX)} cannot build with OpenMP (install it, or set CXX): {said}" if result.returncode else ""
+    said = said_by(
+        [*cpu_command(), "-shared", "-xc++"], "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
+    )
+    return f"{shlex.join(CXX)} cannot build with OpenMP (install it, or set CXX): {said}" if said else ""
+
+
+def why_no_cuda():
+    """Why nvcc cannot build a library, most often for want of a C++ compiler that it takes; empty if it can."""
+    said = said_by([NVCC, "-shared", "-Xcompiler=-fPIC"], "#include <cuda_runtime.h>\n__global__ void empty() {}\n")
+    return f"{NVCC} cannot build (set CUDA_HOME, or NVCC_CCBIN to a C++ compiler that it takes): {said}" if said else ""
 
 
 def why_missing(name):
@@ -58,7 +71,7 @@ def why_missing(name):
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), ""):
         return reason
-    return why_no_openmp() if MODE == "auto" and name == "cpu" else ""
+    return {"cpu": why_no_openmp, "cuda": why_no_cuda}[name]() if MODE == "auto" else ""
 
 
 if MODE not in REQUIRED:
@@ -86,7 +99,7 @@ def cpu_commands():
     objects = {file.stem: [str(file)] for file in SOURCES["cpu"] if file.stem != "kernels"}
     # Baseline first: of an inline function that several objects hold, the linker keeps the first copy.
     for isa, flags in {"baseline": "", **({"avx2": AVX2, "avx512": AVX512} if x86 else {})}.items():
-        objects[f"kernels_{isa}"] = [*flags.split(), f"-DFPG_ISA={isa}", "csrc/cpu/kernels.cpp"]
+        objects[f"kernels_{isa}"] = [*flags.split(), f"-DFPG_ISA={isa}", "csrc/cpu/kernels/kernels.cpp"]
     command += ["-DFPG_HAVE_X86_ISAS=1"] if x86 else []
     return {stem: command + rest for stem, rest in objects.items()}, [*command, "-shared"]
 
@@ -111,8 +124,8 @@ class BuildExt(build_ext):
             return self.editable_mode and self.copy_file(in_source, target)
         commands, link = cpu_commands() if ext.name.endswith("cpu") else cuda_commands()
         objects = {f"{self.build_temp}/{ext.name}.{stem}.o": command for stem, command in commands.items()}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda file: self.spawn([*objects[file], "-c", "-o", file]), objects))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels, which take longest, first
+            list(pool.map(lambda file: self.spawn([*objects[file], "-c", "-o", file]), reversed(objects)))
         self.spawn([*link, *objects, "-o", target])
 
     def copy_extensions_to_source(self):

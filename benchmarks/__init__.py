@@ -1,1 +1,17 @@
-"""fastpcgrad measured against its peers: ``python -m benchmarks.run``, then ``python -m benchmarks.plot``."""
+"""What fastpcgrad costs: against whom, on which machine, at which commit.
+
+Calls, by pytest-benchmark (``pytest benchmarks --benchmark-only``):
+``test_kernels`` ops on a packed J; ``test_methods`` every method; ``conftest`` what the plugin lacks; ``saved`` its
+report as rows.
+
+Measured here: ``steps`` whole training steps in turn; ``memory`` their peaks; ``gradnorm`` a step of GradNorm; ``gpu``
+all of it on a GPU, where there is no plugin (``gpu_compile`` comes before); ``tune`` finds csrc/cuda/tuned.h.
+
+Who and what: ``cases`` as data; ``models``; ``kernels`` who competes in an op; ``modes`` the ways through a step;
+``method_cases``; ``peers``; ``check`` the oracle's word on each of them before a clock starts.
+
+How: ``timing`` in turn, or alone in a GPU's stream; ``bandwidth`` of the machine; ``session`` one run; ``run`` its
+commands.
+
+What comes of it: ``rows`` in benchmarks/results; ``targets``; ``tables`` in Markdown; ``plot``.
+"""

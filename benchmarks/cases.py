@@ -1,7 +1,8 @@
-"""What is measured, as data: the kernel grid, the training steps and the memory cases."""
+"""What is measured, as data: the kernel grid, the training steps and the peaks."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,16 +17,13 @@ SMALLEST_WIDTH = 1 << 20
 LARGEST_WIDTH = 1 << 24
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PARAMETER_BYTES = 4  # models are fp32
 
 
-def padded_row_stride(width: int, dtype: str) -> int:
-    """Rows five cache lines apart modulo a page.
-
-    A row stride that is a power of two puts column k of every row into the same cache set. A careful user pads; a
-    ``torch.stack(...)`` is contiguous instead: both layouts are measured.
-    """
-    quantum, page = 64 // DTYPES[dtype].itemsize, 4096 // DTYPES[dtype].itemsize
-    return -(-width // page) * page + 5 * quantum
+def bytes_moved(op: str, grads: int, result: int) -> int:
+    """Bytes that an op has to read and write where J does not fit the caches (a surgery: two passes)."""
+    once = {"gram": grads, "combine": grads + result, "mix_": 2 * grads}
+    return once.get(op.removesuffix("_blocks"), 2 * grads + result)
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,15 @@ class KernelCase:
 
     @property
     def row_stride(self) -> int:
-        return padded_row_stride(self.width, self.dtype) if self.layout == "padded" else self.width
+        """Elements; padded: rows five cache lines apart modulo a page.
+
+        A row stride that is a power of two puts column k of every row into the same cache set. A careful user pads; a
+        ``torch.stack(...)`` is contiguous instead: both layouts are measured.
+        """
+        if self.layout == "contiguous":
+            return self.width
+        quantum, page = 64 // self.itemsize, 4096 // self.itemsize
+        return -(-self.width // page) * page + 5 * quantum
 
     @property
     def itemsize(self) -> int:
@@ -57,40 +63,90 @@ class KernelCase:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that the op has to read and write where J does not fit the caches (pcgrad: two passes)."""
-        rows = self.tasks * self.width * self.itemsize
-        result = self.width * self.itemsize
-        return {"gram": rows, "combine": rows + result, "mix_": 2 * rows, "pcgrad": 2 * rows + result}[self.op]
+        return bytes_moved(self.op, self.tasks * self.width * self.itemsize, self.width * self.itemsize)
+
+    @property
+    def work(self) -> int:
+        """What the time of a peer with T² passes over N grows with."""
+        return self.tasks**2 * self.width
 
 
-Model = Literal["tutorial", "mlp", "transformer"]
+@dataclass(frozen=True)
+class Batch:
+    """Examples or sequences, and tokens of each."""
+
+    sequences: int
+    length: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.sequences} x {self.length} tokens"
+
+
+@dataclass(frozen=True)
+class Gpt:
+    """A GPT-style transformer.
+
+    Attributes:
+        context: positions that it can tell apart.
+        batch: of a timed step.
+        timed: the numbers of tasks for which steps are timed.
+        measured: those for which peaks are measured.
+    """
+
+    name: str
+    vocabulary: int
+    width: int
+    layers: int
+    context: int = 128
+    batch: Batch = Batch(4, 128)
+    timed: tuple[int, ...] = (2, 4, 8)
+    measured: tuple[int, ...] = (2, 4, 8)
+
+    @property
+    def parameters(self) -> int:
+        """N without the heads, up to biases and norms."""
+        return self.layers * 12 * self.width**2 + (self.vocabulary + self.context) * self.width
+
+
+GPTS = (
+    # A peak would show the granularity of the allocator.
+    Gpt("1M", 2048, 128, 4, measured=()),
+    Gpt("10M", 4096, 320, 7),
+    Gpt("100M", 16384, 768, 12, batch=Batch(2, 128), timed=(4,)),
+    Gpt("1G", 32768, 2048, 18, timed=(), measured=(2, 4)),
+)
+TINY_GPT = Gpt("tiny", 100, 64, 2, batch=Batch(2, 8))
+"""For warm-ups and for the check that precedes the timing."""
+MEMORY_BATCH = Batch(1, 32)
+"""Of the transformers' peaks, of which activations are no part: few of them save time."""
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """One training step: ``model`` names a builder in ``benchmarks.models``."""
+    """One training step of a model of ``benchmarks.models``: one by name, or a transformer of some size."""
 
-    model: Model
+    model: Literal["tutorial", "mlp", "transformer"] | Gpt
     tasks: int
-    batch: int
+    batch: Batch
+
+    @property
+    def op(self) -> str:
+        """The rows' op: the models of a fixed size are compared with all peers, the large ones mode by mode."""
+        return "large" if isinstance(self.model, Gpt) else "step"
 
     @property
     def label(self) -> str:
-        return f"{self.model} T={self.tasks}"
-
-
-@dataclass(frozen=True)
-class MemoryCase:
-    """The peak of one training step, or of ``pcgrad(J)`` alone where ``step`` is None."""
-
-    step: StepCase | None = None
-    kernel: KernelCase | None = None
+        name = f"gpt {self.model.name}" if isinstance(self.model, Gpt) else self.model
+        return f"{name} T={self.tasks}"
 
     @property
-    def label(self) -> str:
-        case = self.step or self.kernel
-        assert case is not None
-        return f"memory {case.label}"
+    def parameters(self) -> int:
+        """About how many, where there are many."""
+        return self.model.parameters if isinstance(self.model, Gpt) else 0
+
+    @property
+    def for_peaks(self) -> StepCase:
+        return dataclasses.replace(self, batch=MEMORY_BATCH) if isinstance(self.model, Gpt) else self
 
 
 def kernel_cases(quick: bool) -> list[KernelCase]:
@@ -114,10 +170,20 @@ def kernel_cases(quick: bool) -> list[KernelCase]:
 
 
 def step_cases(quick: bool) -> list[StepCase]:
-    cases = [StepCase("tutorial", 2, 64), StepCase("mlp", 4, 32)]
-    return cases if quick else [*cases, StepCase("mlp", 8, 32), StepCase("transformer", 4, 16)]
+    found = [StepCase("tutorial", 2, Batch(64)), StepCase("mlp", 4, Batch(32))]
+    return found if quick else [*found, StepCase("mlp", 8, Batch(32)), StepCase("transformer", 4, Batch(16, 64))]
 
 
-def memory_cases(quick: bool) -> list[MemoryCase]:
-    steps = [case for case in step_cases(quick) if case.model != "tutorial"]
-    return [*(MemoryCase(step=case) for case in steps), MemoryCase(kernel=KernelCase("pcgrad", 8, 1 << 22))]
+def memory_cases(quick: bool) -> list[StepCase | KernelCase]:
+    """The peaks of training steps, and that of ``pcgrad(J)`` alone."""
+    return [*(case for case in step_cases(quick) if case.model != "tutorial"), KernelCase("pcgrad", 8, 1 << 22)]
+
+
+def large_cases(quick: bool) -> list[StepCase]:
+    of = [(GPTS[0], 2), (GPTS[1], 4)] if quick else [(size, tasks) for size in GPTS for tasks in size.timed]
+    return [StepCase(size, tasks, size.batch) for size, tasks in of]
+
+
+def large_memory_cases(quick: bool) -> list[StepCase | KernelCase]:
+    of = [(GPTS[1], 4)] if quick else [(size, tasks) for size in GPTS for tasks in size.measured]
+    return [StepCase(size, tasks, size.batch).for_peaks for size, tasks in of]

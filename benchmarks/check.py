@@ -8,26 +8,30 @@ no Gram matrix.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks import models
+from benchmarks import kernels, models
 from benchmarks.cases import DTYPES, KernelCase, StepCase
-from benchmarks.models import Problem
-from benchmarks.subjects import (
-    KernelContender,
-    KernelInputs,
-    StepContender,
-    kernel_inputs,
-    new_optimizer,
-    shared_parameters,
-)
+from benchmarks.kernels import Contender, Inputs
+from benchmarks.models import Classifier, Problem
+from benchmarks.modes import STEP, Mode
+from benchmarks.rows import failed
 from fastpcgrad import reference, variants
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3}
 SHAPES = ((2, 601), (5, 1003), (8, 4096))
+
+
+def objection(error: Callable[[], float]) -> str:
+    """Why a subject gets no numbers: it raised, or is off the oracle; empty where it is right."""
+    try:
+        found = error()
+    except Exception as problem:
+        return failed(problem)
+    return "" if found <= 1 else f"wrong: {found:.3g} times the tolerance off the float64 oracle"
 
 
 def seed(value: int) -> None:
@@ -35,14 +39,21 @@ def seed(value: int) -> None:
     torch.manual_seed(value)
 
 
-def kernel_error(contender: KernelContender, case: KernelCase) -> float:
+def kernel_error(contender: Contender, case: KernelCase) -> float:
     """The worst error over a few small shapes, in units of the tolerance: at most 1 is right."""
+    assert not isinstance(contender.build, str)
     errors = []
     for tasks, width in SHAPES:
         stride = width + case.row_stride - case.width
-        block = torch.randn(tasks * stride, generator=torch.Generator().manual_seed(tasks))
-        rows = block.to(DTYPES[case.dtype]).as_strided((tasks, width), (stride, 1))
-        errors.append(_OPS[case.op](contender, kernel_inputs(rows)) / TOLERANCE[case.dtype])
+        block = torch.randn(tasks * stride, generator=torch.Generator().manual_seed(tasks)).to(DTYPES[case.dtype])
+        # mix_ changes its rows: the oracle has its own.
+        own, oracle = (kernels.inputs(block.clone().as_strided((tasks, width), (stride, 1))) for _ in range(2))
+        call = contender.build(own)
+        seed(7)
+        result = call()
+        assert isinstance(result, Tensor)
+        error = _ERRORS[case.op](result.double(), oracle, contender.variant)
+        errors.append(float(error) / TOLERANCE[case.dtype])
     # A NaN must not pass as small.
     return max(errors, key=lambda error: float("inf") if error != error else error)
 
@@ -51,38 +62,26 @@ def _norms(rows: Tensor) -> Tensor:
     return rows.double().norm(dim=1)
 
 
-def _call(contender: KernelContender, inputs: KernelInputs) -> Tensor:
-    result = contender.build(inputs)()
-    assert isinstance(result, Tensor)
-    return result.double()
+def _gram_error(result: Tensor, x: Inputs, variant: str) -> Tensor:
+    return ((result - reference.gram(x.rows)).abs() / torch.outer(_norms(x.rows), _norms(x.rows))).max()
 
 
-def _gram_error(contender: KernelContender, inputs: KernelInputs) -> float:
-    norms = _norms(inputs.rows)
-    error = _call(contender, inputs) - reference.gram(inputs.rows)
-    return float((error.abs() / torch.outer(norms, norms)).max())
+def _combine_error(result: Tensor, x: Inputs, variant: str) -> Tensor:
+    return (result.flatten() - reference.combine(x.rows, x.weights)).norm() / (x.weights.abs() @ _norms(x.rows))
 
 
-def _combine_error(contender: KernelContender, inputs: KernelInputs) -> float:
-    error = _call(contender, inputs).flatten() - reference.combine(inputs.rows, inputs.weights)
-    return float(error.norm() / (inputs.weights.abs() @ _norms(inputs.rows)))
+def _mix_error(result: Tensor, x: Inputs, variant: str) -> Tensor:
+    error = (result - reference.mix(x.rows, x.coefficients)).norm(dim=1)
+    return (error / (x.coefficients.abs() @ _norms(x.rows))).max()
 
 
-def _mix_error(contender: KernelContender, inputs: KernelInputs) -> float:
-    norms, expected = _norms(inputs.rows), reference.mix(inputs.rows, inputs.coefficients)
-    error = _call(contender, inputs) - expected
-    return float((error.norm(dim=1) / (inputs.coefficients.abs() @ norms)).max())
-
-
-def _pcgrad_error(contender: KernelContender, inputs: KernelInputs) -> float:
+def _pcgrad_error(result: Tensor, x: Inputs, variant: str) -> Tensor:
+    rows = list(x.rows.double().unbind())
     seed(7)
-    result = _call(contender, inputs)
-    rows = list(inputs.rows.double().unbind())
-    seed(7)
-    (expected,) = reference.merge([[row] for row in rows], rows[:1], contender.variant)
+    (expected,) = reference.merge([[row] for row in rows], rows[:1], variant)
     assert expected is not None
     seed(7)
-    return float((result - expected).norm() / _scale(inputs.rows, contender.variant))
+    return (result - expected).norm() / _scale(x.rows, variant)
 
 
 def _scale(rows: Tensor, variant: str, partial: Tensor | None = None) -> float:
@@ -91,12 +90,12 @@ def _scale(rows: Tensor, variant: str, partial: Tensor | None = None) -> float:
     tasks = rows.shape[0]
     order = chosen.draw_order(tasks)
     joined = rows if partial is None else torch.cat([rows, partial], dim=1)
-    weights = reference.coefficients(reference.gram(joined), order, chosen.self_projection).sum(dim=0)
+    weights = reference.coefficients(reference.gram(joined), order, chosen.guards.self_projection).sum(dim=0)
     scale = float(weights @ _norms(rows)) / (tasks if chosen.reduction == "mean" else 1)
     return scale if partial is None else scale + float(weights @ _norms(partial))
 
 
-_OPS = {"gram": _gram_error, "combine": _combine_error, "mix_": _mix_error, "pcgrad": _pcgrad_error}
+_ERRORS = {"gram": _gram_error, "combine": _combine_error, "mix_": _mix_error, "pcgrad": _pcgrad_error}
 
 
 def task_gradients(problem: Problem) -> list[list[Tensor | None]]:
@@ -113,13 +112,19 @@ def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor], indices: S
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
 
 
-def step_error(contender: StepContender, case: StepCase) -> float:
-    """The same for one merge on a small model of the same kind, in units of the tolerance."""
+def shared_parameters(problem: Problem) -> list[int]:
+    """Indices of the parameters that belong to no single task."""
+    heads = {id(p) for p in problem.heads.parameters()} if isinstance(problem, Classifier) else set()
+    return [i for i, p in enumerate(problem.parameters_list()) if id(p) not in heads]
+
+
+def step_error(mode: Mode, case: StepCase) -> float:
+    """The same for one step on a small model of the same kind, in units of the tolerance."""
     problem = models.build_small(case)
-    calls = contender.build(problem, new_optimizer(problem))
-    forward = problem()
     seed(11)
-    calls.merge(forward)
+    for phase, call in mode.phases(problem).items():
+        if phase != STEP:
+            call()
     merged = [parameter.grad for parameter in problem.parameters_list()]
 
     oracle = models.build_small(case).double()
@@ -127,21 +132,20 @@ def step_error(contender: StepContender, case: StepCase) -> float:
     tasks = task_gradients(oracle)
     everywhere = shared_parameters(oracle)
     heads = [i for i in range(len(parameters)) if i not in everywhere]
-    if contender.variant in ("last", "none"):
+    if mode.variant in ("last", "none"):
         summed = reference.merge(tasks, parameters, "paper", shared=[])
-        expected = summed if contender.variant == "none" else tasks[-1]
+        expected = summed if mode.variant == "none" else tasks[-1]
         scale = float(_flat(expected, parameters, range(len(parameters))).norm())
     else:
         seed(11)
-        shared = everywhere if contender.shared_only else None
-        expected = reference.merge(tasks, parameters, contender.variant, shared=shared)
+        shared = everywhere if mode.shared_only else None
+        expected = reference.merge(tasks, parameters, mode.variant, shared=shared)
         seed(11)
         scale = _scale(
             torch.stack([_flat(task, parameters, everywhere) for task in tasks]),
-            contender.variant,
+            mode.variant,
             torch.stack([_flat(task, parameters, heads) for task in tasks]),
         )
     every = range(len(parameters))
     error = _flat(merged, parameters, every) - _flat(expected, parameters, every)
-    tolerance = TOLERANCE["bfloat16"] if "bf16" in contender.name else TOLERANCE["float32"]
-    return float(error.norm()) / scale / tolerance
+    return float(error.norm()) / scale / TOLERANCE["bfloat16" if "bf16" in mode.name else "float32"]

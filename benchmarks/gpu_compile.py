@@ -8,38 +8,38 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
 
-from benchmarks.gpu_timing import DEVICE
 from fastpcgrad import backends, variants
+from fastpcgrad.variants import Guards
 
 WIDTH = 4096
 """A kernel depends on T, the dtype and whether rows are 16-byte aligned (``backends/triton/launch.py``), not on N."""
 
 
-def compile_kernels(tasks: int, dtype: torch.dtype) -> None:
+def compile_kernels(tasks: int, dtype: torch.dtype, device: str) -> None:
     """Of all ops on packed, aligned rows without segments."""
     from fastpcgrad.backends import triton
 
-    grads = torch.randn(tasks, WIDTH, dtype=dtype, device=DEVICE)
-    order = variants.get("paper").draw_orders(tasks, None, None).to(DEVICE)
-    triton.mix_(grads, torch.eye(tasks, dtype=torch.float64, device=DEVICE), None)
-    triton.pcgrad(grads, order, False, 0.0, 0.0, 1.0, None, grads.new_empty(WIDTH))
+    grads = torch.randn(tasks, WIDTH, dtype=dtype, device=device)
+    order = variants.get("paper").draw_orders(tasks, None, None).to(device)
+    triton.mix_(grads, torch.eye(tasks, dtype=torch.float64, device=device), None)
+    triton.pcgrad(grads, order, Guards(), 1.0, None, grads.new_empty(WIDTH))
 
 
-def compile_all(shapes: Iterable[tuple[int, torch.dtype]]) -> None:
+def compile_all(shapes: Sequence[tuple[int, torch.dtype]], device: str) -> None:
     """Those with many rows first: they take longest. What fails here fails again where it is measured."""
-    if backends.why_unavailable("triton", DEVICE) is not None:
+    if backends.why_unavailable("triton", device) is not None:
         return
     start = time.monotonic()
     ordered = sorted(shapes, key=lambda shape: -shape[0])
     # Spawned, not forked: a fork of a process that uses the GPU cannot use it.
     with ProcessPoolExecutor(min(len(ordered), os.cpu_count() or 1), get_context("spawn")) as pool:
-        compiled = [pool.submit(compile_kernels, *shape) for shape in ordered]
+        compiled = [pool.submit(compile_kernels, *shape, device) for shape in ordered]
         for (tasks, dtype), result in zip(ordered, compiled, strict=True):
             if (error := result.exception()) is not None:
                 print(f"compiling for T={tasks} {dtype}: {type(error).__name__}: {error}", flush=True)

@@ -1,4 +1,4 @@
-"""Peak memory of a training step beyond model and activations, in a fresh process for every subject.
+"""Peak memory of a training step beyond model and activations, on a CPU in a fresh process for every subject.
 
 Definitions, all in bytes of resident memory of the whole process (so native allocations count):
 
@@ -8,13 +8,14 @@ Definitions, all in bytes of resident memory of the whole process (so native all
   base; its gradients are freed again.
 - *model and activations*: (peak of forward + one plain backward of the first loss with ``retain_graph=True``
   - base) minus the bytes of the gradients which that backward leaves in ``.grad``. The graph is retained, as
-  all but the last of T backward passes over it do.
-- *peak of a subject*: (peak of forward + merge over ``STEPS`` steps - base) minus model and activations.
+  all but the last of T backward passes over it do. The forward is a task's own or that of all, as the subject has it.
+- *peak of a subject*: (peak over ``STEPS`` steps - base) minus model and activations.
   Gradients are dropped before each step. The steps after the first catch buffers that live on next to new
   ones.
 
 The result is reported as it is and as a multiple of T·N·itemsize, N being all parameters of the optimizer.
-For ``pcgrad(J)`` alone the base includes J, and the multiple is of the same T·N·itemsize.
+For ``pcgrad(J)`` alone the base includes J, and the multiple is of the same T·N·itemsize. On a GPU the memory is what
+torch's allocator has given out there, and all subjects are measured in one process.
 
 The peak is VmHWM of /proc/self/status, reset by writing 5 to /proc/self/clear_refs; where that is not
 permitted, a thread samples /proc/self/statm. glibc keeps freed memory, and its threshold for giving it back
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -34,19 +36,35 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.cases import KernelCase, MemoryCase, StepCase, memory_cases
+import torch
 
-ACTIVATIONS = "activations"  # not a competitor: measures what all of them have in common
+from benchmarks import cases, kernels, models
+from benchmarks.cases import MEMORY_BATCH, PARAMETER_BYTES, KernelCase, StepCase
+from benchmarks.kernels import Contender
+from benchmarks.modes import Mode, modes
+from benchmarks.rows import ROOT, SKIPPED_LATE, Row, failed
+from benchmarks.session import Run
+
 STEPS = 2
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 # Two such processes may share the cores: threads that wait must not spin.
 _ENVIRONMENT = MALLOC | {"OMP_WAIT_POLICY": "PASSIVE"}
 NOTE = "fresh process, " + ", ".join(f"{name}={value}" for name, value in MALLOC.items()) + f", {STEPS} steps"
+FITS = 0.8
+"""Of the available memory: more is not asked for."""
+SIDE_BY_SIDE = 200e6
+"""Parameters up to which two processes run at a time."""
+SLOW_PEERS = ("loop", "pytorch_optimizer")
+"""They need minutes at T=8, and show the same multiple of T·N as at T=4."""
+
+Case = StepCase | KernelCase
+Subject = Mode | Contender
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -105,74 +123,37 @@ def _sampled(peak: Peak) -> Iterator[None]:
 
 
 @contextmanager
-def watch() -> Iterator[Peak]:
-    """The peak of resident memory within the block, above that at its start."""
+def watch(device: str = "cpu") -> Iterator[Peak]:
+    """The peak of memory within the block, above that at its start."""
     release()
     peak = Peak()
-    if not _reset_high_water():
+    if device == "cuda":
+        base = torch.cuda.memory_stats()["active_bytes.all.current"]
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        torch.cuda.synchronize()  # what another stream still copies counts until that is done
+        peak.bytes = torch.cuda.memory_stats()["active_bytes.all.peak"] - base
+    elif _reset_high_water():
+        base = resident()
+        yield peak
+        peak.bytes = max(0, _high_water() - base)
+    else:
         with _sampled(peak):
             yield peak
-        return
-    base = resident()
-    yield peak
-    peak.bytes = max(0, _high_water() - base)
 
 
 def release() -> None:
     """Gives freed memory back to the system, as far as the C library lets us."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def step_peak(case: StepCase, subject: str) -> dict[str, int]:
-    """In this process: bytes above the base, the gradients of one plain backward, and N."""
-    from benchmarks import models, subjects
-
-    name = subjects.PLAIN.name if subject == ACTIVATIONS else subject
-    contender = next(c for c in subjects.step_contenders() if c.name == name and not isinstance(c, subjects.Missing))
-    small = models.build_small(case)
-    contender.build(small, subjects.new_optimizer(small)).merge(small())
-
-    problem = models.build(case)
-    parameters = problem.parameters_list()
-    problem().losses[0].backward()
-    gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
-    models.clear_gradients(parameters)
-    optimizer = subjects.new_optimizer(problem)
-    # What a competitor allocates when it is made is part of its peak.
-    with watch() as peak:
-        if subject == ACTIVATIONS:
-            problem().losses[0].backward(retain_graph=True)
-        else:
-            calls = contender.build(problem, optimizer)
-            for _ in range(STEPS):
-                models.clear_gradients(parameters)
-                calls.merge(problem())
-    return {"peak": peak.bytes, "gradients": gradients, "width": sum(p.numel() for p in parameters)}
-
-
-def kernel_peak(case: KernelCase, subject: str) -> dict[str, int]:
-    """In this process: bytes that ``pcgrad(J)`` needs beside J, its result included."""
-    import torch
-
-    from benchmarks import subjects
-
-    contender = next(
-        c for c in subjects.kernel_contenders(case) if c.name == subject and not isinstance(c, subjects.Missing)
-    )
-    contender.build(subjects.kernel_inputs(torch.randn(2, 1000)))()
-    rows = torch.randn(case.tasks, case.width)
-    with watch() as peak:
-        call = contender.build(subjects.KernelInputs(rows, rows[:0], rows[:0], rows[:0], lambda: rows))
-        for _ in range(STEPS):
-            call()
-    return {"peak": peak.bytes, "gradients": 0, "width": case.width}
-
-
 @dataclass(frozen=True)
 class Measured:
-    """What a subprocess answered, or why it has no answer."""
+    """Bytes above the base, the gradients of one plain backward, and N; or why there is no answer."""
 
     peak: int = 0
     gradients: int = 0
@@ -180,15 +161,52 @@ class Measured:
     error: str = ""
 
 
-def in_fresh_process(case: MemoryCase, subject: str, threads: int) -> Measured:
-    return fresh_process("benchmarks.memory", case.label, subject, "--threads", str(threads))
+def peak_of(case: Case, subject: Subject, activations: bool = False, device: str = "cpu") -> Measured:
+    """In this process. ``activations``: what all subjects with such graphs have in common."""
+    if isinstance(subject, Contender):
+        assert isinstance(case, KernelCase)
+        return _kernel_peak(case, subject)
+    assert isinstance(case, StepCase)
+    for call in subject.phases(models.build_small(case, device)).values():
+        call()
+
+    problem = models.build(case, device)
+    parameters = problem.parameters_list()
+    problem.loss(0).backward()
+    gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    models.clear_gradients(parameters)
+    # What a subject allocates when it is made is part of its peak.
+    with watch(device) as found:
+        if activations:
+            loss = problem.loss(0) if subject.own_graphs else problem().losses[0]
+            loss.backward(retain_graph=True)
+        else:
+            phases = subject.phases(problem)
+            for _ in range(STEPS):
+                models.clear_gradients(parameters)
+                for call in phases.values():
+                    call()
+    return Measured(found.bytes, gradients, sum(p.numel() for p in parameters))
 
 
-def fresh_process(module: str, *arguments: str) -> Measured:
-    """What a module answers as its last line, run by itself under ``MALLOC``."""
+def _kernel_peak(case: KernelCase, contender: Contender) -> Measured:
+    """What ``pcgrad(J)`` needs beside J, its result included."""
+    assert not isinstance(contender.build, str)
+    contender.build(kernels.inputs(torch.randn(2, 1000)))()
+    rows = torch.randn(case.tasks, case.width)
+    with watch() as found:
+        call = contender.build(kernels.Inputs(rows, rows[:0], rows[:0], rows[:0]))
+        for _ in range(STEPS):
+            call()
+    return Measured(found.bytes, 0, case.width)
+
+
+def in_fresh_process(case: Case, subject: Subject, threads: int, activations: bool = False) -> Measured:
+    """The answer of this module, run by itself under ``MALLOC``."""
+    arguments = [case.label, subject.name, "--threads", str(threads), *(["--activations"] if activations else [])]
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=Path(__file__).resolve().parent.parent,
+        [sys.executable, "-m", "benchmarks.memory", *arguments],
+        cwd=ROOT,
         env=os.environ | _ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -200,21 +218,105 @@ def fresh_process(module: str, *arguments: str) -> Measured:
     return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
+def subjects_of(case: Case) -> Sequence[Subject]:
+    """Those whose peak is of interest."""
+    if isinstance(case, KernelCase):
+        return kernels.contenders(case)
+    skipped = SLOW_PEERS if case.op == "step" and case.tasks > 4 else ()
+    affordable = [m for m in modes(case) if case.parameters <= min(m.up_to, m.measured_up_to)]
+    return [mode for mode in affordable if mode.name not in skipped]
+
+
+def measure(run: Run, of: Sequence[Case]) -> None:
+    """Rows of all peaks in fresh processes, two at a time where they are small; the slow peers last."""
+    for small in (True, False):
+        jobs = [
+            (case, subject) for case in of for subject in subjects_of(case) if (_size(case) < SIDE_BY_SIDE) == small
+        ]
+        jobs.sort(key=lambda job: job[1].name in SLOW_PEERS)
+
+        def peak(case: Case, subject: Subject, activations: bool = False) -> Measured:
+            if run.late:
+                return Measured(error=SKIPPED_LATE)
+            run.starts(f"peak of {case.label}: {'activations' if activations else subject.name}")
+            return in_fresh_process(case, subject, run.environment.threads, activations)
+
+        refused = [_refusal(*job) for job in jobs]
+        # One of each model and kind of graph: the heads, of which there are as many as tasks, weigh nothing.
+        graphs = {_graph(*job): job for job, why in zip(jobs, refused, strict=True) if not why and _graph(*job)}
+        with ThreadPoolExecutor(2 if small else 1) as pool:
+            common = {graph: pool.submit(peak, *job, activations=True) for graph, job in graphs.items()}
+            peaks = [pool.submit(peak, *job) if not why else None for job, why in zip(jobs, refused, strict=True)]
+            for job, why, found in zip(jobs, refused, peaks, strict=True):
+                base = common[_graph(*job)].result() if _graph(*job) in common else Measured()
+                run.add([row(run, *job, base, found.result() if found else Measured(error=why))])
+
+
+def measure_here(run: Run, case: StepCase, of: Sequence[Mode]) -> None:
+    """Rows of the peaks of modes, one after the other in this process."""
+
+    def peak(mode: Mode, activations: bool) -> Measured:
+        try:
+            return peak_of(case, mode, activations, run.device)
+        except Exception as error:
+            return Measured(error=failed(error))
+
+    common: dict[bool, Measured] = {}
+    for mode in of:
+        if mode.own_graphs not in common:
+            common[mode.own_graphs] = peak(mode, True)
+        run.add([row(run, case, mode, common[mode.own_graphs], peak(mode, False), f"{STEPS} steps")])
+
+
+def _size(case: Case) -> float:
+    return 0 if isinstance(case, KernelCase) else case.parameters
+
+
+def _graph(case: Case, subject: Subject) -> tuple[object, bool] | None:
+    return (case.model, subject.own_graphs) if isinstance(case, StepCase) and isinstance(subject, Mode) else None
+
+
+def _refusal(case: Case, subject: Subject) -> str:
+    """Why a subject is not run; empty where it is."""
+    if isinstance(subject.build, str):
+        return subject.build
+    beyond = subject.beyond(case.tasks) if isinstance(subject, Mode) else 0.0
+    needed, there = (PARAMETER_BYTES + beyond) * _size(case), available_bytes()
+    if needed > FITS * there:
+        return f"skipped: memory ({needed / 2**30:.0f} GiB predicted, {there / 2**30:.0f} GiB available)"
+    return ""
+
+
+def row(run: Run, case: Case, subject: Subject, common: Measured, found: Measured, note: str = NOTE) -> Row:
+    """What ``found`` has beyond model and activations, which ``common`` is; or an error of either.
+
+    ``note``: how they are measured.
+    """
+    large = case.op == "large"
+    template = run.row(
+        "memory", case.label if large else f"memory {case.label}", case.op, subject.name, T=case.tasks,
+        subject_version=subject.version, note=f"{note}, batch {MEMORY_BATCH}" if large else note,
+        backend=subject.backend(run.device) if isinstance(subject, Mode) else subject.backend,
+        status=found.error or common.error or "ok",
+    )  # fmt: skip
+    if not template.ok:
+        return template
+    beyond = found.peak - (common.peak - common.gradients)
+    ratio = beyond / (case.tasks * found.width * PARAMETER_BYTES)
+    return dataclasses.replace(template, N=found.width, peak_bytes=beyond, peak_ratio=ratio)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure one subject in this process; answers one JSON line.")
     parser.add_argument("case")
     parser.add_argument("subject")
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-
-    import torch
-
-    torch.set_num_threads(arguments.threads)
-    case = next(c for c in memory_cases(quick=False) if c.label == arguments.case)
-    if case.step is not None:
-        print(json.dumps(step_peak(case.step, arguments.subject)))
-    elif case.kernel is not None:
-        print(json.dumps(kernel_peak(case.kernel, arguments.subject)))
+    parser.add_argument("--activations", action="store_true", help="what subjects with such graphs have in common")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    case = next(c for c in cases.memory_cases(False) + cases.large_memory_cases(False) if c.label == options.case)
+    subject = next(subject for subject in subjects_of(case) if subject.name == options.subject)
+    print(json.dumps(dataclasses.asdict(peak_of(case, subject, options.activations))))
 
 
 if __name__ == "__main__":

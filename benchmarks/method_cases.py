@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import fastpcgrad
+from benchmarks.timing import Call
 from fastpcgrad import methods
 from fastpcgrad.methods.base import Method
 from fastpcgrad.methods.elementwise import Elementwise
+from fastpcgrad.methods.fixed_weights import FixedWeights
 
 TASKS = (2, 8, 32)
 PEER = "torchjd"
@@ -96,8 +98,46 @@ def aggregate(method: Method, grads: Tensor) -> Tensor:
     if isinstance(method, Elementwise):
         return method.aggregate(grads)
     tasks = len(grads)
-    gram = fastpcgrad.gram(grads) if method.looks_at_gram else grads.new_empty(tasks, tasks, dtype=torch.float64)
+    known = isinstance(method, FixedWeights)  # which takes but the shape of G
+    gram = grads.new_empty(tasks, tasks, dtype=torch.float64) if known else fastpcgrad.gram(grads)
     return fastpcgrad.combine(grads, method.weights(gram))
+
+
+def library_call(name: str, op: str, grads: Tensor) -> Call:
+    """``aggregation`` of J, or the ``weights`` of its Gram matrix."""
+    method = ours(name, len(grads))
+    if op == "aggregation":
+        return lambda: aggregate(method, grads)
+    gram = fastpcgrad.gram(grads)
+    return lambda: method.weights(gram)
+
+
+def peer_call(name: str, op: str, grads: Tensor) -> Call:
+    """TorchJD's, by what it has: weights of its own Gram matrix, or of the shape of J alone.
+
+    Raises:
+        ImportError, AttributeError: as ``theirs``; also where TorchJD finds no weights for this method.
+    """
+    aggregator = theirs(name, len(grads), grads.dtype, grads.device)
+    if op == "aggregation":
+        return lambda: aggregator(grads)
+    weighting = aggregator.gramian_weighting if hasattr(aggregator, "gramian_weighting") else aggregator.weighting
+    gram = grads @ grads.mT
+    return lambda: weighting(gram)
+
+
+def apart(name: str, tasks: int) -> float:
+    """How far the two results are from each other, as a part of Σ_j |w_j| ‖g_j‖ (without weights: of Σ_j ‖g_j‖)."""
+    grads = task_gradients(tasks, 64, torch.float64)
+    results: list[Any] = []
+    for call in (library_call, peer_call):
+        torch.manual_seed(0)
+        results.append(call(name, "aggregation", grads)())
+    norms, method = grads.norm(dim=1), ours(name, tasks)
+    if not isinstance(method, Elementwise):
+        torch.manual_seed(0)
+        norms = norms * method.weights(fastpcgrad.gram(grads)).abs()
+    return float((results[0] - results[1]).norm() / norms.sum())
 
 
 def _arguments(table: Mapping[str, Callable[[int], Arguments]], name: str, tasks: int) -> Arguments:

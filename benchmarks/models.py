@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import StepCase
+from benchmarks.cases import TINY_GPT, Batch, Gpt, StepCase
 
 # 512 -> 5 hidden layers of this width, and heads of 10 classes: 13.6 M parameters at T=4, 13.7 M at T=8.
 MLP_WIDTH = 1776
 CLASSES = 10
+HEAD_WIDTH = 64
+"""Of the attention of ``GptTrunk``."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,22 @@ class Forward:
 
 
 class Problem(nn.Module):
-    """A model with its fixed batch: ``forward`` builds the losses anew."""
+    """A model of T tasks with its fixed batch: ``forward`` builds the losses anew."""
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__()
+        self.tasks = tasks
 
     def parameters_list(self) -> list[nn.Parameter]:
         return list(self.parameters())
 
     def forward(self) -> Forward:
         raise NotImplementedError
+
+    def loss(self, task: int) -> Tensor:
+        """Of one task, by a forward of its own."""
+        losses: list[Tensor] = self().losses
+        return losses[task]
 
 
 class Tutorial(Problem):
@@ -41,7 +52,7 @@ class Tutorial(Problem):
     targets: Tensor
 
     def __init__(self, tasks: int, batch: int) -> None:
-        super().__init__()
+        super().__init__(tasks)
         self.net = nn.Sequential(nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1))
         self.register_buffer("inputs", torch.randn(batch, 10))
         self.register_buffer("targets", torch.randn(tasks, batch, 1))
@@ -59,7 +70,7 @@ class Classifier(Problem):
     labels: Tensor
 
     def __init__(self, trunk: nn.Module, inputs: Tensor, width: int, tasks: int) -> None:
-        super().__init__()
+        super().__init__(tasks)
         self.trunk = trunk
         self.heads = nn.ModuleList(nn.Linear(width, CLASSES) for _ in range(tasks))
         self.register_buffer("inputs", inputs)
@@ -72,6 +83,9 @@ class Classifier(Problem):
             for head, label in zip(self.heads, self.labels, strict=True)
         ]
         return Forward(losses, features)
+
+    def loss(self, task: int) -> Tensor:
+        return nn.functional.cross_entropy(self.heads[task](self.trunk(self.inputs)), self.labels[task])
 
 
 class MeanPooledEncoder(nn.Module):
@@ -88,6 +102,41 @@ class MeanPooledEncoder(nn.Module):
         return pooled
 
 
+class GptBlock(nn.Module):
+    """Causal self-attention and a GELU network four times as wide, each behind a norm and beside a skip."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // HEAD_WIDTH
+        self.before_attention, self.before_network = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.queries_keys_values, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        joint = self.queries_keys_values(self.before_attention(x))
+        q, k, v = joint.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.projection(attended.transpose(1, 2).reshape(batch, length, width))
+        grown: Tensor = x + self.network(self.before_network(x))
+        return grown
+
+
+class GptTrunk(nn.Module):
+    """Tokens ``[batch, length]`` to the representation of the last position, ``[batch, width]``."""
+
+    def __init__(self, size: Gpt) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(size.vocabulary, size.width), nn.Embedding(size.context, size.width)
+        self.blocks = nn.Sequential(*(GptBlock(size.width) for _ in range(size.layers)))
+        self.norm = nn.LayerNorm(size.width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        last: Tensor = self.norm(self.blocks(x))[:, -1]
+        return last
+
+
 def mlp_trunk(width: int, inputs: int = 512, hidden: int = 5) -> nn.Sequential:
     widths = [inputs] + [width] * hidden
     layers: list[nn.Module] = []
@@ -96,25 +145,44 @@ def mlp_trunk(width: int, inputs: int = 512, hidden: int = 5) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def build(case: StepCase, seed: int = 0) -> Problem:
-    """The same seed gives the same parameters and batch, so every subject gets its own equal copy."""
-    torch.manual_seed(seed)
+def build(case: StepCase, device: str = "cpu") -> Problem:
+    """On one device always the same parameters and batch, so every subject gets its own equal copy."""
+    torch.manual_seed(0)
+    with torch.device(device):  # made there: on a CPU a large one would take seconds
+        return _built(case)
+
+
+def _built(case: StepCase) -> Problem:
+    tasks, batch = case.tasks, case.batch
+    if isinstance(case.model, Gpt):
+        return Classifier(GptTrunk(case.model), _tokens(case.model.vocabulary, batch), case.model.width, tasks)
     if case.model == "tutorial":
-        return Tutorial(case.tasks, case.batch)
+        return Tutorial(tasks, batch.sequences)
     if case.model == "mlp":
-        return Classifier(mlp_trunk(MLP_WIDTH), torch.randn(case.batch, 512), MLP_WIDTH, case.tasks)
-    tokens = torch.randint(0, 4000, (case.batch, 64))
-    return Classifier(MeanPooledEncoder(4000, 256, 8), tokens, 256, case.tasks)
+        return Classifier(mlp_trunk(MLP_WIDTH), torch.randn(batch.sequences, 512), MLP_WIDTH, tasks)
+    tokens = _tokens(4000, batch)
+    return Classifier(MeanPooledEncoder(4000, 256, 8), tokens, 256, tasks)
 
 
-def build_small(case: StepCase, seed: int = 0) -> Problem:
-    """The same kind of model, small: for the check that precedes the timing."""
-    torch.manual_seed(seed)
+def _tokens(vocabulary: int, batch: Batch) -> Tensor:
+    return torch.randint(0, vocabulary, (batch.sequences, batch.length))
+
+
+def build_small(case: StepCase, device: str = "cpu") -> Problem:
+    """The same kind of model, small: for warm-ups, and for the check that precedes the timing."""
+    if isinstance(case.model, Gpt):
+        return build(StepCase(TINY_GPT, case.tasks, TINY_GPT.batch), device)
+    torch.manual_seed(0)
     if case.model == "tutorial":
         return Tutorial(case.tasks, 16)
     if case.model == "mlp":
         return Classifier(mlp_trunk(24, inputs=12, hidden=3), torch.randn(8, 12), 24, case.tasks)
-    return Classifier(MeanPooledEncoder(50, 16, 2), torch.randint(0, 50, (4, 6)), 16, case.tasks)
+    return Classifier(MeanPooledEncoder(50, 16, 2), _tokens(50, Batch(4, 6)), 16, case.tasks)
+
+
+def width_of(case: StepCase) -> int:
+    """N, of a model without memory."""
+    return sum(p.numel() for p in build(case, "meta").parameters())
 
 
 def clear_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.plot [--check]``: plots and the README's table, from the rows alone.
+"""``python -m benchmarks.plot [--check]``: tables and plots, from the rows alone.
 
-Only rows of the latest run count. The table stands in README.md between ``<!-- benchmark-table:start -->``
-and ``<!-- benchmark-table:end -->``; ``--check`` writes nothing and fails if it is not what the rows give.
+Only rows of the latest run of each file count. The tables stand in README.md, docs/kernels.md and docs/methods.md
+(``benchmarks.tables``); ``--check`` writes nothing and fails if one of them is not what the rows give.
 """
 
 from __future__ import annotations
@@ -14,178 +14,74 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows, targets
-from benchmarks.pages import between
-from benchmarks.rows import Row
+from benchmarks.modes import floor_of
+from benchmarks.rows import LIBRARY, RESULTS, Row
+from benchmarks.tables import CPU_OPS, GPU_OPS, PAGES, by_case, origin
 
-README = rows.ROOT / "README.md"
-IMAGES = rows.ROOT / "benchmarks" / "results"
-START, END = "<!-- benchmark-table:start -->", "<!-- benchmark-table:end -->"
-
-LIBRARY = "fastpcgrad"
+RED, PALE_RED, PINK, PURPLE, BLUE = "#d62728", "#ff9896", "#e377c2", "#9467bd", "#1f77b4"
+GREEN, PALE_GREEN, GREY, PALE_GREY, BLACK, OLIVE = "#2ca02c", "#98df8a", "#7f7f7f", "#c7c7c7", "#000000", "#bcbd22"
 COLOURS = {
-    LIBRARY: "#d62728",
-    "fastpcgrad[eager]": "#ff9896",
-    "fastpcgrad.GradientSurgery": "#e377c2",
-    "fastpcgrad.backward": "#9467bd",
-    "fastpcgrad[bf16 rows]": "#ff9896",
-    "torch": "#1f77b4",
-    "plain": "#7f7f7f",
-    "accumulate": "#c7c7c7",
-    "torchjd": "#2ca02c",
-    "torchjd[one by one]": "#98df8a",
-    "loop": "#000000",
-    "pytorch_optimizer": "#bcbd22",
+    LIBRARY: RED,
+    f"{LIBRARY}[eager]": PALE_RED,
+    f"{LIBRARY}.GradientSurgery": PINK,
+    f"{LIBRARY}.backward": PURPLE,
+    f"{LIBRARY}[bf16 rows]": PALE_RED,
+    "torch": BLUE,
+    "plain": GREY,
+    "accumulate": PALE_GREY,
+    "torchjd": GREEN,
+    "torchjd[one by one]": PALE_GREEN,
+    "loop": BLACK,
+    "pytorch_optimizer": OLIVE,
+}
+LARGE_COLOURS = {
+    "plain": GREY,
+    "plain[shared graph]": PALE_GREY,
+    "streaming": RED,
+    "streaming[bf16 rows]": PALE_RED,
+    "pc_backward": PINK,
+    "two_phase": PURPLE,
+    "torchjd": GREEN,
+    "loop": BLACK,
 }
 
-# What the README shows of each op: the widest fp32 rows, at these numbers of tasks.
-_README_OPS = (
-    ("pcgrad", "`pcgrad(J)`"),
-    ("gram", "`gram(J)`"),
-    ("combine", "`combine(J, w)`"),
-    ("mix_", "`mix_(J, C)`"),
-)
-_PEERS = ("torch", "torchjd", "loop", "pytorch_optimizer")
+
+def draw(folder: Path) -> list[Path]:
+    """All plots that the committed rows have data for, as PNG."""
+    cpu, large, gpu = (rows.latest(rows.read(RESULTS / f"{name}.jsonl")) for name in ("cpu", "large", "gpu"))
+    return [*draw_cpu(cpu, folder), *draw_large(large, folder), *draw_gpu(gpu, folder)]
 
 
-def table(latest: Sequence[Row]) -> str:
-    """The README's measured part, in Markdown."""
-    if not latest:
-        raise ValueError("there are no rows: run `python -m benchmarks.run --append` first")
-    parts = [
-        _target_table(latest),
-        _kernel_table(latest),
-        _step_table(latest),
-        _memory_table(latest),
-        _origin(latest),
-    ]
-    return "\n\n".join(part for part in parts if part)
+def _save(figure: Any, path: Path, dpi: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without the writer's version in it, equal rows give equal files.
+    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    return path
 
 
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+def draw_cpu(latest: Sequence[Row], folder: Path) -> list[Path]:
+    from matplotlib import rc_context
 
-
-def _target_table(latest: Sequence[Row]) -> str:
-    lines = [(v.target.text, v.limit, v.value, v.word) for v in targets.verdicts(latest) if v.worst is not None]
-    return _markdown(("CPU target (the worst case counts)", "target", "measured", ""), lines) if lines else ""
-
-
-def _times(ours: Row, peer: Row | None) -> str:
-    """How many times as long as the library's the peer's time is."""
-    if peer is None:
-        return ""
-    if not peer.ok:
-        return peer.status.partition(" (")[0]
-    return targets.shown(1 / ours.ratios[peer.subject], "times") if peer.subject in ours.ratios else ""
-
-
-def _kernel_table(latest: Sequence[Row]) -> str:
-    kernels = [r for r in latest if r.kind == "kernel" and (r.dtype, r.layout) == ("float32", "contiguous")]
-    if not kernels:
-        return ""
-    width = max(r.N or 0 for r in kernels)
-    lines = []
-    for op, shown in _README_OPS:
-        for ours in kernels:
-            if (ours.op, ours.N, ours.subject) != (op, width, LIBRARY) or not ours.ok:
-                continue
-            peers = {r.subject: r for r in kernels if r.case == ours.case}
-            time = f"{ours.p50_ms:.3g} ms" if ours.p50_ms is not None else ""
-            rate = f"{ours.gbps:.3g} GB/s" if ours.gbps is not None else ""
-            lines.append((f"{shown}, T={ours.T}", time, rate, *(_times(ours, peers.get(p)) for p in _PEERS)))
-    power = width.bit_length() - 1
-    header = (f"fp32, N=2^{power}, J contiguous", LIBRARY, "moves", *(f"{_display(p)} takes" for p in _PEERS))
-    return _markdown(header, lines)
-
-
-def _display(subject: str) -> str:
-    base, bracket, rest = subject.partition("[")
-    names = {"torch": "`torch.matmul`", "torchjd": "TorchJD", "loop": "the loop", "accumulate": "plain, summed"}
-    return names.get(base, base) + (f", {rest.removesuffix(']')}" if bracket else "")
-
-
-def _model(row: Row) -> str:
-    """A case of the models with its size: ``mlp T=4, 13.6 M parameters``."""
-    size = row.N or 0
-    count = f"{size / 1e6:.1f} M" if size >= 1e6 else f"{size}"
-    return f"{row.case.removeprefix('memory ')}, {count} parameters"
-
-
-def _by_case(latest: Sequence[Row], kind: str, op: str) -> dict[str, dict[str, Row]]:
-    cases: dict[str, dict[str, Row]] = {}
-    for row in latest:
-        if (row.kind, row.op) == (kind, op):
-            cases.setdefault(row.case, {})[row.subject] = row
-    return cases
-
-
-def _step_table(latest: Sequence[Row]) -> str:
-    cases = _by_case(latest, "step", "step")
-    subjects = [s for s in dict.fromkeys(s for found in cases.values() for s in found) if s != "plain"]
-    lines = [
-        (f"{_model(next(iter(found.values())))}{label}", *(_ratio(found.get(s), "plain", whole) for s in subjects))
-        for found in cases.values()
-        for label, whole in (("", False), (": whole step", True))
-    ]
-    header = ("T backwards and surgery / T plain backwards", *map(_display, subjects))
-    return _markdown(header, lines) if lines else ""
-
-
-def _ratio(row: Row | None, to: str, whole: bool) -> str:
-    if row is None:
-        return ""
-    ratios = row.whole_ratios if whole else row.ratios
-    return f"{ratios[to]:.2f}×" if to in ratios else row.status.partition(" (")[0]
-
-
-def _memory_table(latest: Sequence[Row]) -> str:
-    cases = _by_case(latest, "memory", "step")
-    subjects = list(dict.fromkeys(s for found in cases.values() for s in found))
-    lines = []
-    for found in cases.values():
-        peaks = [found[s].peak_ratio if s in found else None for s in subjects]
-        lines.append(
-            (_model(max(found.values(), key=lambda row: row.N or 0)), *("" if p is None else f"{p:.2f}" for p in peaks))
-        )
-    header = ("peak beyond model and activations / T·N·itemsize", *map(_display, subjects))
-    return _markdown(header, lines) if lines else ""
-
-
-def _origin(latest: Sequence[Row]) -> str:
-    e = latest[-1].environment
-    bandwidth = [f"{r.op} {r.gbps:.1f} GB/s" for r in latest if r.kind == "bandwidth" and r.gbps is not None]
-    machine = f"{e.device}, {e.threads} threads" + (f", {', '.join(bandwidth)}" if bandwidth else "")
-    versions = f"fastpcgrad {e.fastpcgrad}, torch {e.torch}, numpy {e.numpy}"
-    return f"Measured on {machine}; {versions}; commit {e.commit}; {e.date}."
-
-
-def draw(latest: Sequence[Row], folder: Path) -> list[Path]:
-    """All plots that the rows have data for, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 90})
     made = []
-    for name, figure in (
-        ("kernels", _draw_kernels(latest)),
-        ("bandwidth", _draw_bandwidth(latest)),
-        ("steps", _draw_bars(latest, "step")),
-        ("memory", _draw_bars(latest, "memory")),
-    ):
-        if figure is None:
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.png"
-        origin = textwrap.fill(_origin(latest), int(16 * figure.get_figwidth()))
-        figure.suptitle(f"{figure.get_suptitle()}\n{origin}", fontsize=8)
-        # Without the writer's version in it, equal rows give equal files.
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
-        made.append(path)
+    with rc_context({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
+        for name, figure in (
+            ("kernels", _kernels(latest)),
+            ("bandwidth", _bandwidth(latest)),
+            ("steps", _bars(latest, "step")),
+            ("memory", _bars(latest, "memory")),
+        ):
+            if figure is not None:
+                where = textwrap.fill(origin(latest), int(16 * figure.get_figwidth()))
+                figure.suptitle(f"{figure.get_suptitle()}\n{where}", fontsize=8)
+                made.append(_save(figure, folder / f"{name}.png", 90))
     return made
+
+
+def _panels(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
 def _legend(figure: Any, lines: Mapping[str, Any]) -> None:
@@ -193,22 +89,19 @@ def _legend(figure: Any, lines: Mapping[str, Any]) -> None:
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns)
 
 
-def _draw_kernels(latest: Sequence[Row]) -> Any:
-    """One panel for each op and T: time over N, every competitor a line."""
-    import matplotlib.pyplot as plt
+def _ops(kernels: Sequence[Row]) -> list[str]:
+    return [op for op in CPU_OPS if any(r.op == op for r in kernels)]
 
+
+def _kernels(latest: Sequence[Row]) -> Any:
+    """One panel for each op and T: time over N, every competitor a line."""
     kernels = [
-        r for r in latest
-        if r.kind == "kernel" and r.ok and (r.dtype, r.layout) == ("float32", "contiguous")
+        r for r in latest if r.kind == "kernel" and r.ok and (r.dtype, r.layout) == ("float32", "contiguous")
     ]  # fmt: skip
-    ops = [op for op, _ in _README_OPS if any(r.op == op for r in kernels)]
-    tasks = sorted({r.T for r in kernels if r.T is not None})
     if not kernels:
         return None
-    figure, axes = plt.subplots(
-        len(ops), len(tasks), figsize=(2.4 * len(tasks), 2.1 * len(ops) + 0.6), sharex=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    ops, tasks = _ops(kernels), sorted({r.T for r in kernels if r.T is not None})
+    figure, axes = _panels(len(ops), len(tasks), 2.4 * len(tasks), 2.1 * len(ops) + 0.6, sharex=True)
     lines = {}
     for axis, (op, count) in zip(axes.flat, ((op, t) for op in ops for t in tasks), strict=True):
         for subject in dict.fromkeys(r.subject for r in kernels):
@@ -232,26 +125,22 @@ def _draw_kernels(latest: Sequence[Row]) -> Any:
     return figure
 
 
-def _draw_bandwidth(latest: Sequence[Row]) -> Any:
+def _bandwidth(latest: Sequence[Row]) -> Any:
     """One panel for each op: share of the machine's bandwidth over T, by layout and by competitor."""
-    import matplotlib.pyplot as plt
-
     kernels = [r for r in latest if r.kind == "kernel" and r.bandwidth_fraction is not None and r.dtype == "float32"]
     if not kernels:
         return None
-    width = max(r.N or 0 for r in kernels)
-    ops = [op for op, _ in _README_OPS if any(r.op == op for r in kernels)]
-    figure, axes = plt.subplots(
-        1, len(ops), figsize=(2.6 * len(ops), 3), sharey=True, squeeze=False, layout="constrained"
-    )
+    width, ops = max(r.N or 0 for r in kernels), _ops(kernels)
+    figure, axes = _panels(1, len(ops), 2.6 * len(ops), 3, sharey=True)
     lines = {}
     for axis, op in zip(axes.flat, ops, strict=True):
         groups = dict.fromkeys((r.subject, r.layout) for r in kernels if r.op == op and width == r.N)
         for subject, layout in groups:
             points = sorted(
-                (r.T or 0, r.bandwidth_fraction or 0.0) for r in kernels
+                (r.T or 0, r.bandwidth_fraction or 0.0)
+                for r in kernels
                 if (r.op, r.N, r.subject, r.layout) == (op, width, subject, layout)
-            )  # fmt: skip
+            )
             style = "o-" if layout == "contiguous" else "s--"
             (line,) = axis.plot(*zip(*points, strict=True), style, ms=3, lw=1, color=COLOURS.get(subject))
             lines[f"{subject}, {layout}"] = line
@@ -265,16 +154,12 @@ def _draw_bandwidth(latest: Sequence[Row]) -> Any:
     return figure
 
 
-def _draw_bars(latest: Sequence[Row], kind: str) -> Any:
+def _bars(latest: Sequence[Row], kind: str) -> Any:
     """One panel for each case: a bar for each competitor; the target as a line."""
-    import matplotlib.pyplot as plt
-
-    cases = _by_case(latest, kind, "step")
+    cases = by_case(latest, kind, "step")
     if not cases:
         return None
-    figure, axes = plt.subplots(
-        1, len(cases), figsize=(3.0 * len(cases), 2.8), squeeze=False, layout="constrained", sharey=True
-    )
+    figure, axes = _panels(1, len(cases), 3.0 * len(cases), 2.8, sharey=True)
     for axis, (case, found) in zip(axes.flat, cases.items(), strict=True):
         values = {
             s: row.peak_ratio if kind == "memory" else 1.0 if s == "plain" else row.ratios.get("plain")
@@ -300,30 +185,82 @@ def _draw_bars(latest: Sequence[Row], kind: str) -> Any:
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="Plots and README table from rows.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README's table is stale")
-    parser.add_argument("--results", type=Path, default=rows.RESULTS)
-    parser.add_argument("--readme", type=Path, default=README)
-    parser.add_argument("--images", type=Path, default=IMAGES)
-    options = parser.parse_args(arguments)
+def draw_large(latest: Sequence[Row], folder: Path) -> list[Path]:
+    """Above the whole step against plain passes, below the peak; a column for each T, every mode a line."""
+    tasks = sorted({row.T for row in latest if row.T is not None})
+    if not tasks:
+        return []
+    figure, panels = _panels(2, len(tasks), 3.2 * len(tasks) + 0.6, 5.6, sharex=True, sharey="row")
+    limits = targets.STREAMING_STEP, targets.STREAMING_PEAK
+    lines: dict[str, Any] = {}
+    for axes, count in zip(panels.T, tasks, strict=True):
+        at = [row for row in latest if count == row.T and row.ok and row.N]
+        for subject, colour in LARGE_COLOURS.items():
+            for axis, points in zip(axes, (_step_points(at, subject), _peak_points(at, subject)), strict=True):
+                if points:
+                    (lines[subject],) = axis.plot(*zip(*points, strict=True), "o-", ms=4, color=colour)
+        axes[0].set_title(f"T={count}")
+        axes[1].set_xlabel("N, parameters")
+        for axis, limit in zip(axes, limits, strict=True):
+            axis.axhline(limit, color="grey", ls=":")
+            axis.set(xscale="log", yscale="log")
+            axis.set_yticks((0.1, 0.2, 0.5, 1, 2, 5, 10))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    panels[0][0].set_ylabel("whole step / plain passes")
+    panels[1][0].set_ylabel("peak / T·N·itemsize")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+    last = latest[-1].environment
+    where = f"{last.device}, {last.threads} threads; torch {last.torch}; commit {last.commit}, {last.date}"
+    figure.suptitle(textwrap.fill(f"GPT-style transformer (dotted: target for streaming). {where}", 90), fontsize=9)
+    return [_save(figure, folder / "large.png", 100)]
 
-    latest = rows.latest(rows.read(options.results))
-    try:
-        before = options.readme.read_text(encoding="utf-8")
-        after = between(before, START, END, table(latest))
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+
+def _step_points(at: Sequence[Row], subject: str) -> list[tuple[int, float]]:
+    """Each mode against the plain passes over graphs of the same kind."""
+    floor = floor_of(subject)
+    chosen = [row for row in at if row.kind == "step" and row.subject == subject != floor]
+    return sorted((row.N or 0, row.whole_ratios[floor]) for row in chosen if floor in row.whole_ratios)
+
+
+def _peak_points(at: Sequence[Row], subject: str) -> list[tuple[int, float]]:
+    chosen = [row for row in at if row.kind == "memory" and row.subject == subject]
+    return sorted((row.N or 0, row.peak_ratio) for row in chosen if row.peak_ratio is not None)
+
+
+def draw_gpu(latest: Sequence[Row], folder: Path) -> list[Path]:
+    """Bandwidth over the bytes of J (fp32, T=8) for the ops and for graph replays, with copy and read as lines."""
+    if not latest:
+        return []
+    figure, ((axes,),) = _panels(1, 1, 7, 4)
+    rows_of_eight = [r for r in latest if (r.T, r.dtype) == (8, "float32") and r.gbps and not r.note]
+    for backend, style in (("cuda", "-o"), ("triton", "--s")):
+        for colour, op in enumerate((*GPU_OPS, "pcgrad[graph]")):
+            chosen = [r for r in rows_of_eight if (r.op, r.backend) == (op, backend)]
+            points = sorted((8 * (r.N or 0) * 4, r.gbps or 0.0) for r in chosen)
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=f"{op} {backend}")
+    for row in latest:
+        if row.kind == "bandwidth" and row.gbps:
+            axes.axhline(row.gbps, color="grey", linestyle=":" if row.op == "read" else "-", linewidth=1, label=row.op)
+    axes.set(xscale="log", xlabel="bytes of J (T=8, fp32)", ylabel="10⁹ bytes/s")
+    axes.legend(ncols=2, fontsize=7)
+    return [_save(figure, folder / "gpu.png", 120)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="Tables and plots from the rows.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is stale")
+    options = parser.parse_args(arguments)
     if options.check:
-        if before != after:
-            print(
-                "README.md's table is not what the rows give: run `python -m benchmarks.plot`",
-                file=sys.stderr,
-            )
-        return int(before != after)
-    options.readme.write_text(after, encoding="utf-8")
-    for path in draw(latest, options.images):
+        stale = [page.path.name for page in PAGES if page.is_stale()]
+        for name in stale:
+            print(f"{name}'s table is not what the rows give: run `python -m benchmarks.plot`", file=sys.stderr)
+        return int(bool(stale))
+    for page in PAGES:
+        page.path.write_text(page.written(), encoding="utf-8")
+    for path in draw(RESULTS):
         print(f"{path} ({path.stat().st_size / 1e3:.0f} kB)")
     return 0
 

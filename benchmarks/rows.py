@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
+RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 1
 
 # What a number depends on. Results, plots and the README's table change with every run and are none of it.
 _MEASURED_PATHS = ("fastpcgrad", "csrc", "benchmarks", "setup.py", "pyproject.toml")
 
+LIBRARY, MACHINE = "fastpcgrad", "machine"
 SKIPPED_BUDGET = "skipped: budget"
 SKIPPED_LATE = f"{SKIPPED_BUDGET} (the time for this part was up)"
 
@@ -105,11 +106,21 @@ def failed(error: BaseException) -> str:
     return f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
+def missing(error: BaseException) -> str:
+    """The status of a row whose subject cannot be had here."""
+    return f"missing: {str(error).partition(chr(10))[0]}"
+
+
 def to_json(row: Row) -> str:
     """One line; the environment's fields lie beside the row's own, and what is None or empty is left out."""
-    values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "environment"}
-    kept = {name: _rounded(value) for name, value in values.items() if value not in (None, "", {}, False)}
+    kept = {name: _rounded(value) for name, value in fields_of(row).items()}
     return json.dumps(dataclasses.asdict(row.environment) | kept, ensure_ascii=False)
+
+
+def fields_of(row: Row) -> dict[str, Any]:
+    """A row's own fields, but for what is None or empty."""
+    values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "environment"}
+    return {name: value for name, value in values.items() if value not in (None, "", {}, False)}
 
 
 def from_json(line: str) -> Row:
@@ -132,13 +143,13 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def append(rows: Iterable[Row], path: Path = RESULTS) -> None:
+def append(rows: Iterable[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(to_json(row) + "\n" for row in rows)
 
 
-def read(path: Path = RESULTS) -> list[Row]:
+def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     return [from_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -193,6 +204,8 @@ def _git(*arguments: str) -> str:
 
 
 def version_of(distribution: str) -> str:
+    if not distribution:
+        return ""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -1,64 +1,45 @@
-"""A run of a benchmark from the command line: its options, its console, its time, its rows."""
+"""One run of a benchmark: where it takes place, how long it may last, and its rows."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-
-import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from typing import Any
 
 from benchmarks import rows
-from benchmarks.rows import Environment, Row
-
-
-def command(module: str, summary: str, quick: str, results: Path) -> argparse.ArgumentParser:
-    """Options of ``python -m benchmarks.<module>``; ``quick`` says what ``--quick`` leaves."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=summary)
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--append", action="store_true", help="append the rows to the results file")
-    parser.add_argument("--results", type=Path, default=results, help="where --append writes")
-    return parser
+from benchmarks.rows import Environment, Kind, Row
 
 
 @dataclasses.dataclass
-class Session:
-    """What every part of a run needs."""
+class Run:
+    """What everything that measures is given.
+
+    Attributes:
+        device: of the tensors, ``cpu`` or ``cuda``.
+        quick: fewer and smaller cases.
+        results: the file that rows are appended to, as soon as they are there; nowhere if None.
+    """
 
     environment: Environment
-    quick: bool
-    console: Console
+    device: str = "cpu"
+    quick: bool = False
+    results: Path | None = None
+    rows: list[Row] = dataclasses.field(default_factory=list)
     _deadline: float = float("inf")
 
-    @classmethod
-    def begin(cls, options: argparse.Namespace, columns: int) -> Session:
-        """With the threads asked for; ``columns``: of the console where it is no terminal."""
-        torch.set_num_threads(options.threads)
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=columns)
-        session = cls(rows.environment(options.threads), options.quick, console)
-        console.print(session.environment)
-        return session
+    def row(self, kind: Kind, case: str, op: str, subject: str, **fields: Any) -> Row:
+        """Without numbers yet, or with a ``status`` that says why there are none."""
+        return Row(kind, case, op, subject, self.environment, **{"dtype": "float32"} | fields)
 
-    def keep(self, measured: Sequence[Row], options: argparse.Namespace) -> None:
-        """Append the rows where ``--append`` asks for it."""
-        if options.append:
-            rows.append(measured, options.results)
-            self.console.print(f"{len(measured)} rows appended to {options.results}")
+    def add(self, found: Iterable[Row]) -> list[Row]:
+        """Keeps rows at once: a run that is cut off has measured what it has measured."""
+        new = list(found)
+        self.rows += new
+        if self.results is not None:
+            rows.append(new, self.results)
+        return new
 
     def allow(self, minutes: float) -> None:
         """From now on: a busy machine must not turn a run into an afternoon."""
@@ -68,28 +49,10 @@ class Session:
     def late(self) -> bool:
         return time.monotonic() > self._deadline
 
-    @property
-    def threads(self) -> int:
-        return self.environment.threads
+    def starts(self, what: str) -> None:
+        print(f"[{time.strftime('%H:%M:%S')}] {what}", flush=True)
 
-    @contextlib.contextmanager
-    def progress(self, title: str, steps: int) -> Iterator[Callable[[str], None]]:
-        """Yields a function that names what starts now."""
-        columns = (
-            SpinnerColumn(),
-            TextColumn("[bold]{task.fields[title]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task("", total=steps, title=title)
-            started = False
-
-            def starts(what: str) -> None:
-                nonlocal started
-                progress.update(task, advance=1 if started else 0, description=what)
-                started = True
-
-            yield starts
+    def show_failures(self) -> None:
+        for row in self.rows:
+            if not row.ok:
+                print(f"{row.kind} {row.case} {row.subject} {row.backend}: {row.status}")

@@ -1,49 +1,45 @@
-"""The CPU targets of the design as data, each read off the rows of one run. A loss is shown as a loss."""
+"""What the design promises, as data, each target read off the rows of one run. A loss is shown as a loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from benchmarks.cases import LARGEST_WIDTH
-from benchmarks.rows import Row
+from benchmarks.cases import LARGEST_WIDTH, PARAMETER_BYTES
+from benchmarks.modes import HOST_ROWS
+from benchmarks.rows import LIBRARY, Row
+from benchmarks.steps import WHOLE
 
-SUBJECT = "fastpcgrad"
-
-
-@dataclass(frozen=True)
-class Found:
-    """A measured value, and the case that gave it."""
-
-    value: float
-    case: str
+Style = Literal["times", "percent"]
+Value = Callable[[Row], float | None]
 
 
 @dataclass(frozen=True)
 class Target:
-    """``find`` lists every measured value that the target speaks of; the worst of them counts."""
+    """``value`` of every row that has the fields ``of``; the worst counts."""
 
     text: str
     sense: Literal[">=", "<="]
     limit: float
-    style: Literal["times", "percent"]
-    find: Callable[[Sequence[Row]], list[Found]]
+    of: Mapping[str, Any]
+    value: Value
+    style: Style = "times"
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """``worst`` is None where nothing was measured; ``case`` gave it."""
+
     target: Target
-    worst: Found | None
+    worst: float | None
+    case: str = ""
 
     @property
     def met(self) -> bool | None:
-        """None where nothing was measured."""
         if self.worst is None:
             return None
-        if self.target.sense == ">=":
-            return self.worst.value >= self.target.limit
-        return self.worst.value <= self.target.limit
+        return self.worst >= self.target.limit if self.target.sense == ">=" else self.worst <= self.target.limit
 
     @property
     def word(self) -> str:
@@ -55,131 +51,104 @@ class Verdict:
 
     @property
     def value(self) -> str:
-        return "–" if self.worst is None else shown(self.worst.value, self.target.style)
+        return "–" if self.worst is None else shown(self.worst, self.target.style)
 
 
-def shown(value: float, style: Literal["times", "percent"]) -> str:
+def shown(value: float, style: Style) -> str:
     if style == "percent":
         return f"{100 * value:.0f} %"
     return f"{value:.0f}×" if value >= 20 else f"{value:.3g}×"
 
 
-def _ours(rows: Sequence[Row], kind: str, op: str | None = None) -> list[Row]:
-    return [r for r in rows if r.ok and r.subject == SUBJECT and r.kind == kind and op in (None, r.op)]
-
-
-def _speedup(peer: str) -> Callable[[Sequence[Row]], list[Found]]:
-    def find(rows: Sequence[Row]) -> list[Found]:
-        return [
-            Found(1 / row.ratios[peer], row.case)
-            for row in _ours(rows, "kernel", "pcgrad")
-            if (row.T, row.N, row.dtype) == (8, LARGEST_WIDTH, "float32") and peer in row.ratios
-        ]
-
-    return find
-
-
-def _bandwidth(op: str, layout: str) -> Callable[[Sequence[Row]], list[Found]]:
-    """Of the machine's bandwidth in the same rounds: a shared machine's changes by a third within a run."""
-
-    def find(rows: Sequence[Row]) -> list[Found]:
-        return [
-            Found(row.bandwidth_fraction_in_turn, row.case)
-            for row in _ours(rows, "kernel", op)
-            if row.bandwidth_fraction_in_turn is not None
-            and (row.N, row.dtype, row.layout) == (LARGEST_WIDTH, "float32", layout)
-            and (op != "gram" or (row.T or 0) <= 8)
-        ]
-
-    return find
-
-
-def _against_matmul(op: str) -> Callable[[Sequence[Row]], list[Found]]:
-    def find(rows: Sequence[Row]) -> list[Found]:
-        return [
-            Found(row.ratios["torch"], row.case)
-            for row in _ours(rows, "kernel", op)
-            if row.dtype == "float32" and "torch" in row.ratios
-        ]
-
-    return find
-
-
-def _step(prefix: str, whole: bool) -> Callable[[Sequence[Row]], list[Found]]:
-    """The whole step (forward, merge, optimizer) against one with T plain backward passes; or the merge alone."""
-
-    def find(rows: Sequence[Row]) -> list[Found]:
-        found = [
-            (row.whole_ratios if whole else row.ratios, row.case)
-            for row in _ours(rows, "step")
-            if row.case.startswith(prefix)
-        ]
-        return [Found(ratios["plain"], case) for ratios, case in found if "plain" in ratios]
-
-    return find
-
-
-def _step_targets(text: str, limit: float, prefix: str) -> list[Target]:
-    return [
-        Target(f"{text}: training step against one with plain backwards", "<=", limit, "times", _step(prefix, True)),
-        Target(f"{text}: `pc_backward` alone against plain backwards", "<=", limit, "times", _step(prefix, False)),
-    ]
-
-
-def _memory(rows: Sequence[Row]) -> list[Found]:
-    return [Found(row.peak_ratio, row.case) for row in _ours(rows, "memory", "step") if row.peak_ratio is not None]
-
-
-TARGETS = (
-    Target(
-        "`pcgrad(J)`, T=8, N=2²⁴ fp32: speed against TorchJD's PCGrad",
-        ">=",
-        5.0,
-        "times",
-        _speedup("torchjd"),
-    ),
-    Target("`pcgrad(J)`, T=8, N=2²⁴ fp32: speed against the loop", ">=", 100.0, "times", _speedup("loop")),
-    Target(
-        "`gram`, T ≤ 8, N=2²⁴, padded rows: of read bandwidth, in turn",
-        ">=",
-        0.75,
-        "percent",
-        _bandwidth("gram", "padded"),
-    ),
-    Target(
-        "`gram`, T ≤ 8, N=2²⁴, contiguous rows: of read bandwidth, in turn",
-        ">=",
-        0.75,
-        "percent",
-        _bandwidth("gram", "contiguous"),
-    ),
-    Target(
-        "`combine`, N=2²⁴, padded rows: of copy bandwidth, in turn",
-        ">=",
-        0.80,
-        "percent",
-        _bandwidth("combine", "padded"),
-    ),
-    Target(
-        "`combine`, N=2²⁴, contiguous rows: of copy bandwidth, in turn",
-        ">=",
-        0.80,
-        "percent",
-        _bandwidth("combine", "contiguous"),
-    ),
-    Target("`gram`, all T and N: time against `J @ J.T`", "<=", 1.0, "times", _against_matmul("gram")),
-    Target("`combine`, all T and N: time against `w @ J`", "<=", 1.0, "times", _against_matmul("combine")),
-    *_step_targets("MLP, 13.7 M parameters, T=4", 1.25, "mlp T=4"),
-    *_step_targets("MLP, 13.7 M parameters, T=8", 1.25, "mlp T=8"),
-    *_step_targets("tutorial 10-50-1, T=2", 1.3, "tutorial"),
-    Target("peak memory of a step beyond model and activations / T·N·itemsize", "<=", 1.05, "times", _memory),
-)
-
-
-def verdicts(rows: Sequence[Row], of: Sequence[Target] = TARGETS) -> list[Verdict]:
+def verdicts(rows: Sequence[Row], of: Sequence[Target]) -> list[Verdict]:
     judged = []
     for target in of:
-        found = target.find(rows)
+        chosen = [row for row in rows if row.ok and all(getattr(row, name) == at for name, at in target.of.items())]
+        found = [(value, row.case) for row in chosen if (value := target.value(row)) is not None]
         pick = min if target.sense == ">=" else max
-        judged.append(Verdict(target, pick(found, key=lambda f: f.value) if found else None))
+        judged.append(Verdict(target, *pick(found)) if found else Verdict(target, None))
     return judged
+
+
+def _rows(kind: str, op: str, subject: str = LIBRARY, **fields: Any) -> Mapping[str, Any]:
+    return {"kind": kind, "op": op, "subject": subject, **fields}
+
+
+def _speed(peer: str) -> Value:
+    return lambda row: 1 / row.ratios[peer] if peer in row.ratios else None
+
+
+def _pcgrad(peer: str, name: str, limit: float) -> Target:
+    of = _rows("kernel", "pcgrad", T=8, N=LARGEST_WIDTH, dtype="float32")
+    return Target(f"`pcgrad(J)`, T=8, N=2²⁴ fp32: speed against {name}", ">=", limit, of, _speed(peer))
+
+
+def _bandwidth(op: str, layout: str, tasks: str, way: str, limit: float) -> Target:
+    """Of the machine's bandwidth in the same rounds: a shared machine's changes by a third within a run."""
+    text = f"`{op}`, {tasks}N=2²⁴, {layout} rows: of {way} bandwidth, in turn"
+    of = _rows("kernel", op, N=LARGEST_WIDTH, dtype="float32", layout=layout)
+
+    def value(row: Row) -> float | None:
+        return row.bandwidth_fraction_in_turn if not tasks or (row.T or 0) <= 8 else None
+
+    return Target(text, ">=", limit, of, value, "percent")
+
+
+def _matmul(op: str, product: str) -> Target:
+    of = _rows("kernel", op, dtype="float32")
+    return Target(f"`{op}`, all T and N: time against `{product}`", "<=", 1.0, of, lambda row: row.ratios.get("torch"))
+
+
+def _steps(text: str, limit: float, case: str) -> tuple[Target, Target]:
+    """The whole step (forward, merge, optimizer) against one with T plain backward passes; and the merge alone."""
+    whole, alone = "training step against one with plain backwards", "`pc_backward` alone against plain backwards"
+    of = _rows("step", "step", case=case)
+    return (
+        Target(f"{text}: {whole}", "<=", limit, of, lambda row: row.whole_ratios.get("plain")),
+        Target(f"{text}: {alone}", "<=", limit, of, lambda row: row.ratios.get("plain")),
+    )
+
+
+def _large(text: str, limit: float, kind: str, mode: str, value: Value, style: Style = "times") -> Target:
+    return Target(text, "<=", limit, _rows(kind, "large", mode), value, style)
+
+
+def _peak(row: Row) -> float | None:
+    return row.peak_ratio
+
+
+def _in_gradients(row: Row) -> float | None:
+    """The peak in units of one gradient, N·itemsize."""
+    return None if row.peak_bytes is None or not row.N else row.peak_bytes / (row.N * PARAMETER_BYTES)
+
+
+_BEYOND = "beyond model and activations / T·N·itemsize"
+CPU = (
+    _pcgrad("torchjd", "TorchJD's PCGrad", 5.0),
+    _pcgrad("loop", "the loop", 100.0),
+    _bandwidth("gram", "padded", "T ≤ 8, ", "read", 0.75),
+    _bandwidth("gram", "contiguous", "T ≤ 8, ", "read", 0.75),
+    _bandwidth("combine", "padded", "", "copy", 0.80),
+    _bandwidth("combine", "contiguous", "", "copy", 0.80),
+    _matmul("gram", "J @ J.T"),
+    _matmul("combine", "w @ J"),
+    *_steps("MLP, 13.7 M parameters, T=4", 1.25, "mlp T=4"),
+    *_steps("MLP, 13.7 M parameters, T=8", 1.25, "mlp T=8"),
+    *_steps("tutorial 10-50-1, T=2", 1.3, "tutorial T=2"),
+    Target(f"peak memory of a step {_BEYOND}", "<=", 1.05, _rows("memory", "step"), _peak),
+)
+STREAMING_STEP, STREAMING_PEAK = 1.10, 1.05
+_PASSES, _SHARE = "whole step against T plain forward and backward passes", "`merge()` as a share of the step"
+LARGE = (
+    _large(f"streaming: {_PASSES}", STREAMING_STEP, "step", "streaming", lambda row: row.whole_ratios.get("plain")),
+    _large(f"streaming: {_SHARE}", 0.05, "step", "streaming", lambda row: row.ratios.get(WHOLE), "percent"),
+    _large(f"streaming: peak {_BEYOND}", STREAMING_PEAK, "memory", "streaming", _peak),
+    _large("streaming, bf16 rows: peak / T·N·itemsize of fp32", 0.55 * 1.05, "memory", "streaming[bf16 rows]", _peak),
+    _large("two_phase: peak / N·itemsize, at any T", 2.1, "memory", "two_phase", _in_gradients),
+)
+_ON_DEVICE = "streaming, rows in host memory: peak on the device / N·itemsize"
+GPU = (*LARGE, _large(_ON_DEVICE, 2.1, "memory", HOST_ROWS, _in_gradients))
+_DOUBLE = "double backward"
+GRADNORM = (
+    Target(f"GradNorm's step: speed against the {_DOUBLE}", ">=", 1.5, _rows("step", "gradnorm"), _speed(_DOUBLE)),
+)

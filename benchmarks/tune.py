@@ -15,17 +15,18 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import replays_of, timed
 from benchmarks.rows import ROOT
+from benchmarks.timing import Call, alone, replays_of
 from fastpcgrad import variants
 from fastpcgrad.backends import cuda
+from fastpcgrad.variants import Guards
 
 TUNED = ROOT / "csrc" / "cuda" / "tuned.h"
 BYTES = 1 << 30
@@ -66,7 +67,7 @@ def build_all(folder: Path, candidates: list[Values]) -> list[ctypes.CDLL]:
     return libraries
 
 
-def calls(tasks: int, dtype: torch.dtype, size: int) -> list[Callable[[], object]]:
+def calls(tasks: int, dtype: torch.dtype, size: int) -> list[Call]:
     grads = torch.randn(tasks, size // (tasks * dtype.itemsize) // 64 * 64, device="cuda").to(dtype)
     out, weights = grads.new_empty(grads.shape[1]), torch.rand(tasks, dtype=torch.float64).to("cuda")
     return [
@@ -76,14 +77,14 @@ def calls(tasks: int, dtype: torch.dtype, size: int) -> list[Callable[[], object
     ]
 
 
-def surgery(grads: Tensor, out: Tensor) -> Callable[[], object]:
+def surgery(grads: Tensor, out: Tensor) -> Call:
     order = variants.get("paper").draw_orders(grads.shape[0], None, None).to("cuda")
-    return lambda: cuda.pcgrad(grads, order, False, 0.0, 0.0, 1.0, None, out)
+    return lambda: cuda.pcgrad(grads, order, Guards(), 1.0, None, out)
 
 
-def replayed(call: Callable[[], object]) -> float:
+def replayed(call: Call) -> float:
     """Milliseconds of a call in a graph."""
-    return timed(replays_of(call, REPLAYS), calls_of_one=REPLAYS).p50
+    return alone(replays_of(call, REPLAYS), "cuda", calls_of_one=REPLAYS).median
 
 
 def milliseconds(tasks: list[int]) -> float:
@@ -91,7 +92,7 @@ def milliseconds(tasks: list[int]) -> float:
     for t in tasks:
         for dtype in (torch.float32, torch.bfloat16):
             cuda.launches = cuda.SEVERAL_LAUNCHES
-            total += sum(timed(call).p50 for call in calls(t, dtype, BYTES))
+            total += sum(alone(call, "cuda").median for call in calls(t, dtype, BYTES))
             cuda.launches = cuda.ONE_LAUNCH
             grads = torch.randn(t, SMALL_WIDTH, device="cuda").to(dtype)
             total += SMALL_WEIGHT * replayed(surgery(grads, grads.new_empty(SMALL_WIDTH)))

@@ -11,7 +11,7 @@ from rich.table import Table
 from examples.digits_data import TASKS
 from examples.digits_experiment import Experiment
 from examples.digits_runs import FAST, LOOP, Run
-from fastpcgrad.config import backend_in_use
+from fastpcgrad.backends.config import backend_in_use
 
 
 def introduce(console: Console, experiment: Experiment) -> None:

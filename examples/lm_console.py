@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from examples.lm_runs import SURGERY, Run
-from fastpcgrad.config import backend_in_use
+from fastpcgrad.backends.config import backend_in_use
 
 
 def introduce(console: Console, runs: dict[str, Run]) -> None:

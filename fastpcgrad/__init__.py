@@ -6,13 +6,13 @@ from ._version import __version__
 from ._warnings import FastPCGradWarning
 from .arrays import apply
 from .autograd import backward, grad
-from .config import show_config
+from .backends.config import show_config
 from .features import shared_features
 from .functional import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficients
 from .gradnorm import gradNorm
-from .memory import MemoryPlan, MemoryPlanWarning
+from .merging.report import ConflictReport
 from .optimizer import PCGrad
-from .report import ConflictReport
+from .rows.memory_plan import MemoryPlan, MemoryPlanWarning
 from .surgery import GradientSurgery
 
 __all__ = [

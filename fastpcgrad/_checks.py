@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ._modes import is_batched
+from ._modes import is_batched, is_fake
+from ._torch import transforms_active
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,7 +64,7 @@ def check_rows(grads: Tensor) -> None:
     if grads.dim() != 2 or grads.shape[0] == 0:
         raise ValueError(f"grads must be [T, N] with T >= 1 task gradients; found {list(grads.shape)}")
     # Under vmap the strides are of no consequence: what is batched is computed by torch.
-    if grads.shape[1] > 1 and grads.stride(1) != 1 and not torch._C._are_functorch_transforms_active():
+    if grads.shape[1] > 1 and grads.stride(1) != 1 and not transforms_active():
         raise ValueError(f"the rows of grads must be contiguous; found strides {grads.stride()}")
 
 
@@ -142,7 +142,7 @@ def check_order(order: Tensor, tasks: int, problems: int | None, device: torch.d
 def is_readable(indices: Tensor) -> bool:
     """Whether numbers can be looked at without a wait for a GPU, and there are any: not while code is compiled."""
     compiled = torch.compiler.is_compiling()
-    return not compiled and indices.is_cpu and not isinstance(indices, FakeTensor) and not is_batched(indices)
+    return not compiled and indices.is_cpu and not is_fake(indices) and not is_batched(indices)
 
 
 def check_out_kind(out: Tensor, grads: Tensor) -> None:

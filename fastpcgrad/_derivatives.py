@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKeySet
 from torch.autograd import forward_ad
 
-from ._ops import LIBRARY, SCHEMAS, op_named
+from ._modes import is_watched
+from ._ops import LIBRARY, SCHEMAS, checked, op_named, written_by
+from ._torch import below_autograd, forward_mode, keys_below_autograd, transforms_active
+from .backends.kernels import BODIES
 
 # Plain differentiable torch, so that derivatives of any order exist.
 
@@ -98,7 +100,7 @@ _NO_DERIVATIVE = (
 
 def refuse_derivative(name: str, source: Tensor) -> None:
     """RuntimeError where ``source`` is differentiated in forward mode or by a transform: a detached result is zero."""
-    if _has_tangent((source,)) or (_requires_grad((source,)) and torch._C._are_functorch_transforms_active()):
+    if _has_tangent((source,)) or (_requires_grad((source,)) and transforms_active()):
         raise RuntimeError(_NO_DERIVATIVE.format(name))
 
 
@@ -114,19 +116,37 @@ def _first(result: Tensor, source: Tensor) -> Tensor:
     return result.view_as(result)
 
 
-def _below(op: Any, keyset: DispatchKeySet) -> Callable[..., Any]:
+def _below(op: Any, keyset: Any) -> Callable[..., Any]:
     """The op as it is below autograd."""
+    if below_autograd is None or keys_below_autograd is None:
+        return _kernel_of(op)
 
     def call(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        with below_autograd():
+            return op.redispatch(keyset & keys_below_autograd, *arguments)
+
+    return call
+
+
+def _kernel_of(op: Any) -> Callable[..., Any]:
+    """The op's kernel itself, where the dispatcher cannot go on to it: refused while others than autograd look."""
+    name = op.name().removeprefix("fastpcgrad::")
+
+    def call(*arguments: Any) -> Any:
+        with torch.no_grad():
+            if torch.compiler.is_compiling() or is_watched(arguments):
+                raise NotImplementedError(
+                    f"fastpcgrad: with torch {torch.__version__} {name} takes plain tensors alone: call it outside of "
+                    "modes, tracers, profilers and torch.compile"
+                )
+            return checked(name, BODIES[name])(*arguments)
 
     return call
 
 
 def _has_tangent(arguments: Sequence[Any]) -> bool:
     """Whether one is differentiated in forward mode at the level that is on, if any is."""
-    return forward_ad._current_level >= 0 and any(
+    return forward_mode._current_level >= 0 and any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments
     )
 
@@ -138,7 +158,7 @@ def _requires_grad(arguments: Sequence[Any]) -> bool:
 def _differentiable(name: str, formula: Callable[..., Tensor], backward: Callable[..., Any]) -> None:
     op = op_named(name)
 
-    def differentiated(keyset: DispatchKeySet, *arguments: Any) -> Any:
+    def differentiated(keyset: Any, *arguments: Any) -> Any:
         if _has_tangent(arguments):
             return formula(*arguments)
         kernel = _below(op, keyset)
@@ -151,11 +171,11 @@ def _differentiable(name: str, formula: Callable[..., Tensor], backward: Callabl
 
 def _not_differentiable(name: str) -> None:
     op = op_named(name)
-    overwrites = any(argument.alias_info is not None for argument in op._schema.arguments)
+    overwrites = written_by(name) is not None
 
-    def refused(keyset: DispatchKeySet, *arguments: Any) -> Any:
+    def refused(keyset: Any, *arguments: Any) -> Any:
         kernel, differentiated = _below(op, keyset), _requires_grad(arguments)
-        in_transform = differentiated and torch._C._are_functorch_transforms_active()
+        in_transform = differentiated and transforms_active()
         if in_transform or (differentiated and overwrites) or _has_tangent(arguments):
             raise RuntimeError(_NO_DERIVATIVE.format(name))
         return _Refused.apply(kernel, name, *arguments) if differentiated else kernel(*arguments)

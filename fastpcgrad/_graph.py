@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 from torch.overrides import has_torch_function_unary
+
+from ._torch import engine_backward, may_write_kept_graphs, transforms_active
 
 _REMEDY = (
     "give each task a forward of its own and run its backward inside 'with surgery.task(t)'; or set "
@@ -107,10 +108,10 @@ def run_backward(loss: Tensor, retain_graph: bool) -> None:
     Calls the engine as torch does. What torch looks at before it takes 25 µs, as long as half of a small model's
     backward pass, and is known here.
     """
-    if has_torch_function_unary(loss) or torch._C._are_functorch_transforms_active():
+    if engine_backward is None or has_torch_function_unary(loss) or transforms_active():
         loss.backward(retain_graph=retain_graph)
         return
-    Variable._execution_engine.run_backward(
+    engine_backward(
         (loss,), (torch.ones_like(loss),), retain_graph, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
@@ -122,11 +123,7 @@ def check_kept(losses: Sequence[Tensor]) -> None:
     """
     if "torch._inductor.compile_fx" not in sys.modules:
         return
-    import torch._functorch.config as functorch
-    import torch._inductor.config as inductor
-
-    unchecked = not functorch.donated_buffer and inductor.fx_graph_cache and not inductor.force_disable_caches
-    if unchecked and any(node.name() == "CompiledFunctionBackward" for node in nodes(losses)):
+    if may_write_kept_graphs() and any(node.name() == "CompiledFunctionBackward" for node in nodes(losses)):
         raise RuntimeError(
             "the losses share the graph of a compiled model, and donated_buffer = False does not keep inductor's cache "
             "from answering with a backward pass that writes over it: " + _REMEDY

@@ -8,15 +8,14 @@ ranges, each with a Gram matrix, weights or coefficients of its own.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._checks import check_arguments
-from ._modes import is_fake, is_watched
 
 LIBRARY = torch.library.Library("fastpcgrad", "DEF")
 
@@ -37,12 +36,6 @@ SCHEMAS: dict[str, str] = {
 
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
-
-KERNELS: dict[str, Callable[..., Any]] = {}
-"""The Python body of each op, by its name; and those that are no ops, for no schema can hold what they take:
-``gram_blocks``, ``combine_blocks`` and ``pcgrad_blocks`` on ``Blocks``, ``sign_sums`` and ``trimmed_mean`` on single
-rows, ``method_weights`` and ``gradvac`` on G. Those of ``pcgrad`` and ``pcgrad_`` leave out G, C and w, which the ops
-return: nobody who calls them here wants them."""
 
 
 class Figures(NamedTuple):
@@ -65,66 +58,8 @@ Later = Callable[[], Figures]
 """Gives the figures when they are read: for a small model the tensors themselves are a cost."""
 
 
-class Blocks(NamedTuple):
-    """J, T rows in blocks of columns, one a parameter, each row of a block in memory of its own.
-
-    Attributes:
-        tensors: for each task its row of each block, dense, in any order of dimensions, the same in all tasks; None:
-            all zero.
-        pointers: where those begin; 0 for None.
-        widths: the columns of each block.
-    """
-
-    tensors: Sequence[Sequence[Tensor | None]]
-    pointers: Sequence[Sequence[int]]
-    widths: array[int]
-    dtype: torch.dtype
-    device: torch.device
-
-
-def first_of(blocks: Blocks) -> Tensor | None:
-    """One of the rows, if there is any."""
-    for row in blocks.tensors:
-        for tensor in row:
-            if tensor is not None:
-                return tensor
-    return None
-
-
-def addresses(row: Sequence[Tensor | None]) -> list[int]:
-    """Where each begins, 0 for None; where no memory is behind them, a number that is another for other memory."""
-    if row and type(row[0]) is not Tensor and any(tensor is not None and is_fake(tensor) for tensor in row):
-        return [0 if x is None else (x.untyped_storage()._cdata << 48) + x.storage_offset() for x in row]
-    return [0 if tensor is None else tensor.data_ptr() for tensor in row]
-
-
 def op_named(name: str) -> Any:
     return getattr(torch.ops.fastpcgrad, name).default
-
-
-def _entry(name: str) -> Callable[..., Any]:
-    """Calls an op, or where nobody watches its kernel itself.
-
-    The dispatcher takes as long as the rest of a small call: a second Python function where there is a derivative, and
-    every result is wrapped anew.
-    """
-    op = op_named(name)
-
-    def call(*arguments: object) -> Any:
-        if torch.compiler.is_compiling() or is_watched(arguments):
-            return op(*arguments)
-        return KERNELS[name](*arguments)
-
-    return call
-
-
-gram = _entry("gram")
-pcgrad_coefficients = _entry("pcgrad_coefficients")
-combine = _entry("combine")
-combine_out = _entry("combine_out")
-mix_ = _entry("mix_")
-pcgrad = _entry("pcgrad")
-pcgrad_ = _entry("pcgrad_")
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -156,11 +91,16 @@ def new_figures(grads: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor,
     return gram, torch.empty_like(gram), gram.new_empty(gram.shape[:-1])
 
 
+def written_by(name: str) -> str | None:
+    """The argument that an op overwrites."""
+    found = re.search(r"\(a!\) (\w+)", SCHEMAS[name])
+    return None if found is None else found[1]
+
+
 def checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """What serves an op, for calls that come through the dispatcher: nobody has looked at their arguments."""
-    arguments = op_named(name)._schema.arguments
-    names = [argument.name for argument in arguments]
-    written = next((argument.name for argument in arguments if argument.alias_info is not None), None)
+    names = re.findall(r"(\w+)(?:=\w+)?[,)]", SCHEMAS[name].split(" -> ")[0])
+    written = written_by(name)
 
     def call(*given: Any) -> Any:
         check_arguments(dict(zip(names, given, strict=False)), written)  # defaults are left out

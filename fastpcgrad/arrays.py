@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from . import functional
-from ._native import prefer_huge_pages
+from ._memory import prefer_huge_pages
+from .merging.problems import SUMMED, Problems, weights_table
 from .methods import Elementwise, Method, PCGrad, check_method
 from .variants import Generator, Reduction
 
@@ -69,14 +70,14 @@ def apply(
     chosen = _method(variant, method, reduction, generator)
     tasks, first = _read(task_gradients)
     everywhere = {name: all(name in task for task in tasks) for name in first}
-    complete = sum(everywhere.values())
     names = sorted(first, key=everywhere.__getitem__, reverse=True)
-    names = names[:complete] if chosen.scope == "parameter" else names
+    if chosen.scope == "parameter":
+        names = [name for name in names if everywhere[name]]
     if not names:
         return {}
     ends = list(accumulate(first[name].tensor.numel() for name in names))
     rows = _pack(tasks, {name: first[name].tensor for name in names})
-    merged = _merge(rows, ends, complete, chosen)
+    merged = _merge(rows, ends, chosen, Problems.made(chosen, [everywhere[name] for name in names]))
     if merged.is_cuda and any(first[name].library is not _TORCH for name in names):
         # Other libraries do not know torch's stream: it must have read their arrays before their owners go on.
         torch.cuda.current_stream(merged.device).synchronize()
@@ -193,19 +194,22 @@ def _pack(tasks: Sequence[Mapping[str, _Entry]], like: Mapping[str, Tensor]) -> 
     return rows
 
 
-def _merge(rows: Tensor, ends: Sequence[int], complete: int, method: Method) -> Tensor:
-    """The merged gradient ``[N]``. ``ends``: of each name's columns; all tasks have the first ``complete`` names."""
+def _merge(rows: Tensor, ends: Sequence[int], method: Method, problems: Problems) -> Tensor:
+    """The merged gradient ``[N]``.
+
+    Args:
+        ends: of each name's columns; names that are summed stand last.
+        problems: of the names.
+    """
     if isinstance(method, Elementwise):
         return method.aggregate(rows)
-    tasks = range(len(rows))
-    if method.scope == "parameter":
-        segments = [0, *ends]
-        weights = method.checked_solve(functional.gram(rows, segments), tasks).weights
-        return functional.combine(rows, weights, segments=segments)
-    width, summed = ends[complete - 1] if complete else 0, method.scope == "shared"
-    weights = method.checked_solve(functional.gram(rows[:, :width] if summed else rows), tasks).weights
-    partial_weights = torch.ones_like(weights) if summed else method.partial_weights(weights)
-    return functional.combine(rows, torch.stack([weights, partial_weights]), segments=[0, width, ends[-1]])
+    offsets = [0, *ends]
+    if problems.are_many:
+        gram = functional.gram(rows, offsets)
+    else:
+        gram = functional.gram(rows[:, : offsets[len(ends) - problems.of.count(SUMMED)]])
+    weights = method.checked_solve(gram, range(len(rows))).weights
+    return functional.combine(rows, weights_table(method, weights)[problems.row_of_each], segments=offsets)
 
 
 def _read_torch(array: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from . import methods
 from ._graph import check_kept, explain, leaves, unreached
+from ._losses import check_tensors, present_losses
 from ._warnings import warn_of_one_loss
-from .functional import check_tensors, present_losses
-from .merging import merge
-from .processes import check_graph
-from .task_gradients import TaskGradients
+from .distributed.processes import check_graph
+from .merging.by_rows import merge
+from .rows.task_gradients import TaskGradients
 
 
 def grad(
@@ -28,7 +28,8 @@ def grad(
     """The merged gradient of several task losses with respect to ``inputs``; no ``.grad`` is touched.
 
     Args:
-        losses: T scalar losses, None for a task that is absent, or one tensor ``[T]``; they may share a graph.
+        losses: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may share a
+            graph.
         inputs: tensors that require grad, of one device and dtype; need not be leaves.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         retain_graph: keep the graphs for another backward pass; else the last pass frees them.
@@ -70,7 +71,8 @@ def backward(
     """Add the merged gradient of several task losses to ``.grad``, as ``torch.autograd.backward`` adds.
 
     Args:
-        losses: T scalar losses, None for a task that is absent, or one tensor ``[T]``; they may share a graph.
+        losses: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may share a
+            graph.
         inputs: leaves that require grad; None: all leaves of the graphs.
         method, retain_graph, process_group: see ``grad``.
     Raises:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._ops import addresses
-from .functional import check_tensors
-from .merging import merge
+from ._blocks import addresses
+from ._losses import check_tensors
+from .distributed.processes import Choice, check_behind, check_process_group
+from .merging.by_rows import merge
+from .merging.report import ConflictReport
 from .methods import Method, PCGrad, check_method
-from .processes import Choice, check_behind, check_process_group
-from .report import ConflictReport
-from .task_gradients import Row, TaskGradients
+from .rows.task_gradients import Row, TaskGradients
 
 OnReport = Callable[[ConflictReport], object]
 """What is called with the report of a surgery."""

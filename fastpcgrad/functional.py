@@ -6,14 +6,14 @@ them runs on the T×T Gram matrix. The kernels check nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import index
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from . import _derivatives, _ops, variants
+from . import _derivatives, variants
 from ._checks import ROW_DTYPES as ROW_DTYPES
 from ._checks import (
     check_gram,
@@ -25,10 +25,10 @@ from ._checks import (
     check_rows,
     check_segments_kind,
     check_separate_rows,
-    check_tensor,
     is_readable,
 )
 from ._modes import is_batched
+from .backends import kernels
 from .variants import Generator
 
 Segments = Tensor | Sequence[int]
@@ -57,7 +57,7 @@ def gram(grads: Tensor, segments: Segments | None = None) -> Tensor:
                 [ 0., 25.]], dtype=torch.float64)
     """
     check_rows(grads)
-    return _ops.gram(grads, _offsets(segments, grads))
+    return kernels.gram(grads, _offsets(segments, grads))
 
 
 def pcgrad_coefficients(
@@ -95,7 +95,7 @@ def pcgrad_coefficients(
     check_gram(gram)
     check_guards(eps, min_squared_norm)
     check_order(order, gram.shape[-1], gram.shape[0] if gram.dim() == 3 else None, gram.device)
-    return _ops.pcgrad_coefficients(gram, order, self_projection, float(eps), float(min_squared_norm))
+    return kernels.pcgrad_coefficients(gram, order, self_projection, float(eps), float(min_squared_norm))
 
 
 def combine(grads: Tensor, weights: Tensor, out: Tensor | None = None, *, segments: Segments | None = None) -> Tensor:
@@ -125,9 +125,9 @@ def combine(grads: Tensor, weights: Tensor, out: Tensor | None = None, *, segmen
     offsets = _offsets(segments, grads)
     check_matrix("weights", weights, grads, _problems(offsets), (grads.shape[0],))
     if out is None:
-        return _ops.combine(grads, weights, offsets)
+        return kernels.combine(grads, weights, offsets)
     _check_out(out, grads, weights)
-    _ops.combine_out(grads, weights, offsets, out)
+    kernels.combine_out(grads, weights, offsets, out)
     return out
 
 
@@ -160,7 +160,7 @@ def mix_(grads: Tensor, coefficients: Tensor, *, segments: Segments | None = Non
     check_matrix("coefficients", coefficients, grads, _problems(offsets), (grads.shape[0], grads.shape[0]))
     if coefficients.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("mix_ has no derivative: coefficients requires grad; use torch.no_grad()")
-    _ops.mix_(grads, coefficients, offsets)
+    kernels.mix_(grads, coefficients, offsets)
     return grads
 
 
@@ -205,14 +205,13 @@ def pcgrad(
         raise ValueError(f"reduction must be 'sum', 'mean', 'none' or None; found {reduction!r}")
     offsets = _offsets(segments, grads)
     order = _order_for(grads, offsets, chosen, order, generator)
-    guards = (chosen.self_projection, chosen.eps, chosen.min_squared_norm)
     if reduction == "none":
         _derivatives.refuse_derivative("pcgrad", grads)
         rows = grads.detach().clone(memory_format=torch.contiguous_format)
-        _ops.pcgrad_(rows, order, *guards, offsets)
+        kernels.pcgrad_(rows, order, *chosen.guards, offsets)
         return _derivatives.without_derivative("pcgrad", rows, grads)
     scale = 1.0 / grads.shape[0] if (reduction or chosen.reduction) == "mean" else 1.0
-    merged: Tensor = _ops.pcgrad(grads, order, *guards, scale, offsets)[0]
+    merged: Tensor = kernels.pcgrad(grads, order, *chosen.guards, scale, offsets)[0]
     return merged
 
 
@@ -248,7 +247,7 @@ def pcgrad_(
     chosen = variants.get(variant)
     offsets = _offsets(segments, grads)
     order = _order_for(grads, offsets, chosen, order, generator)
-    _ops.pcgrad_(grads, order, chosen.self_projection, chosen.eps, chosen.min_squared_norm, offsets)
+    kernels.pcgrad_(grads, order, *chosen.guards, offsets)
     return grads
 
 
@@ -300,75 +299,3 @@ def _order_for(
         return order
     variants.check_generator(generator)
     return variant.draw_orders(tasks, count, generator).to(grads.device)
-
-
-def check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """The task losses as a list: ``present_losses`` where none may be absent."""
-    given = list(losses) if not isinstance(losses, Tensor) and isinstance(losses, Iterable) else losses
-    present = present_losses(given)
-    absent = [t for t in range(len(given)) if t not in present]
-    if absent:
-        raise TypeError(f"losses[{absent[0]}] must be a torch.Tensor; found NoneType")
-    return list(present.values())
-
-
-def present_losses(losses: Sequence[Tensor | None] | Tensor) -> dict[int, Tensor]:
-    """The task losses by the index of their task, without those that are None: tasks that are absent.
-
-    Args:
-        losses: T scalars, of any shape with one element, or one tensor ``[T]`` or ``[T, 1]``.
-    Raises:
-        TypeError: no sequence of tensors, or complex or integer losses.
-        ValueError: empty, all absent, not scalar, without grad, or on several devices; the message shows what was
-            found.
-    """
-    if not isinstance(losses, list | tuple):  # to ask for those first is what takes least
-        if isinstance(losses, Tensor):
-            if losses.dim() not in (1, 2) or losses.shape[1:] not in ((), (1,)):
-                raise ValueError(f"losses must be scalars, or one tensor [T]; found a tensor {list(losses.shape)}")
-            losses = losses.flatten().unbind()
-        if not isinstance(losses, Iterable):
-            raise TypeError(f"losses must be a sequence of scalar tensors; found {type(losses).__name__}")
-    found = list(losses)
-    if not found:
-        raise ValueError("losses must hold at least one task loss; found none")
-    present = {t: check_loss(f"losses[{t}]", loss) for t, loss in enumerate(found) if loss is not None}
-    if not present:
-        raise ValueError(f"losses must hold a task that is not absent; found {len(found)} times None")
-    devices = {loss.device for loss in present.values()}
-    if len(devices) > 1:
-        raise ValueError(f"losses must be on one device; found {', '.join(sorted(map(str, devices)))}")
-    return present
-
-
-def check_loss(name: str, loss: Any) -> Tensor:
-    """``loss`` itself.
-
-    Raises:
-        TypeError: no tensor, or complex or integer.
-        ValueError: not scalar, or without grad; the message shows what was found.
-    """
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; found {type(loss).__name__}")
-    if not loss.is_floating_point():
-        raise TypeError(f"{name} must be real floating point; found {loss.dtype}")
-    if loss.numel() != 1:
-        raise ValueError(f"{name} must be a scalar; found shape {list(loss.shape)}")
-    if not loss.requires_grad:
-        raise ValueError(f"{name} has no grad: it depends on nothing that requires grad")
-    return loss
-
-
-def check_tensors(name: str, values: Iterable[Any]) -> list[Tensor]:
-    """``values`` as a list.
-
-    Raises:
-        TypeError: a single tensor, no iterable, or something in it is no tensor.
-    """
-    if isinstance(values, Tensor) or not isinstance(values, Iterable):
-        found = f"a single tensor {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"{name} must be an iterable of tensors; found {found}")
-    tensors = list(values)
-    for i, value in enumerate(tensors):
-        check_tensor(f"{name}[{i}]", value)
-    return tensors

@@ -23,6 +23,7 @@ from .balancing.gradnorm import (
     scaled_to_count,
     training_rates,
 )
+from .distributed.processes import check_layer
 
 VARIANTS = ("paper", "lucasbotang")
 
@@ -38,6 +39,7 @@ def gradNorm(
     log: bool = False,
     *,
     variant: str = "paper",
+    process_group: object = "auto",
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Train ``net`` with Adam on its weighted task losses, and the weights with GradNorm.
 
@@ -50,7 +52,7 @@ def gradNorm(
     and a ``FastPCGradWarning`` at the end counts what was skipped.
 
     Args:
-        net: ``net(*batch)`` gives the T task losses as one tensor ``[T]``. It is put into training mode.
+        net: ``net(*batch)`` gives the T task losses as one tensor ``[T]`` or ``[T, 1]``. It is put into training mode.
         layer: W, whose gradients are compared: a module, of which only the first parameter (its weight) is looked at,
             or tensors.
         alpha: α ≥ 0, the restoring force; see ``balancing.GradNorm``.
@@ -62,14 +64,19 @@ def gradNorm(
         variant: ``paper`` differentiates the GradNorm loss with respect to the weights only, in closed form.
             ``lucasbotang`` follows the widely used implementation, whose second backward pass also adds the GradNorm
             loss' gradient to that of the network; it costs second derivatives.
+        process_group: ``local``: where ``net`` is wrapped by DistributedDataParallel, or there are several processes
+            without it, each has weights of its own, by its part of the data. ``auto``: the former is an error, and the
+            latter a warning, once.
     Returns:
         ``(log_weights, log_loss)``, each ``[steps, T]``: the weights that each step used, and L_i / L_i(0). Without
         ``log`` both are empty, ``[0, T]``.
     Raises:
         TypeError: a net without a tensor of losses, batches that are no sequences.
-        ValueError: unknown variant; bad ``alpha``, ``num_epochs``, learning rates, layer; losses that are not ``[T]``;
+        ValueError: unknown variant; bad ``alpha``, ``num_epochs``, learning rates, layer; losses of another shape;
             no batch; unless ``alpha`` is 0, a first loss that is not > 0 or a later one < 0. On a GPU such a batch is
             skipped and a later step raises, or the end, once the device has answered.
+        NotImplementedError: a layer that DistributedDataParallel averages, see ``process_group``, or does so with
+            ``static_graph``; a sharded one, of FSDP, fully_shard or tensor parallelism.
     Numerics: no step waits for a GPU, unless a parameter is complex. The network's Adam is torch's fused one, which
         rounds differently in the last place.
     Source: Chen et al. 2018, arXiv:1711.02257, Alg. 1.
@@ -94,6 +101,7 @@ def gradNorm(
             raise ValueError(f"{name} must be a finite number >= 0; found {rate!r}")
     check_alpha(alpha)
     shared = layer_tensors(layer)
+    check_layer(shared, process_group)
     parameters = list(net.parameters())
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     optimizer = torch.optim.Adam(parameters, lr=lr1, fused=fused)
@@ -106,16 +114,18 @@ def gradNorm(
     net.train()
     for _ in range(num_epochs):
         for batch in dataloader:
-            losses = net(*_on_device(batch, device))
+            given = net(*_on_device(batch, device))
             if initial is None:
-                _check_task_losses(losses)
+                _check_task_losses(given)
+            losses = given.flatten()
+            if initial is None:
                 weights = torch.ones_like(losses.detach())
                 initial = torch.full_like(weights, torch.nan)
                 counted = torch.zeros((), dtype=torch.int64, device=device)
             steps += 1
             refused.raise_due()
             optimizer.zero_grad()
-            norms = layer_norms(losses, shared, create_graph=leaks).to(weights.dtype)
+            norms = layer_norms(given, shared, create_graph=leaks).to(weights.dtype)
             rates, initial, sound = training_rates(losses.detach(), norms.detach(), initial, alpha, refused)
             counted += sound
             if log:
@@ -165,7 +175,7 @@ def _on_device(batch: Sequence[Any], device: torch.device) -> list[Any]:
 def _check_task_losses(losses: Any) -> None:
     if not isinstance(losses, Tensor):
         raise TypeError(f"net must give its task losses as one tensor [T]; found {type(losses).__name__}")
-    if losses.dim() != 1 or len(losses) == 0 or not losses.requires_grad:
+    if losses.dim() not in (1, 2) or losses.shape[1:] not in ((), (1,)) or len(losses) == 0 or not losses.requires_grad:
         raise ValueError(
             "net must give its task losses as one tensor [T] that requires grad; "
             f"found {list(losses.shape)}, requires_grad={losses.requires_grad}"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import methods
+from ._losses import present_losses
 from ._warnings import warn, warn_of_one_loss
-from .functional import present_losses
-from .report import ConflictReport
+from .merging.report import ConflictReport
 from .surgery import GradientSurgery
 from .variants import Generator
 
@@ -127,9 +127,9 @@ class PCGrad(torch.optim.Optimizer):
         """Run each task loss backward and replace ``.grad`` by the merged gradient.
 
         Args:
-            objectives: T scalar losses, None for a task that is absent, or one tensor ``[T]``; they may share a graph.
-                Elements of a tensor share at least that: a backward pass of one gives what only others depend on zeros,
-                which count as a gradient.
+            objectives: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may
+                share a graph. Elements of a tensor share at least that: a backward pass of one gives what only others
+                depend on zeros, which count as a gradient.
             retain_graph: keep the graphs for another backward pass; else the last pass frees them.
         Raises:
             TypeError: objectives that are no real floating-point tensors.

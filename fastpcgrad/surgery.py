@@ -2,64 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from operator import attrgetter, is_
-from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from . import host_rows
-from ._gradients import as_real, gradient_dtype
-from ._graph import check_kept, explain, run_backward
-from .capture import Capture, MovedCapture
-from .functional import check_loss, check_tensors, present_losses
-from .generator_state import global_states, set_global_states, set_state, state_of
-from .memory import MemoryPlan, plan_memory, plan_two_phase
-from .merging import merge
+from ._generators import global_states, set_global_states, set_state, state_of
+from ._graph import check_kept, run_backward
+from ._losses import Forward, check_loss, check_round, check_tensors
+from .distributed.processes import Processes
+from .merging.by_rows import merge
+from .merging.report import ConflictReport
+from .merging.two_phase import merge_in_two_phases
 from .methods import Method, PCGrad, check_method
-from .moved_gradients import MovedGradients, check_accumulate_dtype
-from .parameters import (
-    Granularity,
-    HasGroups,
-    are_among,
-    check_granularity,
-    check_parameters,
-    parameter_source,
-    problem_of_each,
-)
-from .processes import Processes
-from .report import ConflictReport
-from .task_gradients import TaskGradients
-from .two_phase import merge_in_two_phases
-
-_KIND = attrgetter(*("dtype", "device", "shape"), *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
-
-Forward = Callable[[], Tensor | None]
-"""Runs a task's forward and gives its loss; None: the task is absent."""
-
-
-class _Layout(NamedTuple):
-    """What a round knows of its parameters.
-
-    Attributes:
-        found: the trainable ones, as the source has them.
-        kinds: dtype, device, shape and dtype of the gradient of each; None for one that is lazy.
-        problems: for each different one the number of its problem; None: one for all.
-        shared: for each whether it undergoes surgery; None: as the method's scope says.
-        capture: their rows.
-        lazy: whether some have no shape yet, and no row.
-    """
-
-    found: list[Tensor]
-    kinds: Sequence[tuple[Any, ...] | None]
-    problems: list[int] | None
-    shared: list[bool] | None
-    capture: Capture
-    lazy: bool
+from .rows.capture import MovedCapture
+from .rows.layout import Layouts, RowChoice, as_rows_see
+from .rows.memory_plan import MemoryPlan, plan_memory, plan_two_phase
+from .rows.moved import MovedGradients
+from .rows.parameters import Granularity, HasGroups, check_granularity, parameter_source
+from .rows.stays import Stay, Stays, Task
 
 
 class GradientSurgery:
@@ -136,16 +99,15 @@ class GradientSurgery:
         self.granularity = check_granularity(granularity)
         self.row_dtype, self.row_device = row_dtype, row_device
         self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
-        self._processes = Processes(process_group)
-        self._source = parameter_source(optimizer_or_params)
-        self._shared = None if shared is None else check_tensors("shared", shared)
-        self._stay: _Stay | None = None
-        self._layout = self._laid_out(self._trainable())
+        processes, source = Processes(process_group), parameter_source(optimizer_or_params)
+        chosen = None if shared is None else check_tensors("shared", shared)
+        self._layouts = Layouts(source, chosen, self.granularity, RowChoice(row_dtype, row_device, accumulate_dtype))
+        self._stays = Stays(self._layouts, processes)
 
     @property
     def nbytes(self) -> int:
         """Bytes of T rows, whether or not they are there yet."""
-        return self.num_tasks * self._layout.capture.rows.row_nbytes
+        return self.num_tasks * self._layouts.current.capture.rows.row_nbytes
 
     def task(self, index: int) -> AbstractContextManager[Any]:
         """A context in which gradients go into the row of task ``index``.
@@ -160,7 +122,7 @@ class GradientSurgery:
         """
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.num_tasks:
             raise IndexError(f"task index must be an integer in 0..{self.num_tasks - 1}; found {index!r}")
-        return _Task(self, index)
+        return Task(self._stays, index)
 
     def backward(
         self,
@@ -178,7 +140,7 @@ class GradientSurgery:
             retain_graph: keep the graphs for another backward pass; else the last pass over tensors frees them.
             two_phase: make no rows, but the Gram matrix piece by piece of the graph, then the merged gradient in one
                 weighted backward pass: about N elements at once instead of T·N, for one more backward pass. For
-                tensors only. See ``fastpcgrad.two_phase``.
+                tensors only. See ``fastpcgrad.merging.two_phase``.
         Returns:
             what conflicted and what became of it.
         Raises:
@@ -197,10 +159,10 @@ class GradientSurgery:
             >>> report.tasks
             (0, 1)
         """
-        self._check_outside("backward()")
-        if filled := self._layout.capture.rows.tasks:
+        self._stays.check_outside("backward()")
+        if filled := self._layouts.current.capture.rows.tasks:
             raise RuntimeError(f"backward() with rows of tasks {filled} filled: call merge() or discard() first")
-        tensors, forwards = _check_round(losses, self.num_tasks)
+        tensors, forwards = check_round(losses, self.num_tasks)
         if two_phase:
             return self._in_two_phases(tensors, forwards, retain_graph)
         try:
@@ -228,8 +190,8 @@ class GradientSurgery:
             >>> surgery.memory_plan().device.rows
             16016000
         """
-        layout = self._resolve()
-        parameters, rows = _as_real(layout.capture.parameters), layout.capture.rows
+        layout = self._layouts.resolve()
+        parameters, rows = as_rows_see(layout.capture.parameters), layout.capture.rows
         moved = rows if isinstance(rows, MovedGradients) else None
         if two_phase:
             plan = plan_two_phase(self.num_tasks, parameters)
@@ -241,7 +203,7 @@ class GradientSurgery:
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,
-                problems=len(parameters if self.method.scope == "parameter" else set(layout.problems or [0])),
+                problems=len(parameters if self.method.scope == "parameter" else set(layout.division.groups or [0])),
             )
         plan.warn()
         return plan
@@ -258,14 +220,14 @@ class GradientSurgery:
             torch.OutOfMemoryError: no room to convert the merged gradient or to send it back. The round is over, and
                 ``.grad`` is None.
         """
-        self._check_outside("merge()")
-        layout = self._layout
+        self._stays.check_outside("merge()")
+        layout = self._layouts.current
         rows = layout.capture.rows
         if not rows.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         if self.accumulate == "mean":
             rows.average()
-        report, merged = merge(rows, self.method, layout.shared, layout.problems, in_place=True)
+        report, merged = merge(rows, self.method, layout.division, in_place=True)
         layout.capture.give(merged)
         rows.clear()
         return report
@@ -276,17 +238,16 @@ class GradientSurgery:
         Whatever an exception has cut off, an interrupt in a ``with`` line or in ``merge`` too, a round can begin anew
         afterwards. Within a task it ends that task, which raises when it is left.
         """
-        if self._stay is not None:
-            self._stay.leave()
-        self._layout.capture.rows.clear()
+        self._stays.end()
+        self._layouts.current.capture.rows.clear()
 
     def _gradients(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters that have a gradient, with it."""
-        return [(p, p.grad) for p in self._trainable() if p.grad is not None]
+        return [(p, p.grad) for p in self._layouts.trainable() if p.grad is not None]
 
     def _last_merged(self) -> list[Tensor]:
         """What the last merge made, of the parameters that still have it in ``.grad``."""
-        capture = self._layout.capture
+        capture = self._layouts.current.capture
         pairs = zip(capture.parameters, capture.last_merged(), strict=False)  # nothing of a round that failed
         return [merged for p, merged in pairs if merged is not None and p.grad is merged]
 
@@ -327,70 +288,21 @@ class GradientSurgery:
             set_global_states(state_dict["global_generators"])
 
     def __getstate__(self) -> dict[str, Any]:
-        # The layout is made anew, for the copy's parameters and its process' memory; the rows of the round go along.
-        self._check_outside("copy of the surgery")
-        state = {name: value for name, value in self.__dict__.items() if name != "_layout"}
-        return {**state, "_rows": self._layout.capture.rows.snapshot()}
+        self._stays.check_outside("copy of the surgery")
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_layouts", "_stays")}
+        return {**state, "layouts": self._layouts.snapshot(), "processes": self._stays.processes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        rows = state.pop("_rows")
+        self._layouts = Layouts.restored(state.pop("layouts"))
+        self._stays = Stays(self._layouts, state.pop("processes"))
         self.__dict__.update(state)
-        self._layout = self._laid_out(self._trainable())
-        self._layout.capture.rows.restore(rows)
-
-    def _check_outside(self, what: str) -> None:
-        if self._stay is not None:
-            raise RuntimeError(
-                f"{what} inside task({self._layout.capture.task}): leave the task first; where an interrupt has cut it "
-                "off, call discard()"
-            )
-
-    def _resolve(self) -> _Layout:
-        """Look the trainable parameters up; lay the rows out anew where they changed."""
-        layout, found = self._layout, self._trainable()
-        filled = layout.capture.rows.tasks
-        same = len(found) == len(layout.found) and all(map(is_, found, layout.found))
-        if same and (filled or _kinds(found) == layout.kinds):
-            return layout
-        if filled:
-            raise RuntimeError(
-                f"the trainable parameters changed within a round ({len(layout.found)} before, {len(found)} now) "
-                f"while rows of tasks {filled} are filled: call merge() or discard() first"
-            )
-        self._layout = self._laid_out(found)
-        return self._layout
-
-    def _trainable(self) -> list[Tensor]:
-        return [p for group in self._source.param_groups for p in group["params"] if p.requires_grad]
-
-    def _laid_out(self, found: list[Tensor]) -> _Layout:
-        parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
-        check_parameters(parameters, self._shared, self.row_dtype)
-        problems = problem_of_each(parameters, self.granularity, self._source.param_groups, self._shared)
-        shared = None if self._shared is None else are_among(parameters, self._shared)
-        lazy = any(map(is_lazy, found))
-        return _Layout(found, _kinds(found), problems, shared, self._capture_for(parameters), lazy)
-
-    def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
-        """Of rows as autograd leaves them, or of such that are converted or sent away."""
-        real = _as_real(parameters)
-        plain = TaskGradients(real, self.row_dtype)
-        copies = host_rows.copies_for(plain.device, self.row_device)
-        sums = self.accumulate_dtype
-        if sums is not None:
-            check_accumulate_dtype(sums, plain.dtype)
-            if sums == plain.dtype and copies is None:  # the rows themselves will do
-                sums = None
-        if copies is None and sums is None and all(gradient_dtype(p) == plain.dtype for p in real):
-            return Capture(parameters, plain)
-        return MovedCapture(parameters, MovedGradients(real, plain.dtype, sums, copies))
 
     def _run(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
         left = len(losses)
         if left > 1 or retain_graph:
             check_kept(list(losses.values()))
-        with _Stay(self, shared_forward=left > 1) as capture:
+        with Stay(self._stays, shared_forward=left > 1) as capture:
             for index, loss in losses.items():
                 left -= 1
                 capture.open(index)
@@ -404,7 +316,7 @@ class GradientSurgery:
             raise TypeError(f"two_phase needs losses, not functions; found functions for tasks {list(forwards)}")
         if self.granularity != "model":
             raise ValueError(f"two_phase solves one problem; found granularity={self.granularity!r}")
-        layout = self._resolve()
+        layout = self._layouts.resolve()
         capture = layout.capture
         if isinstance(capture, MovedCapture):
             raise ValueError(
@@ -412,13 +324,13 @@ class GradientSurgery:
                 f"{self.row_dtype}, {self.row_device}, {self.accumulate_dtype}"
             )
         capture.rows.free()
-        with _Stay(self, shared_forward=True):
+        with Stay(self._stays, shared_forward=True):
             report, merged = merge_in_two_phases(
                 list(losses.values()),
                 capture.parameters,
                 self.method,
                 tasks=list(losses),
-                shared=layout.shared,
+                division=layout.division,
                 retain_graph=retain_graph,
             )
         capture.give(merged)
@@ -426,7 +338,7 @@ class GradientSurgery:
 
     def _run_forwards(self, forwards: dict[int, Forward], retain_graph: bool) -> None:
         """Each forward, and its loss backward, inside its task."""
-        with _Stay(self, forward=True) as capture:
+        with Stay(self._stays, forward=True) as capture:
             for index, forward in forwards.items():
                 capture.open(index)
                 loss = forward()
@@ -440,119 +352,3 @@ class GradientSurgery:
                 run_backward(check_loss(f"losses[{index}]()", loss), retain_graph)
                 del loss  # and with it the graph, before the next forward
                 capture.close()
-
-
-class _Stay:
-    """A stay inside tasks, one after the other. Gradients that were there before come back at the end.
-
-    From the first change on the surgery knows of it, so that whatever an exception cuts off can be put right.
-
-    Args:
-        forward: whether forward passes run inside.
-        shared_forward: whether several backward passes do, maybe of one forward.
-    """
-
-    def __init__(self, surgery: GradientSurgery, *, forward: bool = False, shared_forward: bool = False) -> None:
-        self._surgery, self._forward, self._shared_forward = surgery, forward, shared_forward
-
-    def __enter__(self) -> Capture:
-        layout = self._surgery._resolve()
-        if layout.lazy and self._forward:
-            raise RuntimeError(
-                "a forward pass inside a task would give lazy parameters a shape, which then are in no row: run one "
-                "before the first task"
-            )
-        capture = layout.capture
-        processes = self._surgery._processes
-        processes.check(capture.parameters, moved=isinstance(capture, MovedCapture))
-        if self._shared_forward:
-            processes.check_shared_forward("a call with several losses")
-        self._capture = capture
-        self._aside = self._capture.aside()
-        self._surgery._stay = self
-        self._capture.enter()
-        return self._capture
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._surgery._stay is self:
-            self.leave()
-        if error is not None:
-            explain(error)
-
-    def leave(self) -> None:
-        """End it. A task that is open is absent unless it is opened again: what there is is no whole gradient."""
-        self._capture.leave(self._aside)
-        self._surgery._stay = None
-
-
-class _Task(_Stay):
-    """A stay inside one task."""
-
-    def __init__(self, surgery: GradientSurgery, index: int) -> None:
-        super().__init__(surgery, forward=True)
-        self._index = index
-
-    def __enter__(self) -> Capture:
-        self._surgery._check_outside(f"task({self._index})")
-        capture = super().__enter__()
-        try:
-            capture.open(self._index)
-        except BaseException as error:
-            super().__exit__(type(error), error, error.__traceback__)
-            raise
-        return capture
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and self._surgery._stay is not self:
-            raise RuntimeError(f"discard() inside task({self._index}) has ended it: what came later is in no row")
-        try:
-            if kind is None:
-                self._capture.close()
-        finally:
-            super().__exit__(kind, error, trace)
-
-
-def _as_real(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """With the shapes, strides and dtypes that their rows have."""
-    return [as_real(p.detach()) if p.is_complex() else p for p in parameters]
-
-
-def _kinds(found: Sequence[Tensor]) -> Sequence[tuple[Any, ...] | None]:
-    try:
-        return list(map(_KIND, found))
-    except RuntimeError:  # a lazy one has no shape, and one that is no leaf no grad_dtype
-        return [None if is_lazy(p) else (p.dtype, p.device, p.shape, gradient_dtype(p)) for p in found]
-
-
-def _check_round(
-    losses: Sequence[Forward | None] | Sequence[Tensor | None] | Tensor, tasks: int
-) -> tuple[dict[int, Tensor], dict[int, Forward]]:
-    """Losses, or functions that give them, by the index of their task; without those that are absent."""
-    if isinstance(losses, Tensor):
-        present = present_losses(losses)
-        _check_count(losses.numel(), tasks)
-        return present, {}
-    if not isinstance(losses, Iterable):
-        raise TypeError(f"losses must be a sequence of functions or scalar tensors; found {type(losses).__name__}")
-    given: list[Any] = list(losses)
-    _check_count(len(given), tasks)
-    functions = {t: loss for t, loss in enumerate(given) if callable(loss)}
-    others = {t: loss for t, loss in enumerate(given) if loss is not None and t not in functions}
-    if functions and not others:
-        return {}, functions
-    for t, loss in others.items() if functions else ():
-        if isinstance(loss, Tensor):
-            raise TypeError(
-                f"losses must be all functions or all tensors; found tasks {list(functions)} with functions"
-            )
-        check_loss(f"losses[{t}]", loss)
-    return present_losses(given), {}
-
-
-def _check_count(found: int, tasks: int) -> None:
-    if found != tasks:
-        raise ValueError(f"losses must hold one for each of the {tasks} tasks, None for one absent; found {found}")

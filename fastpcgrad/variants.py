@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,26 @@ from torch import Tensor
 from . import _modes
 
 Generator = torch.Generator | random.Random
+
+
+class Guards(NamedTuple):
+    """When a task gradient j is projected away from i.
+
+    Attributes:
+        self_projection: whether j = i takes part.
+        eps: added to ‖g_j‖² in the denominator.
+        min_squared_norm: j takes part only where ‖g_j‖² exceeds it.
+    """
+
+    self_projection: bool = False
+    eps: float = 0.0
+    min_squared_norm: float = 0.0
+
+
 Reduction = Literal["sum", "mean"]
+
+
+_PLAIN = Guards()
 
 
 class Shuffler(Protocol):
@@ -36,9 +55,7 @@ class Variant:
         order: ``fixed``: 0..T-1 for each i. ``fresh``: a new permutation for each i. ``cumulative``: one list,
             shuffled again before each i.
         source: which global generator the original draws from when none is given.
-        self_projection: whether j = i takes part.
-        eps: added to ‖g_j‖² in the denominator.
-        min_squared_norm: a task j takes part only where ‖g_j‖² exceeds it.
+        guards: when one gradient is projected away from another.
         reduction: how the projected rows become one gradient unless the caller chooses.
         partial_sum: under ``mean``, parameters that only some tasks touch are summed instead.
         scope: what one surgery spans. ``all``: the whole parameter vector. ``shared``: the parameters that every
@@ -49,9 +66,7 @@ class Variant:
     name: str
     order: Literal["fixed", "fresh", "cumulative"]
     source: Literal["none", "torch", "python"]
-    self_projection: bool = False
-    eps: float = 0.0
-    min_squared_norm: float = 0.0
+    guards: Guards = _PLAIN
     reduction: Reduction = "sum"
     partial_sum: bool = False
     scope: Literal["all", "shared", "parameter"] = "all"
@@ -109,18 +124,20 @@ VARIANTS: dict[str, Variant] = {
             "pytorch-pcgrad",
             order="cumulative",
             source="python",
-            self_projection=True,
+            guards=Guards(self_projection=True),
             reduction="mean",
             partial_sum=True,
         ),
-        Variant("tensorflow", order="fixed", source="none", self_projection=True),
+        Variant("tensorflow", order="fixed", source="none", guards=Guards(self_projection=True)),
         Variant("torchjd", order="fresh", source="torch"),
-        Variant("libmtl", order="fresh", source="python", self_projection=True, eps=1e-8, scope="shared"),
+        Variant(
+            "libmtl", order="fresh", source="python", guards=Guards(self_projection=True, eps=1e-8), scope="shared"
+        ),
         Variant(
             "tensorlogic",
             order="fixed",
             source="none",
-            min_squared_norm=1e-8,
+            guards=Guards(min_squared_norm=1e-8),
             reduction="mean",
             scope="parameter",
         ),

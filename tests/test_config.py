@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import _native, _warnings, backends
-from fastpcgrad import config as config_module
-from fastpcgrad.backends import cpu
+from fastpcgrad import _warnings, backends
+from fastpcgrad.backends import config as config_module
+from fastpcgrad.backends import cpu, native
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_the_error_of_a_library_that_does_not_load_is_shown(config, monkeypatch,
     broken = tmp_path / "libfastpcgrad_cpu.so"
     broken.write_text("not a library")
     monkeypatch.delenv("FASTPCGRAD_BACKEND", raising=False)
-    monkeypatch.setattr(_native, "_load", lambda name: _native._open(broken))
+    monkeypatch.setattr(native, "_load", lambda name: native._open(broken))
     monkeypatch.setattr(cpu, "_library", None)
     monkeypatch.setattr(backends, "_chosen", {})
     text = config()
@@ -92,3 +92,12 @@ def test_a_missing_library_is_said_once_and_a_forced_backend_says_nothing(monkey
         assert torch.equal(fastpcgrad.pcgrad(J), expected)
     monkeypatch.setattr(backends, "_chosen", {})
     assert torch.equal(fastpcgrad.pcgrad(J), expected)
+
+
+def test_without_a_device_it_says_whether_the_cuda_library_was_built(config, monkeypatch):
+    """Else a build on a machine without a GPU could not be looked at there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "load_error", lambda name: f"the {name} library was not built: no nvcc")
+    assert config().splitlines()[-1] == "  cuda: the cuda library was not built: no nvcc"
+    monkeypatch.setattr(native, "load_error", lambda name: None)
+    assert config().splitlines()[-1] == "  cuda: the library is here and can be loaded"

@@ -185,6 +185,11 @@ def test_a_list_without_a_task_is_named(model):
         optimizer.pc_backward([None] * 3)
 
 
+def give(model, grads):
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        p.grad = grad
+
+
 FRONT_ENDS = {
     "pc_backward": lambda model, losses: fastpcgrad.PCGrad(
         torch.optim.SGD(model.parameters(), lr=0.1), "sum", variant=FIXED
@@ -193,6 +198,9 @@ FRONT_ENDS = {
         losses
     ),
     "backward": lambda model, losses: fastpcgrad.backward(losses, method=methods.PCGrad(FIXED)),
+    "grad": lambda model, losses: give(
+        model, fastpcgrad.grad(losses, list(model.parameters()), method=methods.PCGrad(FIXED))
+    ),
 }
 SHAPES = {
     "[T]": lambda losses: torch.stack(losses),

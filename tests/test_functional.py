@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad.functional import check_losses
+from fastpcgrad._losses import check_losses
 
 
 def doubles(*shape):

@@ -169,6 +169,34 @@ def test_without_log_the_arrays_have_no_rows_and_the_network_is_trained_alike():
         assert torch.equal(parameter, other)
 
 
+class Column(ToyNet):
+    """Its losses are one column ``[T, 1]``, stacked from losses ``[1]``."""
+
+    def forward(self, x, y):
+        return torch.stack([loss[None] for loss in super().forward(x, y).unbind()])
+
+
+class LateColumn(ToyNet):
+    """Stacked along the other dimension: from one tensor of all tasks."""
+
+    def forward(self, x, y):
+        return torch.stack([super().forward(x, y)], dim=1)
+
+
+@for_each_variant
+@pytest.mark.parametrize("kind", [Column, LateColumn])
+def test_losses_in_a_column_train_as_those_in_a_row(variant, kind):
+    net, data = toy(3, 5)
+    other = kind(3).double()
+    other.load_state_dict(net.state_dict())
+    found = [gradNorm(n, n.last, 0.5, data, 2, 1e-3, 1e-2, True, variant=variant) for n in (net, other)]
+    for row, column in zip(*found, strict=True):
+        assert row.shape == column.shape == (10, 3)
+        np.testing.assert_allclose(column, row, rtol=1e-12)
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_each_task_runs_through_its_own_head_alone():
     """Also where the losses were stacked, and with another task's loss at infinity."""
     passes = [0] * 3
@@ -423,6 +451,7 @@ def test_bad_arguments_are_named(changes, error, words):
         (lambda losses: list(losses), TypeError, ["[T]", "list"]),
         (lambda losses: losses.sum(), ValueError, ["[T]", "[]"]),
         (lambda losses: losses[None], ValueError, ["[T]", "[1, 2]"]),
+        (lambda losses: losses[:, None, None], ValueError, ["[T]", "[2, 1, 1]"]),
         (lambda losses: losses[:0], ValueError, ["[T]", "[0]"]),
         (lambda losses: losses.detach(), ValueError, ["requires_grad=False"]),
     ],

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from fastpcgrad.graph_pieces import Graph
+from fastpcgrad.merging.graph_pieces import Graph
 from tests import graph_models
 
 for_every_model = pytest.mark.parametrize("kind", graph_models.MODELS, ids=lambda kind: kind.__name__)

@@ -6,8 +6,8 @@ from mmap import PAGESIZE
 import pytest
 import torch
 
-from fastpcgrad import host_rows
-from fastpcgrad.host_rows import CudaCopies, HostRows, copies_for, row_width
+from fastpcgrad.rows import host as host_rows
+from fastpcgrad.rows.host import CudaCopies, HostRows, copies_for, row_width
 from tests.late_copies import LateCopies
 from tests.linear_problems import KINDS, Kind
 

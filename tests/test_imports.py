@@ -1,6 +1,7 @@
 """Who may import whom: each module of the package imports only what lies in a lower room."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -11,37 +12,42 @@ import fastpcgrad
 PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
+    {"_torch"},
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
-    {"_checks", "_native", "variants", "balancing", "processes"},
-    {"_ops", "generator_state"},
+    {"_checks", "_blocks", "variants", "distributed"},
+    {"_ops", "_generators", "_losses", "balancing"},
+    {"backends"},
     {"_derivatives"},
     {"functional"},
-    {"backends"},
     {"methods"},
-    {"host_rows", "parameters"},
-    {"task_gradients", "memory", "report"},
-    {"moved_gradients"},
-    {"capture"},
-    {"graph_pieces", "merging"},
-    {"two_phase"},
+    {"rows.host", "rows.parameters", "rows.task_gradients", "merging.report"},
+    {"rows.moved", "rows.memory_plan", "merging.problems"},
+    {"rows.capture"},
+    {"rows.layout"},
+    {"rows.stays"},
+    {"merging.graph_pieces", "merging.by_rows"},
+    {"merging.two_phase"},
     {"surgery", "autograd", "features", "arrays", "gradnorm"},
     {"optimizer"},
-    {"config"},
     {"__init__"},
 )
+"""From below to above: a room is a module, or a folder with all that is in it, unless its modules have floors of their
+own."""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {
     "reference": set(),
     "variants": {"_modes"},
-    "backends": {"_ops", "_native", "_checks", "_modes", "_warnings", "reference"},
+    "backends": {
+        *("_ops", "_blocks", "_memory", "_checks", "_modes", "_warnings", "_version", "_torch", "variants", "reference")
+    },
 }
 """Rooms that may import less than all that lies below them."""
 
 THIRD_PARTY = {
     "torch": None,
-    "numpy": {"arrays", "config", "generator_state", "gradnorm", "methods"},
+    "numpy": {"arrays", "backends.config", "_generators", "gradnorm", "methods"},
     "triton": {"backends.triton"},
-    "matplotlib": {"report"},
+    "matplotlib": {"merging.report"},
 }
 """Packages and the modules (with what lies in them) that may import them; None: all."""
 INSIDE_FUNCTIONS = {"matplotlib"}
@@ -78,11 +84,14 @@ def _is_own_package(name):
 
 def room_of(name):
     """The room of a dotted name inside the package: fastpcgrad.backends.cpu lies in backends."""
-    return name.split(".")[1] if "." in name else "__init__"
+    inside = name.split(".")[1:] or ["__init__"]
+    return inside[0] if inside[0] in FLOOR else ".".join(inside[:2])
 
 
 def violations(module, source, is_package=False):
     room = room_of(module)
+    if is_package and any(other.startswith(f"{room}.") for other in FLOOR):
+        return [f"{module} imports {name}" for name, _ in imports(module, source, is_package)]
     if room not in FLOOR:
         return [f"{module} belongs to no room"]
     reasons = []
@@ -107,6 +116,46 @@ def _within(module, owners):
     return owners is None or any(f"{module}.".startswith(f"fastpcgrad.{owner}.") for owner in owners)
 
 
+def private_names_of_torch(source):
+    """What begins with an underscore and is imported from torch, or is a module's of torch.
+
+    Not what a tensor or another object has; nor ``torch._foreach_...``, which is documented.
+    """
+    tree = ast.parse(source)
+    roots, found = {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                roots[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+            roots |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    found += [name for node in ast.walk(tree) for name in (_dotted(node, roots), _looked_up(node)) if name]
+    private = [name for name in found if re.match(r"torch\b.*\._[a-zA-Z]", name)]
+    return sorted({name for name in private if not name.startswith("torch._foreach_")})
+
+
+def _dotted(node, roots):
+    """The dotted name of an attribute of what was imported."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    is_imported = bool(parts) and isinstance(node, ast.Name) and node.id in roots
+    return ".".join([roots[node.id], *reversed(parts)]) if is_imported else ""
+
+
+def _looked_up(node):
+    """A private name that is looked up by its string."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+        of, name = node.args[:2]
+        if isinstance(name, ast.Constant) and name.value.startswith("_") and ast.unparse(of).startswith("torch"):
+            return f"{ast.unparse(of)}.{name.value}"
+    return ""
+
+
 def modules():
     """(dotted name, file, whether it is a package's own file) of everything in the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -122,6 +171,12 @@ def test_each_module_imports_only_lower_rooms(module, path, is_package):
 
 
 @pytest.mark.parametrize(("module", "path", "is_package"), list(modules()))
+def test_private_names_of_torch_are_looked_for_in_one_module(module, path, is_package):
+    found = private_names_of_torch(path.read_text(encoding="utf-8"))
+    assert (module == "fastpcgrad._torch") == bool(found), found
+
+
+@pytest.mark.parametrize(("module", "path", "is_package"), list(modules()))
 def test_torch_distributed_is_not_needed_to_import_a_module(module, path, is_package):
     """A torch need not have it, and its parts are slow to import."""
     found = imports(module, path.read_text(encoding="utf-8"), is_package)
@@ -129,7 +184,8 @@ def test_torch_distributed_is_not_needed_to_import_a_module(module, path, is_pac
 
 
 def test_every_room_exists():
-    assert all((PACKAGE / f"{room}.py").exists() or (PACKAGE / room).is_dir() for room in FLOOR)
+    places = {room: PACKAGE.joinpath(*room.split(".")) for room in FLOOR}
+    assert all(place.with_suffix(".py").exists() or place.is_dir() for place in places.values())
 
 
 @pytest.mark.parametrize(
@@ -139,19 +195,21 @@ def test_every_room_exists():
         ("reference", "import numpy"),
         ("variants", "from ._ops import gram"),
         ("variants", "from .reference import Generator"),
-        ("functional", "from . import backends"),
+        ("backends.kernels", "from .. import functional"),
         ("functional", "import fastpcgrad.methods"),
         ("functional", "import fastpcgrad"),
         ("functional", "from fastpcgrad import gram"),
         ("backends.eager", "from ..functional import gram"),
-        ("backends.eager", "from .. import variants"),
+        ("backends.eager", "from .. import methods"),
         ("backends.triton.launch", "from ... import functional"),
         ("backends.cpu", "import triton"),
         ("methods.pcgrad", "def f():\n    from ..surgery import GradientSurgery"),
         ("surgery", "from .autograd import grad"),
-        ("task_gradients", "from .report import ConflictReport"),
-        ("report", "import matplotlib.pyplot"),
-        ("merging", "import matplotlib"),
+        ("rows.moved", "from .capture import Capture"),
+        ("merging.by_rows", "from .two_phase import merge_in_two_phases"),
+        ("rows.task_gradients", "from ..merging.report import ConflictReport"),
+        ("merging.report", "import matplotlib.pyplot"),
+        ("merging.by_rows", "import matplotlib"),
         ("optimizer", "import scipy"),
         ("optimizer", "from .nowhere import thing"),
         ("nowhere", ""),
@@ -162,14 +220,47 @@ def test_a_violation_is_found(module, source):
 
 
 @pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch._C._storage_Use_Count(0)",
+        "import torch._C",
+        "import torch as t\nt._C",
+        "from torch import _C",
+        "from torch._C import DispatchKeySet",
+        "from torch._subclasses import FakeTensor",
+        "from torch.autograd import Variable\nVariable._execution_engine.run_backward()",
+        "from torch.autograd import forward_ad\nforward_ad._current_level >= 0",
+        "def f():\n    import torch._functorch.config as functorch",
+        "import torch\ngetattr(torch._C, '_storage_Use_Count', None)",
+        "import torch\ngetattr(torch, '_C')",
+    ],
+)
+def test_a_private_name_is_found(source):
+    assert private_names_of_torch(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch._foreach_copy_([], [])",
+        "def f(p):\n    return p._version",
+        "from ._torch import forward_mode\nforward_mode._current_level",
+        "import torch\ntorch.overrides.has_torch_function_unary",
+    ],
+)
+def test_what_is_not_private_passes(source):
+    assert private_names_of_torch(source) == []
+
+
+@pytest.mark.parametrize(
     ("module", "source"),
     [
         ("reference", "import random\nimport torch"),
         ("functional", "from . import _ops, variants\nfrom .variants import Generator"),
         ("backends.triton.launch", "import triton\nfrom ... import _ops\nfrom . import kernels"),
         ("methods.pcgrad", "from .. import _ops\nfrom ..functional import gram\nfrom .base import Method"),
-        ("config", "import numpy\nfrom . import backends"),
-        ("report", "def plot():\n    import matplotlib.pyplot"),
+        ("backends.config", "import numpy\nfrom . import native"),
+        ("merging.report", "def plot():\n    import matplotlib.pyplot"),
     ],
 )
 def test_what_is_allowed_passes(module, source):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import balancing, host_rows, methods
+from fastpcgrad import balancing, methods
+from fastpcgrad.rows import host as host_rows
 from tests import interrupts
 from tests.late_copies import LateCopies
 

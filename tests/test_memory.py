@@ -10,9 +10,18 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import backends, host_rows, memory, methods
+from fastpcgrad import backends, methods
 from fastpcgrad.backends import cpu, cuda
-from fastpcgrad.memory import MemoryPlan, MemoryPlanWarning, MemoryUse, free_memory, plan_memory, plan_two_phase
+from fastpcgrad.rows import host as host_rows
+from fastpcgrad.rows import memory_plan as memory
+from fastpcgrad.rows.memory_plan import (
+    MemoryPlan,
+    MemoryPlanWarning,
+    MemoryUse,
+    free_memory,
+    plan_memory,
+    plan_two_phase,
+)
 from tests.late_copies import LateCopies
 
 CPU = torch.device("cpu")
@@ -257,7 +266,8 @@ for options in ({}, narrow, narrow | {"accumulate_dtype": torch.float32}):
 WORKSPACE = """
 import sys, torch
 from fastpcgrad import backends
-from fastpcgrad.task_gradients import TaskGradients
+from fastpcgrad.rows.task_gradients import TaskGradients
+from fastpcgrad.variants import Guards
 from benchmarks.memory import watch
 
 def blocks(tasks, widths, dtype):
@@ -276,7 +286,7 @@ for tasks, widths, dtype in eval(sys.argv[1]):
         with watch() as gram:
             found = backend.gram_blocks(given, None, 1)
         with watch() as surgery:
-            backend.pcgrad_blocks(given, order, False, 0.0, 0.0, 1.0, list(given.tensors[0]))
+            backend.pcgrad_blocks(given, order, Guards(), 1.0, list(given.tensors[0]))
     print(planned, gram.bytes, surgery.bytes)
 """
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fastpcgrad import methods, reference, variants
-from fastpcgrad.merging import merge
-from fastpcgrad.task_gradients import TaskGradients
+from fastpcgrad.merging.by_rows import merge
+from fastpcgrad.rows.parameters import Division
+from fastpcgrad.rows.task_gradients import TaskGradients
 from tests.linear_problems import random_problem
 
 for_every_variant = pytest.mark.parametrize("variant", list(variants.VARIANTS))
@@ -24,7 +25,7 @@ def captured(problem, order=None):
 
 def merged(grads, method, in_place=False, **options):
     """The report, and for each parameter its merged gradient or None."""
-    return merge(grads, method, in_place=in_place, **options)
+    return merge(grads, method, Division(**options), in_place=in_place)
 
 
 def assert_all_close(found, expected):

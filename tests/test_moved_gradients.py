@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from fastpcgrad.moved_gradients import MovedGradients
+from fastpcgrad.rows.moved import MovedGradients
 from tests.late_copies import LateCopies
 from tests.linear_problems import KINDS
 

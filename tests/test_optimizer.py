@@ -686,7 +686,7 @@ def test_a_wrapper_that_is_gone_leaves_no_rows(model, x):
     optimizer.pc_backward(losses_of(model, x))
     largest = max(model.parameters(), key=torch.numel)
     surgery = optimizer._surgery
-    gone = [weakref.ref(held) for held in (optimizer, surgery, surgery._layout.capture.rows)]
+    gone = [weakref.ref(held) for held in (optimizer, surgery, surgery._layouts.current.capture.rows)]
     kept = largest.grad.clone()
     del optimizer, surgery
     gc.collect()
@@ -707,7 +707,7 @@ def everything(optimizer):
         "optimizer": repr(optimizer.state_dict()),
         "generators": (random.getstate(), torch.get_rng_state().tolist()),
         "report": id(optimizer.report),
-        "rows": optimizer._surgery._layout.capture.rows.tasks,
+        "rows": optimizer._surgery._layouts.current.capture.rows.tasks,
     }
 
 

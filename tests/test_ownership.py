@@ -9,7 +9,7 @@ import torch
 
 import fastpcgrad
 from fastpcgrad import _memory, methods, reference
-from fastpcgrad.task_gradients import TaskGradients
+from fastpcgrad.rows.task_gradients import TaskGradients
 
 FIXED = "tensorflow"
 """A variant that draws nothing."""
@@ -209,7 +209,7 @@ def test_every_gradient_is_copied_where_torch_cannot_tell_who_holds_it(monkeypat
         with surgery.task(t):
             (p * row).sum().backward()
             place = p.grad.data_ptr()
-        assert surgery._layout.capture.rows._rows[t][0].data_ptr() != place
+        assert surgery._layouts.current.capture.rows._rows[t][0].data_ptr() != place
     surgery.merge()
     torch.testing.assert_close(p.grad, merged(rows))
 

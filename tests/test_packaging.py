@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from fastpcgrad import _native, _version
+from fastpcgrad import _version
+from fastpcgrad.backends import native
 
 ROOT = Path(__file__).parents[1]
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
@@ -26,8 +27,8 @@ needs_compiler = pytest.mark.skipif(not COMPILER, reason="there is no C++ compil
 needs_nvcc = pytest.mark.skipif(not (NVCC and COMPILER), reason="there is no nvcc on this machine")
 
 SMALL_CSRC = {
-    "version.h": f"#define VERSION {_native.ABI_VERSION}\n",
-    "cpu/kernels.cpp": "namespace FPG_ISA { int lanes() { return 1; } }\n",
+    "version.h": f"#define VERSION {native.ABI_VERSION}\n",
+    "cpu/kernels/kernels.cpp": "namespace FPG_ISA { int lanes() { return 1; } }\n",
     "cpu/library.cpp": """#include <omp.h>
 #include "version.h"
 namespace baseline { int lanes(); }
@@ -43,7 +44,7 @@ extern "C" __attribute__((visibility("default"))) int fpg_abi_version(void) {
 }
 SMALL_CUDA = f"""#include <cuda_runtime.h>
 __global__ void zero(float* x) {{ x[threadIdx.x] = 0; }}
-extern "C" __attribute__((visibility("default"))) int fpg_abi_version(void) {{ return {_native.ABI_VERSION}; }}
+extern "C" __attribute__((visibility("default"))) int fpg_abi_version(void) {{ return {native.ABI_VERSION}; }}
 """
 
 
@@ -126,7 +127,7 @@ def test_an_isolated_build_of_the_real_sources(tmp_path):
     assert python_files | {"fastpcgrad/py.typed", "fastpcgrad/libfastpcgrad_cpu.so"} <= names
     folders = {name.split("/")[0] for name in names}
     assert folders == {"fastpcgrad", f"fastpcgrad-{_version.__version__}.dist-info"}
-    loaded, error = _native._open(tmp_path / "unpacked" / "fastpcgrad" / "libfastpcgrad_cpu.so")
+    loaded, error = native._open(tmp_path / "unpacked" / "fastpcgrad" / "libfastpcgrad_cpu.so")
     assert loaded is not None, error
 
 
@@ -137,7 +138,7 @@ def test_without_compilers_the_package_is_built_and_says_what_is_missing(project
     assert native_files(wheel) == {"libfastpcgrad_cpu.missing", "libfastpcgrad_cuda.missing"}
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(project.folder / "unpacked")
-    _, error = _native._open(project.folder / "unpacked" / "fastpcgrad" / "libfastpcgrad_cpu.so")
+    _, error = native._open(project.folder / "unpacked" / "fastpcgrad" / "libfastpcgrad_cpu.so")
     assert "no C++ compiler was found" in error
 
 
@@ -164,7 +165,7 @@ def test_cuda_sources_are_compiled_for_every_architecture(project):
     commands = result.stdout + result.stderr
     for code in ("80,code=sm_80", "90,code=sm_90", "100,code=sm_100", "100,code=compute_100"):
         assert f"-gencode=arch=compute_{code} " in commands
-    loaded, error = _native._open(project.package / "libfastpcgrad_cuda.so")
+    loaded, error = native._open(project.package / "libfastpcgrad_cuda.so")
     assert loaded is not None, error  # without a GPU as well: the driver is looked for at the first call
 
 
@@ -210,7 +211,7 @@ def test_a_compiler_without_openmp_leaves_the_library_out_and_the_package_says_s
     assert {"libfastpcgrad_cpu.missing"} == {name for name in native_files(wheel) if "cpu" in name}
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(project.folder / "unpacked")
-    _, error = _native._open(project.folder / "unpacked" / "fastpcgrad" / "libfastpcgrad_cpu.so")
+    _, error = native._open(project.folder / "unpacked" / "fastpcgrad" / "libfastpcgrad_cpu.so")
     assert f"{compiler} cannot build with OpenMP" in error and "unsupported option '-fopenmp'" in error
 
 
@@ -218,6 +219,22 @@ def test_a_compiler_without_openmp_is_an_error_where_the_library_was_asked_for(p
     compiler = without_openmp(project)
     said = project.run_bad(*WHEEL, CXX=compiler, FASTPCGRAD_BUILD="cpu")
     assert f"{compiler} cannot build with OpenMP" in said and "unsupported option '-fopenmp'" in said
+
+
+@needs_compiler
+def test_an_nvcc_that_cannot_build_leaves_the_cuda_library_out_and_the_package_says_so(project):
+    """As one that is older than the machine's C++ compiler: nobody who wants the CPU library is to be stopped by it."""
+    project.write("csrc/cuda/gram.cu", SMALL_CUDA)
+    project.write("toolkit/bin/nvcc", "#!/bin/sh\necho '#error -- unsupported GNU version!' >&2\nexit 1\n")
+    nvcc = project.folder / "toolkit" / "bin" / "nvcc"
+    nvcc.chmod(0o755)
+    toolkit = {"CUDA_HOME": str(project.folder / "toolkit")}
+    wheel = project.wheel("--no-build-isolation", FASTPCGRAD_BUILD="auto", **toolkit)
+    assert native_files(wheel) == {"libfastpcgrad_cpu.so", "libfastpcgrad_cuda.missing"}
+    with zipfile.ZipFile(wheel) as archive:
+        note = archive.read("fastpcgrad/libfastpcgrad_cuda.missing").decode()
+    assert f"{nvcc} cannot build" in note and "unsupported GNU version" in note and "NVCC_CCBIN" in note
+    assert "unsupported GNU version" in project.run_bad(*WHEEL, FASTPCGRAD_BUILD="cuda", **toolkit)
 
 
 @needs_compiler
@@ -242,9 +259,9 @@ def test_an_editable_build_puts_the_library_into_the_source_tree(project):
     build = ("-c", "import setuptools.build_meta as b; b.build_editable('out')")
     project.run_ok(*build)
     library, note = (project.package / f"libfastpcgrad_cpu.{suffix}" for suffix in ("so", "missing"))
-    assert _native._open(library)[1] is None and not note.exists()
+    assert native._open(library)[1] is None and not note.exists()
     project.run_ok(*build, FASTPCGRAD_BUILD="none")
-    assert "FASTPCGRAD_BUILD=none" in _native._open(library)[1] and note.exists()
+    assert "FASTPCGRAD_BUILD=none" in native._open(library)[1] and note.exists()
 
 
 def test_the_sdist_holds_what_a_build_needs(project):

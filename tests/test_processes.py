@@ -9,8 +9,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpcgrad
-from fastpcgrad import FastPCGradWarning, processes
-from fastpcgrad.processes import Processes, check_process_group
+from fastpcgrad import FastPCGradWarning, gradNorm
+from fastpcgrad.balancing import GradNorm
+from fastpcgrad.distributed import processes
+from fastpcgrad.distributed.processes import Processes, check_process_group
 from tests.distributed import ranks, refusals
 
 
@@ -58,7 +60,20 @@ def every_door(net, x, process_group="auto"):
         "grad": lambda: fastpcgrad.grad(losses(), parameters, **options),
         "shared_features": lambda: fastpcgrad.shared_features(net(x), 2, **options),
         "check": lambda: Processes(**options).check(parameters),
+        "note_gradients": lambda: GradNorm(2, 0.5).note_gradients(losses(), net, **options),
+        "gradNorm": lambda: gradNorm(Column(net), parameters[0], 0.5, [(x,)], 1, 0.1, 0.1, **options),
     }
+
+
+class Column(torch.nn.Module):
+    """Gives the losses of each column."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).square().mean(dim=0)
 
 
 DOORS = list(every_door(torch.nn.Linear(1, 1), None))
@@ -99,7 +114,7 @@ def test_one_process_with_a_group_is_right_and_silent(alone, door, wrap):
 
 
 @pytest.mark.parametrize("choice", ["auto", "local"])
-@pytest.mark.parametrize("door", ["backward", "grad", "shared_features"])
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "check"])
 def test_parameters_that_are_gathered_are_refused_also_with_one_process(alone, door, choice):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -190,6 +205,8 @@ def test_what_process_group_may_not_be(value, error, word):
         lambda: fastpcgrad.backward([x[0], x[1]], process_group=value),
         lambda: fastpcgrad.grad([x[0], x[1]], [x], process_group=value),
         lambda: fastpcgrad.shared_features(x, 2, process_group=value),
+        lambda: GradNorm(2, 0.5).note_gradients([x[0], x[1]], x, process_group=value),
+        lambda: gradNorm(torch.nn.Linear(1, 1), x, 0.5, [], 1, 0.1, 0.1, process_group=value),
     ):
         with pytest.raises(error, match=f"process_group.*'auto' or 'local'; found .*{word}"):
             call()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import fastpcgrad
 from fastpcgrad import methods, reference
 from fastpcgrad._ops import Figures
-from fastpcgrad.report import ConflictReport
+from fastpcgrad.merging.report import ConflictReport
 from tests.linear_problems import linear_loss
 
 TASKS = 5

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import generator_state, methods, variants
+from fastpcgrad import _generators as generator_state
+from fastpcgrad import methods, variants
 from tests.methods.test_in_surgery import ARGUMENTS, all_methods
 
 TASKS, STEPS = 3, 4

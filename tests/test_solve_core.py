@@ -1,4 +1,4 @@
-"""csrc/surgery_core.h, compiled by itself: one thread, a group of threads, and for a GPU."""
+"""csrc/solvers/pcgrad.h, compiled by itself: for one thread, a group of threads, and a GPU."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ needs_compiler = pytest.mark.skipif(not CXX, reason="there is no C++ compiler on
 needs_nvcc = pytest.mark.skipif(not (NVCC and CXX), reason="there is no nvcc with a C++ compiler on this machine")
 
 SOURCE = r"""
-#include "surgery_core.h"
+#include "solvers/pcgrad.h"
 
 #include <cmath>
 #include <thread>
@@ -27,7 +27,15 @@ SOURCE = r"""
 
 #include <pthread.h>
 
-// Rows i = 0..tasks-1, each by a group of `lanes` threads with a barrier for sync, as a warp would.
+// As a warp would, with a barrier.
+struct ThreadsGroup {
+  int lane, lanes;
+  pthread_barrier_t* barrier;
+
+  void sync() const { pthread_barrier_wait(barrier); }
+};
+
+// Rows i = 0..tasks-1, each by a group of `lanes` threads.
 extern "C" void solve(const double* gram, const int64_t* order, int64_t tasks, int self_projection, double eps,
                       double min_squared_norm, double* coefficients, int lanes) {
   const fpg::Projection projection{self_projection != 0, eps, min_squared_norm};
@@ -35,7 +43,7 @@ extern "C" void solve(const double* gram, const int64_t* order, int64_t tasks, i
     std::vector<double> dots(static_cast<size_t>(tasks), std::nan(""));
     double* row = coefficients + i * tasks;
     if (lanes == 1) {
-      fpg::project_row(gram, order + i * tasks, tasks, i, projection, row, dots.data(), 0, 1, [] {});
+      fpg::project_row(fpg::OneThread(), gram, order + i * tasks, tasks, i, projection, row, dots.data());
       continue;
     }
     pthread_barrier_t barrier;
@@ -43,8 +51,8 @@ extern "C" void solve(const double* gram, const int64_t* order, int64_t tasks, i
     std::vector<std::thread> group;
     for (int lane = 0; lane < lanes; ++lane) {
       group.emplace_back([&, lane] {
-        fpg::project_row(gram, order + i * tasks, tasks, i, projection, row, dots.data(), lane, lanes,
-                         [&] { pthread_barrier_wait(&barrier); });
+        const ThreadsGroup own = {lane, lanes, &barrier};
+        fpg::project_row(own, gram, order + i * tasks, tasks, i, projection, row, dots.data());
       });
     }
     for (std::thread& thread : group) thread.join();
@@ -60,14 +68,21 @@ extern "C" int usable(double squared_norm, double floor) { return fpg::usable(sq
 """
 
 KERNEL = r"""
-#include "surgery_core.h"
+#include "solvers/pcgrad.h"
+
+struct WarpGroup {
+  static constexpr int lanes = 32;
+  int lane;
+
+  __device__ void sync() const { __syncwarp(); }
+};
 
 __global__ void solve(const double* gram, const int64_t* order, int64_t tasks, fpg::Projection projection, double scale,
                       double* coefficients, double* weights) {
   extern __shared__ double dots[];
   const int64_t i = blockIdx.x;
-  fpg::project_row(gram, order + i * tasks, tasks, i, projection, coefficients + i * tasks, dots,
-                   static_cast<int>(threadIdx.x), 32, [] { __syncwarp(); });
+  const WarpGroup group = {static_cast<int>(threadIdx.x)};
+  fpg::project_row(group, gram, order + i * tasks, tasks, i, projection, coefficients + i * tasks, dots);
   if (i == 0) weights[threadIdx.x] = fpg::merged_weight(coefficients, tasks, threadIdx.x, scale);
 }
 """

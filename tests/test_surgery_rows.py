@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import host_rows, methods, reference
-from fastpcgrad.capture import MovedCapture
+from fastpcgrad import methods, reference
+from fastpcgrad.rows import host as host_rows
+from fastpcgrad.rows.capture import MovedCapture
 from tests.late_copies import LateCopies
 from tests.linear_problems import linear_loss, random_problem
 
@@ -270,13 +271,13 @@ def test_hooks_of_a_surgery_that_is_gone_go_with_the_next_round(surgery_for):
 def test_no_room_for_the_merged_gradient_ends_the_round(options, monkeypatch):
     parameters = [torch.zeros(4, requires_grad=True) for _ in range(3)]
     surgery = fastpcgrad.GradientSurgery(parameters, 2, methods.PCGrad(FIXED), **options)
-    give = surgery._layout.capture.rows.give
+    give = surgery._layouts.current.capture.rows.give
 
     def fails(merged):
         yield next(give(merged))
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(surgery._layout.capture.rows, "give", fails)
+    monkeypatch.setattr(surgery._layouts.current.capture.rows, "give", fails)
     for _ in range(2):
         run(surgery, parameters, 0, [torch.ones(4)] * 3)
         with pytest.raises(torch.OutOfMemoryError):
@@ -344,7 +345,7 @@ def test_bfloat16_parameters_sum_in_float32_where_that_is_asked_for(options, mov
 def test_what_is_the_parameters_own_already_needs_no_hooks(options):
     p = torch.zeros(3, requires_grad=True)
     surgery = fastpcgrad.GradientSurgery([p], 2, **options)
-    assert not isinstance(surgery._layout.capture, MovedCapture) and not p._post_accumulate_grad_hooks
+    assert not isinstance(surgery._layouts.current.capture, MovedCapture) and not p._post_accumulate_grad_hooks
 
 
 @pytest.mark.parametrize(

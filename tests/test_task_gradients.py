@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from fastpcgrad.task_gradients import TaskGradients
+from fastpcgrad.rows.task_gradients import TaskGradients
 from tests.linear_problems import KINDS, Kind
 
 ROW_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import memory
 from fastpcgrad import methods, reference
-from fastpcgrad.merging import merge
-from fastpcgrad.task_gradients import TaskGradients
-from fastpcgrad.two_phase import merge_in_two_phases
+from fastpcgrad.merging.by_rows import merge
+from fastpcgrad.merging.two_phase import merge_in_two_phases
+from fastpcgrad.rows.parameters import Division
+from fastpcgrad.rows.task_gradients import TaskGradients
 from tests import graph_models
 from tests.linear_problems import random_problem
 
@@ -33,7 +34,7 @@ METHODS = {
 @pytest.fixture
 def any_share(monkeypatch):
     """Small models have parameters that are more than half of them."""
-    monkeypatch.setattr("fastpcgrad.two_phase._check_held", lambda *_: None)
+    monkeypatch.setattr("fastpcgrad.merging.two_phase._check_held", lambda *_: None)
 
 
 def rows_of(losses, parameters):
@@ -44,7 +45,7 @@ def ordinary(losses, parameters, method, shared=None):
     grads = TaskGradients(parameters)
     for t, row in enumerate(rows_of(losses, parameters)):
         grads.put(t, row)
-    return merge(grads, method, shared, in_place=False)
+    return merge(grads, method, Division(shared), in_place=False)
 
 
 def flat(grads):
@@ -118,7 +119,7 @@ def test_parameters_that_are_not_shared_are_summed(name):
     shared = [index % 3 != 0 for index in range(len(parameters))]
     losses = model(3)
     expected_report, expected = ordinary(losses, parameters, METHODS[name](), shared)
-    report, found = merge_in_two_phases(losses, parameters, METHODS[name](), shared=shared)
+    report, found = merge_in_two_phases(losses, parameters, METHODS[name](), division=Division(shared))
     torch.testing.assert_close(report.gram, expected_report.gram)
     torch.testing.assert_close(flat(found), flat(expected))
 
@@ -386,7 +387,7 @@ MEASURE = """
 import torch
 from benchmarks import memory
 from fastpcgrad import methods
-from fastpcgrad.two_phase import merge_in_two_phases
+from fastpcgrad.merging.two_phase import merge_in_two_phases
 
 def step(width):
     layers = [torch.nn.Linear(width, width) for _ in range(8)]

@@ -154,7 +154,7 @@ def test_torchjd_is_torchjds_aggregator(backend, tasks):
 
 def test_the_table_of_variants():
     facts = {
-        name: (v.order, v.source, v.self_projection, v.eps, v.min_squared_norm, v.reduction, v.partial_sum, v.scope)
+        name: (v.order, v.source, *v.guards, v.reduction, v.partial_sum, v.scope)
         for name, v in variants.VARIANTS.items()
     }
     assert facts == {

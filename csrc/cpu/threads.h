@@ -1,6 +1,7 @@
-// Threads over the pieces of J, each with memory of its own.
+// Threads over the parts of a problem, each with memory of its own.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -41,9 +42,16 @@ class Threads {
   Scratch memory_;
 };
 
+// How many of `threads` to use for `parts` of work: one where there is less of it than `least_work`, for a second costs
+// more than it gives.
+inline int threads_for(int64_t work, int64_t least_work, int64_t parts, int threads) {
+  if (work < least_work) return 1;
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(parts, threads)));
+}
+
 // Runs body(k, memory of this thread) for k = 0..count-1, backwards if asked.
 template <class Body>
-void for_each_piece(int64_t count, const Threads& threads, bool backwards, Body body) {
+void for_each_part(int64_t count, const Threads& threads, bool backwards, Body body) {
   if (threads.count() <= 1) {
     for (int64_t k = 0; k < count; ++k) body(backwards ? count - 1 - k : k, threads.memory_of(0));
     return;

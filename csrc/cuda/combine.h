@@ -3,6 +3,7 @@
 // A thread owns columns: it reads them of all rows before it writes them, so `out` may be one of the rows.
 #pragma once
 
+#include "../fp32_range.h"
 #include "stream.h"
 
 namespace fpg {
@@ -13,12 +14,6 @@ struct CombineJob {
   Plan plan;
   const double* weights;  // [problems, T]
 };
-
-// Rounded to fp32 and multiplied with fp32 elements, such a weight would lose its meaning.
-__device__ inline bool unsafe_weight(double weight) {
-  const double magnitude = weight < 0 ? -weight : weight;
-  return magnitude > kSafeWeightMax || (magnitude < kSafeWeightMin && magnitude != 0);
-}
 
 // Copies weights into shared memory as they will be multiplied; whether one of them asks for float64. For all threads
 // of a block. Where not counts(k) the weight is zero.

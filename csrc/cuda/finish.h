@@ -2,28 +2,18 @@
 // T x T solve. A grid of any size does it; what a warp takes depends on nothing but its number.
 #pragma once
 
+#include "../fp32_range.h"
+#include "../solvers/pcgrad.h"
 #include "gram.h"
+#include "warp_group.h"
 
 namespace fpg {
 
-struct SolveJob {
-  const double* gram;
-  const int64_t* order;
-  bool order_per_segment;
-  Projection projection;
-  int64_t tasks;
-  int64_t segments;
-  double* coefficients;  // [segments, T, T]
-  double* weights;       // [segments, T]: scale * column sums
-  double scale;
-};
-
 enum Flag { kRight = 0, kRedo = 1, kRedoUnlessZero = 2 };
 
-// A NaN may be the difference of two products that overflowed.
 __device__ inline int flag_of(double squared_norm) {
   if (squared_norm == 0) return kRedoUnlessZero;  // a row of zeros, or an underflow
-  return squared_norm >= kSafeSquaredNormMin && squared_norm <= kSafeSquaredNormMax ? kRight : kRedo;
+  return safe_squared_norm(squared_norm) ? kRight : kRedo;
 }
 
 __device__ inline bool any_flag(const int* flags, int64_t count) {
@@ -34,12 +24,6 @@ __device__ inline bool any_flag(const int* flags, int64_t count) {
 
 __device__ inline int64_t warp_of_grid() { return block_index() * kWarps + thread_index() / 32; }
 __device__ inline int64_t warps_of_grid() { return blocks() * kWarps; }
-
-// Sum over a warp, the same in all lanes.
-__device__ inline double warp_sum(double value) {
-  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
 
 // Partial Gram matrices to G. `again`: only the problems with a flag, which stay as they are.
 template <class J>
@@ -106,24 +90,24 @@ __device__ inline void rescue(const GramJob<J>& job, int64_t item) {
 // One row of a problem's C by a warp; `gram` and `order` are the problem's. Shared memory for each warp: T doubles.
 __device__ inline void solve_row(const SolveJob& job, const double* gram, const int64_t* order, int64_t i,
                                  double* coefficients, double* dots) {
-  sync_warp();  // the row before is done with `dots`
-  project_row(gram, order + i * job.tasks, job.tasks, i, job.projection, coefficients, dots, thread_index() % 32, 32,
-              [] { sync_warp(); });
+  const WarpGroup group = {thread_index() % 32};
+  group.sync();  // the row before is done with `dots`
+  project_row(group, gram, order + i * job.tasks, job.tasks, i, job.projection, coefficients, dots);
 }
 
 __device__ inline void solve(const SolveJob& job) {
   const int64_t tasks = job.tasks, square = tasks * tasks;
   double* dots = reinterpret_cast<double*>(shared_memory()) + thread_index() / 32 * tasks;
-  for (int64_t row = warp_of_grid(); row < job.segments * tasks; row += warps_of_grid()) {
+  for (int64_t row = warp_of_grid(); row < job.problems * tasks; row += warps_of_grid()) {
     const int64_t s = row / tasks;
-    const int64_t* order = job.order + (job.order_per_segment ? s * square : 0);
+    const int64_t* order = job.order + (job.order_per_problem ? s * square : 0);
     solve_row(job, job.gram + s * square, order, row % tasks, job.coefficients + row * tasks, dots);
   }
 }
 
 __device__ inline void merge_weights(const SolveJob& job) {
   const int64_t tasks = job.tasks;
-  for (int64_t k = block_index() * kThreads + thread_index(); k < job.segments * tasks; k += blocks() * kThreads) {
+  for (int64_t k = block_index() * kThreads + thread_index(); k < job.problems * tasks; k += blocks() * kThreads) {
     job.weights[k] = merged_weight(job.coefficients + k / tasks * tasks * tasks, tasks, k % tasks, job.scale);
   }
 }

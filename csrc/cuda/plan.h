@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "../surgery_core.h"
+#include "../host_device.h"
 #include "tuned.h"
 
 namespace fpg {
@@ -54,7 +54,7 @@ struct Pair {
   int64_t j;
 };
 // Of numbers below pair_index(2 kLargestTasks, 0).
-FPG_HOST_DEVICE inline Pair pair_of(int64_t index) {
+FPG_HOST_DEVICE Pair pair_of(int64_t index) {
   const int number = static_cast<int>(index);
   int i = 0;
   for (int step = kLargestTasks; step > 0; step /= 2) {
@@ -116,7 +116,7 @@ FPG_HOST_DEVICE constexpr int64_t tiles_of_gram(int64_t tasks, int64_t itemsize)
   return tiles + 4 * pair_index(tiles - 1, 0);
 }
 // The first rows of a tile's two parts of 32 rows; the others follow them.
-FPG_HOST_DEVICE inline Pair rows_of_tile(int64_t tasks, int64_t tile) {
+FPG_HOST_DEVICE Pair rows_of_tile(int64_t tasks, int64_t tile) {
   constexpr int kPart = kRowsOfTile / 2;
   const int64_t tiles = divide_up(tasks, kRowsOfTile), other = tile - tiles;
   if (other < 0) return {tile * kRowsOfTile, tile * kRowsOfTile + kPart};
@@ -129,7 +129,7 @@ struct Range {
   int64_t first;
   int64_t last;
 };
-FPG_HOST_DEVICE inline Range segment_range(const int64_t* offsets, int64_t s, int64_t width) {
+FPG_HOST_DEVICE Range segment_range(const int64_t* offsets, int64_t s, int64_t width) {
   if (offsets == nullptr) return {0, width};
   int64_t first = offsets[s], last = offsets[s + 1];
   first = first < 0 ? 0 : first > width ? width : first;
@@ -142,8 +142,7 @@ struct Item {
   int64_t slot;
   Range columns;  // where the segment meets the slot; may be empty
 };
-FPG_HOST_DEVICE inline Item item_at(const Plan& plan, const int64_t* offsets, int64_t segments, int64_t width,
-                                    int64_t item) {
+FPG_HOST_DEVICE Item item_at(const Plan& plan, const int64_t* offsets, int64_t segments, int64_t width, int64_t item) {
   int64_t s = 0, end = segments;
   while (end - s > 1) {
     const int64_t middle = (s + end) / 2;
@@ -159,14 +158,14 @@ FPG_HOST_DEVICE inline Item item_at(const Plan& plan, const int64_t* offsets, in
 }
 
 // The items [first, last) of a segment.
-FPG_HOST_DEVICE inline Range items_of(const Plan& plan, const int64_t* offsets, int64_t s, int64_t width) {
+FPG_HOST_DEVICE Range items_of(const Plan& plan, const int64_t* offsets, int64_t s, int64_t width) {
   const Range range = segment_range(offsets, s, width);
   const int64_t first = range.first / plan.span + s;
   return {first, range.last > range.first ? (range.last - 1) / plan.span + s + 1 : first};
 }
 
 // Steps [first, last) of an item, as numbers on the grid.
-FPG_HOST_DEVICE inline Range steps_of(const Plan& plan, Range columns) {
+FPG_HOST_DEVICE Range steps_of(const Plan& plan, Range columns) {
   return {columns.first / plan.step, divide_up(columns.last, plan.step)};
 }
 

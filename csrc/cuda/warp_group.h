@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../solvers/group.h"
-#include "finish.h"
+#include "platform.h"
 
 namespace fpg {
 
@@ -11,6 +11,12 @@ constexpr int kSolverWarps = 2, kSolverThreads = 32 * kSolverWarps;
 
 __device__ inline int64_t solver_warp() { return block_index() * kSolverWarps + thread_index() / 32; }
 __device__ inline int64_t solver_warps() { return blocks() * kSolverWarps; }
+
+// Sum over a warp, the same in all lanes.
+__device__ inline double warp_sum(double value) {
+  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
 
 struct WarpGroup {
   static constexpr int lanes = 32;

@@ -25,11 +25,11 @@ struct ActiveSet {
   double *norms, *bound, *values, *gradient, *held, *move, *column, *inside;
 };
 
-FPG_SOLVER int64_t scratch_doubles(const DualCone&, int64_t tasks) { return 2 * tasks * tasks + 8 * tasks; }
+FPG_HOST_DEVICE int64_t scratch_doubles(const DualCone&, int64_t tasks) { return 2 * tasks * tasks + 8 * tasks; }
 
 // In or out of P; the group's `column` holds row `task` of what is swept.
 template <class Group>
-FPG_SOLVER void sweep(const Group& group, const ActiveSet& p, int64_t tasks, int64_t task, double sign) {
+FPG_HOST_DEVICE void sweep(const Group& group, const ActiveSet& p, int64_t tasks, int64_t task, double sign) {
   for_each(group, tasks, [&](int64_t i) { p.column[i] = p.swept[task * tasks + i]; });
   group.sync();
   const double pivot = p.column[task];
@@ -47,7 +47,7 @@ FPG_SOLVER void sweep(const Group& group, const ActiveSet& p, int64_t tasks, int
 
 // With P empty.
 template <class Group>
-FPG_SOLVER void begin(const Group& group, const ActiveSet& p, int64_t tasks) {
+FPG_HOST_DEVICE void begin(const Group& group, const ActiveSet& p, int64_t tasks) {
   group.sync();
   for_each(group, tasks * tasks, [&](int64_t k) { p.swept[k] = p.unit[k]; });
   for_each(group, tasks, [&](int64_t i) {
@@ -59,7 +59,7 @@ FPG_SOLVER void begin(const Group& group, const ActiveSet& p, int64_t tasks) {
 
 // gradient = K values; move: within P the step to the minimum, beside it what that step takes off the gradient.
 template <class Group>
-FPG_SOLVER void find_move(const Group& group, const ActiveSet& p, int64_t tasks) {
+FPG_HOST_DEVICE void find_move(const Group& group, const ActiveSet& p, int64_t tasks) {
   multiply(group, p.unit, p.values, tasks, p.gradient);
   for_each(group, tasks, [&](int64_t i) { p.held[i] = p.gradient[i] * p.inside[i]; });
   group.sync();
@@ -68,14 +68,14 @@ FPG_SOLVER void find_move(const Group& group, const ActiveSet& p, int64_t tasks)
 
 // How far from zero an entry of K v may be by rounding alone.
 template <class Group>
-FPG_SOLVER double rounding_of(const Group& group, const ActiveSet& p, int64_t tasks) {
+FPG_HOST_DEVICE double rounding_of(const Group& group, const ActiveSet& p, int64_t tasks) {
   return 8 * kEps * sum_of(group, tasks, [&](int64_t i) { return std::fabs(p.values[i]); });
 }
 
 // Block principal pivoting: all tasks that are on the wrong side change sides at once. Takes few rounds, but may cycle,
 // and knows no dependent tasks. Whether it ended with the minimum; else P and the values mean nothing.
 template <class Group>
-FPG_SOLVER bool pivot_blocks(const Group& group, const ActiveSet& p, int64_t tasks) {
+FPG_HOST_DEVICE bool pivot_blocks(const Group& group, const ActiveSet& p, int64_t tasks) {
   constexpr int kRounds = 16;  // most problems need two to six
   for (int round = 0; round < kRounds; ++round) {
     find_move(group, p, tasks);
@@ -118,7 +118,7 @@ FPG_SOLVER bool pivot_blocks(const Group& group, const ActiveSet& p, int64_t tas
 
 // One task at a time, from values that are nowhere below their bounds.
 template <class Group>
-FPG_SOLVER void activate(const Group& group, const ActiveSet& p, int64_t tasks) {
+FPG_HOST_DEVICE void activate(const Group& group, const ActiveSet& p, int64_t tasks) {
   const int64_t most = 16 * tasks + 32;  // three times T is much already; rounding must not make it endless
   for (int64_t step = 0; step < most; ++step) {
     find_move(group, p, tasks);
@@ -151,8 +151,8 @@ FPG_SOLVER void activate(const Group& group, const ActiveSet& p, int64_t tasks) 
 
 // v [T] for u, which is u(t) for task t.
 template <class Group, class Lower>
-FPG_SOLVER void project(const Group& group, const DualCone& method, const double* gram, int64_t tasks, Lower lower,
-                        double* projected, double* scratch) {
+FPG_HOST_DEVICE void project(const Group& group, const DualCone& method, const double* gram, int64_t tasks, Lower lower,
+                             double* projected, double* scratch) {
   const double trace = sum_of(group, tasks, [&](int64_t i) { return gram[i * tasks + i]; });
   if (!(trace > method.norm_eps)) {  // G counts as zero
     for_each(group, tasks, [&](int64_t i) { projected[i] = lower(i); });

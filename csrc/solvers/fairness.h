@@ -27,11 +27,11 @@ struct Newton {
   double max_iters;
 };
 
-FPG_SOLVER int64_t scratch_doubles(const Fairness&, int64_t tasks) { return 2 * tasks * tasks + 8 * tasks; }
+FPG_HOST_DEVICE int64_t scratch_doubles(const Fairness&, int64_t tasks) { return 2 * tasks * tasks + 8 * tasks; }
 
 // shares and residual of y.
 template <class Group>
-FPG_SOLVER void evaluate(const Group& group, const Newton& p, const double* y, int64_t tasks) {
+FPG_HOST_DEVICE void evaluate(const Group& group, const Newton& p, const double* y, int64_t tasks) {
   multiply(group, p.cosines, y, tasks, p.residual);
   for_each(group, tasks, [&](int64_t i) {
     // Not a product of powers: they may leave the range of numbers where their product does not.
@@ -42,7 +42,7 @@ FPG_SOLVER void evaluate(const Group& group, const Newton& p, const double* y, i
 }
 
 template <class Group>
-FPG_SOLVER void newton(const Group& group, const Newton& p, int64_t tasks) {
+FPG_HOST_DEVICE void newton(const Group& group, const Newton& p, int64_t tasks) {
   evaluate(group, p, p.y, tasks);
   for (int64_t done = 0; static_cast<double>(done) < p.max_iters; ++done) {
     const double unsolved = sum_of(group, tasks, [&](int64_t i) {
@@ -82,8 +82,8 @@ FPG_SOLVER void newton(const Group& group, const Newton& p, int64_t tasks) {
 }
 
 template <class Group>
-FPG_SOLVER void solve(const Group& group, const Fairness& method, const double* gram, int64_t tasks, double* weights,
-                      double* scratch) {
+FPG_HOST_DEVICE void solve(const Group& group, const Fairness& method, const double* gram, int64_t tasks,
+                           double* weights, double* scratch) {
   const int64_t square = tasks * tasks;
   double* vectors = scratch + 2 * square + tasks;
   Newton p = {scratch,

@@ -10,11 +10,11 @@ struct FrankWolfe {
   double max_iters;
 };
 
-FPG_SOLVER int64_t scratch_doubles(const FrankWolfe&, int64_t tasks) { return tasks; }
+FPG_HOST_DEVICE int64_t scratch_doubles(const FrankWolfe&, int64_t tasks) { return tasks; }
 
 template <class Group>
-FPG_SOLVER void solve(const Group& group, const FrankWolfe& method, const double* gram, int64_t tasks, double* weights,
-                      double* products) {
+FPG_HOST_DEVICE void solve(const Group& group, const FrankWolfe& method, const double* gram, int64_t tasks,
+                           double* weights, double* products) {
   for_each(group, tasks, [&](int64_t i) { weights[i] = 1.0 / static_cast<double>(tasks); });
   group.sync();
   for (int64_t done = 0; static_cast<double>(done) < method.max_iters; ++done) {

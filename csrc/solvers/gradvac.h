@@ -17,13 +17,13 @@ struct GradVacJob {
   double* coefficients;  // [problems, T, T], NaN where G is not finite, or where a place is none
 };
 
-FPG_SOLVER double between(double value, double low, double high) {
+FPG_HOST_DEVICE double between(double value, double low, double high) {
   return value < low ? low : value > high ? high : value;
 }
 
 // Row `row` of all; `products` [T] holds g_i' . g_k.
 template <class Group>
-FPG_SOLVER void vaccinate(const Group& group, const GradVacJob& job, int64_t row, double* products) {
+FPG_HOST_DEVICE void vaccinate(const Group& group, const GradVacJob& job, int64_t row, double* products) {
   const int64_t tasks = job.tasks, own = row % tasks;
   const double* gram = job.gram + row / tasks * tasks * tasks;
   const int64_t* places = job.places + row * tasks;

@@ -26,9 +26,9 @@ struct Simplex {
   int64_t* face;   // [T + 1]: the corners in the order in which they joined
 };
 
-FPG_SOLVER int64_t simplex_doubles(int64_t tasks) { return 6 * tasks + (tasks + 1) * (tasks + 3) + tasks + 1; }
+FPG_HOST_DEVICE int64_t simplex_doubles(int64_t tasks) { return 6 * tasks + (tasks + 1) * (tasks + 3) + tasks + 1; }
 
-FPG_SOLVER Simplex simplex(const double* gram, double scale, int64_t tasks, double factor, double* scratch) {
+FPG_HOST_DEVICE Simplex simplex(const double* gram, double scale, int64_t tasks, double factor, double* scratch) {
   Simplex problem = {gram,
                      scale,
                      tasks,
@@ -45,11 +45,13 @@ FPG_SOLVER Simplex simplex(const double* gram, double scale, int64_t tasks, doub
   return problem;
 }
 
-FPG_SOLVER double smooth_norm(double squared) { return sqrt((squared > 0 ? squared : 0.0) + kSmoothing * kSmoothing); }
+FPG_HOST_DEVICE double smooth_norm(double squared) {
+  return sqrt((squared > 0 ? squared : 0.0) + kSmoothing * kSmoothing);
+}
 
 // v' G v over the face for v in one of the last two columns of the system.
 template <class Group>
-FPG_SOLVER double squared_on_face(const Group& group, const Simplex& p, int64_t count, int64_t column) {
+FPG_HOST_DEVICE double squared_on_face(const Group& group, const Simplex& p, int64_t count, int64_t column) {
   const int64_t width = count + 3;
   return sum_of(group, count, [&](int64_t i) {
     double product = 0;
@@ -63,7 +65,7 @@ FPG_SOLVER double squared_on_face(const Group& group, const Simplex& p, int64_t 
 // w to the minimum over the face of `count` corners, or over what is left of it; the corners left, 0 where the last one
 // lies in the affine hull of the others.
 template <class Group>
-FPG_SOLVER int64_t descend(const Group& group, const Simplex& p, int64_t count) {
+FPG_HOST_DEVICE int64_t descend(const Group& group, const Simplex& p, int64_t count) {
   while (true) {
     const int64_t n = count + 1, width = n + 2;
     for_each(group, n * width, [&](int64_t k) {
@@ -118,7 +120,7 @@ FPG_SOLVER int64_t descend(const Group& group, const Simplex& p, int64_t count) 
 
 // The minimiser into `best`.
 template <class Group>
-FPG_SOLVER void minimise(const Group& group, const Simplex& p) {
+FPG_HOST_DEVICE void minimise(const Group& group, const Simplex& p) {
   const int64_t tasks = p.tasks;
   const Place start = lowest_of(
       group, tasks, [&](int64_t i) { return p.slopes[i] + p.factor * sqrt(p.scale * p.gram[i * tasks + i]); });
@@ -152,7 +154,7 @@ FPG_SOLVER void minimise(const Group& group, const Simplex& p) {
 }
 
 template <class Group>
-FPG_SOLVER double inverse_trace(const Group& group, const double* gram, int64_t tasks) {
+FPG_HOST_DEVICE double inverse_trace(const Group& group, const double* gram, int64_t tasks) {
   const double trace = sum_of(group, tasks, [&](int64_t i) { return gram[i * tasks + i]; });
   // The inverse of a trace near the smallest number would be infinite; there another trace than 1 does.
   return trace != 0 ? 1 / (trace > 0x1p-1020 ? trace : 0x1p-1020) : 1.0;
@@ -160,11 +162,11 @@ FPG_SOLVER double inverse_trace(const Group& group, const double* gram, int64_t 
 
 struct ShortestPoint {};
 
-FPG_SOLVER int64_t scratch_doubles(const ShortestPoint&, int64_t tasks) { return simplex_doubles(tasks); }
+FPG_HOST_DEVICE int64_t scratch_doubles(const ShortestPoint&, int64_t tasks) { return simplex_doubles(tasks); }
 
 template <class Group>
-FPG_SOLVER void solve(const Group& group, const ShortestPoint&, const double* gram, int64_t tasks, double* weights,
-                      double* scratch) {
+FPG_HOST_DEVICE void solve(const Group& group, const ShortestPoint&, const double* gram, int64_t tasks, double* weights,
+                           double* scratch) {
   const Simplex problem = simplex(gram, inverse_trace(group, gram, tasks), tasks, 1.0, scratch);
   for_each(group, tasks, [&](int64_t i) { problem.slopes[i] = 0; });
   group.sync();
@@ -177,11 +179,11 @@ struct ConflictAverse {
   double norm_eps;
 };
 
-FPG_SOLVER int64_t scratch_doubles(const ConflictAverse&, int64_t tasks) { return simplex_doubles(tasks); }
+FPG_HOST_DEVICE int64_t scratch_doubles(const ConflictAverse&, int64_t tasks) { return simplex_doubles(tasks); }
 
 template <class Group>
-FPG_SOLVER void solve(const Group& group, const ConflictAverse& method, const double* gram, int64_t tasks,
-                      double* weights, double* scratch) {
+FPG_HOST_DEVICE void solve(const Group& group, const ConflictAverse& method, const double* gram, int64_t tasks,
+                           double* weights, double* scratch) {
   const double mean = 1.0 / static_cast<double>(tasks);
   Simplex problem = simplex(gram, inverse_trace(group, gram, tasks), tasks, 0.0, scratch);
   for_each(group, tasks, [&](int64_t i) {  // g_i . g_0

@@ -25,45 +25,46 @@ struct SolverJob {
 };
 
 template <class Method>
-FPG_SOLVER int64_t answers_of(const Method&, int64_t) {
+FPG_HOST_DEVICE int64_t answers_of(const Method&, int64_t) {
   return 1;
 }
-FPG_SOLVER int64_t answers_of(const ProjectEach&, int64_t tasks) { return tasks; }
+FPG_HOST_DEVICE int64_t answers_of(const ProjectEach&, int64_t tasks) { return tasks; }
 
-FPG_SOLVER double preferred(const SolverJob& job, int64_t task) {
+FPG_HOST_DEVICE double preferred(const SolverJob& job, int64_t task) {
   return job.preference ? job.preference[task] : 1.0 / static_cast<double>(job.tasks);
 }
 
 template <class Group, class Method>
-FPG_SOLVER void answer(const Group& group, const Method& method, const SolverJob&, const double* gram, int64_t,
-                       int64_t tasks, double* to, double* scratch) {
+FPG_HOST_DEVICE void answer(const Group& group, const Method& method, const SolverJob&, const double* gram, int64_t,
+                            int64_t tasks, double* to, double* scratch) {
   solve(group, method, gram, tasks, to, scratch);
 }
 template <class Group>
-FPG_SOLVER void answer(const Group& group, const ProjectEach& method, const SolverJob& job, const double* gram,
-                       int64_t row, int64_t tasks, double* to, double* scratch) {
+FPG_HOST_DEVICE void answer(const Group& group, const ProjectEach& method, const SolverJob& job, const double* gram,
+                            int64_t row, int64_t tasks, double* to, double* scratch) {
   project(group, method, gram, tasks, [&](int64_t t) { return t == row ? preferred(job, t) : 0.0; }, to, scratch);
 }
 template <class Group>
-FPG_SOLVER void answer(const Group& group, const ProjectOne& method, const SolverJob& job, const double* gram, int64_t,
-                       int64_t tasks, double* to, double* scratch) {
+FPG_HOST_DEVICE void answer(const Group& group, const ProjectOne& method, const SolverJob& job, const double* gram,
+                            int64_t, int64_t tasks, double* to, double* scratch) {
   project(group, method, gram, tasks, [&](int64_t t) { return preferred(job, t); }, to, scratch);
 }
 
 template <class Group>
-FPG_SOLVER void answer(const Group& group, const Aligned& method, const SolverJob& job, const double* gram, int64_t,
-                       int64_t tasks, double* to, double* scratch) {
+FPG_HOST_DEVICE void answer(const Group& group, const Aligned& method, const SolverJob& job, const double* gram,
+                            int64_t, int64_t tasks, double* to, double* scratch) {
   align(group, method, gram, tasks, [&](int64_t t) { return preferred(job, t); }, to, scratch);
 }
 template <class Group>
-FPG_SOLVER void answer(const Group& group, const ConflictFree&, const SolverJob& job, const double* gram, int64_t,
-                       int64_t tasks, double* to, double* scratch) {
+FPG_HOST_DEVICE void answer(const Group& group, const ConflictFree&, const SolverJob& job, const double* gram, int64_t,
+                            int64_t tasks, double* to, double* scratch) {
   point_conflict_free(group, gram, tasks, [&](int64_t t) { return preferred(job, t); }, to, scratch);
 }
 
 // Answer `k` of all; NaN where its G is not finite.
 template <class Group, class Method>
-FPG_SOLVER void answer(const Group& group, const Method& method, const SolverJob& job, int64_t k, double* scratch) {
+FPG_HOST_DEVICE void answer(const Group& group, const Method& method, const SolverJob& job, int64_t k,
+                            double* scratch) {
   const int64_t tasks = job.tasks, each = answers_of(method, tasks);
   const double* gram = job.gram + k / each * tasks * tasks;
   double* to = job.answers + k * tasks;

@@ -11,20 +11,20 @@ struct Spectrum {
   double* vectors;  // [T, T]: an eigenvector a row
   int64_t tasks;
 
-  FPG_SOLVER double value(int64_t i) const { return matrix[i * tasks + i]; }
+  FPG_HOST_DEVICE double value(int64_t i) const { return matrix[i * tasks + i]; }
 };
 
-FPG_SOLVER int64_t spectrum_doubles(int64_t tasks) { return 2 * tasks * tasks; }
+FPG_HOST_DEVICE int64_t spectrum_doubles(int64_t tasks) { return 2 * tasks * tasks; }
 
 // The largest element of the diagonal.
 template <class Group>
-FPG_SOLVER double largest_value(const Group& group, const Spectrum& p) {
+FPG_HOST_DEVICE double largest_value(const Group& group, const Spectrum& p) {
   return highest_of(group, p.tasks, [&](int64_t i) { return p.value(i); });
 }
 
 // Rows and columns i and j turned so that the element at (i, j) vanishes.
 template <class Group>
-FPG_SOLVER void rotate(const Group& group, const Spectrum& p, int64_t i, int64_t j) {
+FPG_HOST_DEVICE void rotate(const Group& group, const Spectrum& p, int64_t i, int64_t j) {
   const int64_t tasks = p.tasks;
   double *a = p.matrix + i * tasks, *b = p.matrix + j * tasks;
   const double between = a[j];
@@ -60,7 +60,7 @@ FPG_SOLVER void rotate(const Group& group, const Spectrum& p, int64_t i, int64_t
 
 // Of the matrix whose elements, row by row, are element(k).
 template <class Group, class F>
-FPG_SOLVER Spectrum decompose(const Group& group, int64_t tasks, double* scratch, F element) {
+FPG_HOST_DEVICE Spectrum decompose(const Group& group, int64_t tasks, double* scratch, F element) {
   const Spectrum p = {scratch, scratch + tasks * tasks, tasks};
   for_each(group, tasks * tasks, [&](int64_t k) {
     p.matrix[k] = element(k);
@@ -85,20 +85,20 @@ FPG_SOLVER Spectrum decompose(const Group& group, int64_t tasks, double* scratch
 
 // Up to here an eigenvalue is rounding.
 template <class Group>
-FPG_SOLVER double rounding_of(const Group& group, const Spectrum& p) {
+FPG_HOST_DEVICE double rounding_of(const Group& group, const Spectrum& p) {
   return largest_value(group, p) * (static_cast<double>(p.tasks) * kEps);
 }
 
 // Σ_t V_it x(t): the coordinate of x along eigenvector i.
 template <class F>
-FPG_SOLVER double along(const Spectrum& p, int64_t i, F x) {
+FPG_HOST_DEVICE double along(const Spectrum& p, int64_t i, F x) {
   double sum = 0;
   for (int64_t t = 0; t < p.tasks; ++t) sum += p.vectors[i * p.tasks + t] * x(t);
   return sum;
 }
 
 // Entry t of the vector with these coordinates.
-FPG_SOLVER double combined(const Spectrum& p, const double* coordinates, int64_t t) {
+FPG_HOST_DEVICE double combined(const Spectrum& p, const double* coordinates, int64_t t) {
   double sum = 0;
   for (int64_t i = 0; i < p.tasks; ++i) sum += p.vectors[i * p.tasks + t] * coordinates[i];
   return sum;
@@ -110,11 +110,11 @@ struct Aligned {
   double scale;  // a Scale
 };
 
-FPG_SOLVER int64_t scratch_doubles(const Aligned&, int64_t tasks) { return spectrum_doubles(tasks) + tasks; }
+FPG_HOST_DEVICE int64_t scratch_doubles(const Aligned&, int64_t tasks) { return spectrum_doubles(tasks) + tasks; }
 
 template <class Group, class Preferred>
-FPG_SOLVER void align(const Group& group, const Aligned& method, const double* gram, int64_t tasks,
-                      Preferred preferred_of, double* weights, double* scratch) {
+FPG_HOST_DEVICE void align(const Group& group, const Aligned& method, const double* gram, int64_t tasks,
+                           Preferred preferred_of, double* weights, double* scratch) {
   const Spectrum p = decompose(group, tasks, scratch, [&](int64_t k) { return gram[k]; });
   double* coordinates = scratch + spectrum_doubles(tasks);
   const double least = rounding_of(group, p);
@@ -148,11 +148,11 @@ FPG_SOLVER void align(const Group& group, const Aligned& method, const double* g
 
 struct Impartial {};
 
-FPG_SOLVER int64_t scratch_doubles(const Impartial&, int64_t tasks) { return spectrum_doubles(tasks) + tasks; }
+FPG_HOST_DEVICE int64_t scratch_doubles(const Impartial&, int64_t tasks) { return spectrum_doubles(tasks) + tasks; }
 
 template <class Group>
-FPG_SOLVER void solve(const Group& group, const Impartial&, const double* gram, int64_t tasks, double* weights,
-                      double* scratch) {
+FPG_HOST_DEVICE void solve(const Group& group, const Impartial&, const double* gram, int64_t tasks, double* weights,
+                           double* scratch) {
   constexpr double kNoDirection = 1e-12;
   const Spectrum p = decompose(group, tasks, scratch, [&](int64_t k) { return gram[k]; });
   double* coordinates = scratch + spectrum_doubles(tasks);
@@ -170,12 +170,14 @@ FPG_SOLVER void solve(const Group& group, const Impartial&, const double* gram, 
 
 struct ConflictFree {};
 
-FPG_SOLVER int64_t scratch_doubles(const ConflictFree&, int64_t tasks) { return spectrum_doubles(tasks) + 3 * tasks; }
+FPG_HOST_DEVICE int64_t scratch_doubles(const ConflictFree&, int64_t tasks) {
+  return spectrum_doubles(tasks) + 3 * tasks;
+}
 
 // The Gram matrix of the unit gradients; what is rounding would be blown up by a division.
 template <class Group, class Preferred>
-FPG_SOLVER void point_conflict_free(const Group& group, const double* gram, int64_t tasks, Preferred preferred_of,
-                                    double* weights, double* scratch) {
+FPG_HOST_DEVICE void point_conflict_free(const Group& group, const double* gram, int64_t tasks, Preferred preferred_of,
+                                         double* weights, double* scratch) {
   double *part = scratch + spectrum_doubles(tasks), *solved = part + tasks, *inverse = solved + tasks;
   for_each(group, tasks, [&](int64_t t) {
     const double norm = sqrt(gram[t * tasks + t]);

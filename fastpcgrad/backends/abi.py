@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _ops
+from .._blocks import Blocks
+from ..variants import Guards
 
 POINTER, I64, INT, F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 ROWS = (POINTER, I64, I64, I64, INT, POINTER, I64)
@@ -37,10 +39,8 @@ def rows(grads: Tensor, segments: Tensor | None) -> tuple[int, int, int, int, in
     return grads.data_ptr(), tasks, width, grads.stride(0), DTYPES[grads.dtype], pointer, count
 
 
-def solve(
-    order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
-) -> tuple[int, bool, bool, float, float]:
-    return order.data_ptr(), order.dim() == 3, self_projection, eps, min_squared_norm
+def projections(order: Tensor, guards: Guards) -> tuple[int, bool, bool, float, float]:
+    return order.data_ptr(), order.dim() == 3, *guards
 
 
 def dense(segments: Tensor | None) -> Tensor | None:
@@ -87,7 +87,7 @@ def address(numbers: array[int] | array[float] | None) -> int | None:
     return None if numbers is None else numbers.buffer_info()[0]
 
 
-def blocks(given: _ops.Blocks) -> tuple[bytes, int | None, int, int, int]:
+def blocks(given: Blocks) -> tuple[bytes, int | None, int, int, int]:
     pointers = table(given.pointers)
     return pointers, address(given.widths), len(given.widths), len(given.tensors), DTYPES[given.dtype]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from array import array
 from collections.abc import Sequence
 from functools import cache
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, _ops
-from . import abi, eager
+from .. import _ops
+from .._blocks import Blocks
+from ..variants import Guards
+from . import abi, eager, native
 from .abi import BLOCKS, F64, I64, INT, POINTER, ROWS, SOLVE
 from .sorting_network import sorting_network
 
@@ -39,7 +42,7 @@ _ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError}
 
 
 def _load() -> ctypes.CDLL | None:
-    library = _native.library("cpu")
+    library = native.library("cpu")
     if library is not None:
         for name, arguments in _ARGUMENTS.items():
             getattr(library, name).argtypes = arguments
@@ -51,10 +54,13 @@ def _load() -> ctypes.CDLL | None:
 _library = _load()
 
 
+LARGEST_TASKS = sys.maxsize
+
+
 def why_unavailable(device_type: str) -> str | None:
     if device_type != "cpu":
         return "the CPU library takes CPU tensors only"
-    return None if _library is not None else _native.load_error("cpu")
+    return None if _library is not None else native.load_error("cpu")
 
 
 def isa() -> str:
@@ -86,9 +92,7 @@ def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     return result
 
 
-def pcgrad_coefficients(
-    gram: Tensor, order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
-) -> Tensor:
+def pcgrad_coefficients(gram: Tensor, order: Tensor, guards: Guards) -> Tensor:
     gram, order = gram.contiguous(), order.contiguous()
     result = torch.empty_like(gram)
     tasks = gram.shape[-1]
@@ -97,7 +101,7 @@ def pcgrad_coefficients(
         gram.data_ptr(),
         tasks,
         gram.numel() // (tasks * tasks),
-        *abi.solve(order, self_projection, eps, min_squared_norm),
+        *abi.projections(order, guards),
         result.data_ptr(),
     )
     return result
@@ -116,35 +120,29 @@ def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
 def pcgrad(
     grads: Tensor,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     scale: float,
     segments: Tensor | None,
     out: Tensor,
     figures: bool = True,
 ) -> tuple[Tensor, ...]:
-    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out.data_ptr(), figures)
+    return _pcgrad(grads, order, guards, scale, segments, out.data_ptr(), figures)
 
 
 def pcgrad_(
     grads: Tensor,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     segments: Tensor | None,
     figures: bool = True,
 ) -> tuple[Tensor, ...]:
-    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, 1.0, segments, None, figures)[:2]
+    return _pcgrad(grads, order, guards, 1.0, segments, None, figures)[:2]
 
 
 def _pcgrad(
     grads: Tensor,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     scale: float,
     segments: Tensor | None,
     out: int | None,
@@ -160,11 +158,11 @@ def _pcgrad(
     else:
         found, memory = (), array("d", bytes(abi.figures_nbytes(tasks, problems)))
         places = abi.figures(memory.buffer_info()[0], tasks, problems)
-    _call("fpg_cpu_pcgrad", *rows, *abi.solve(order, self_projection, eps, min_squared_norm), scale, *places, out)
+    _call("fpg_cpu_pcgrad", *rows, *abi.projections(order, guards), scale, *places, out)
     return found
 
 
-def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+def gram_blocks(blocks: Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     tasks = len(blocks.tensors)
     result = torch.empty((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
     owners = abi.indices(problem_of)
@@ -173,7 +171,7 @@ def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems:
 
 
 def combine_blocks(
-    blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
+    blocks: Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
 ) -> None:
     weights, owners = weights.contiguous(), abi.indices(weights_of)
     _call(
@@ -187,11 +185,9 @@ def combine_blocks(
 
 
 def pcgrad_blocks(
-    blocks: _ops.Blocks,
+    blocks: Blocks,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     scale: float,
     out: Sequence[Tensor | None],
 ) -> _ops.Later:
@@ -201,9 +197,7 @@ def pcgrad_blocks(
         "fpg_cpu_pcgrad_blocks",
         *abi.blocks(blocks),
         order.data_ptr(),
-        self_projection,
-        eps,
-        min_squared_norm,
+        *guards,
         scale,
         *abi.figures(result.buffer_info()[0], tasks, 1),
         abi.places(out),

@@ -15,8 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import _native, _ops
-from . import abi, eager
+from .. import _ops
+from .._blocks import Blocks
+from .._torch import raw_stream
+from ..variants import Guards
+from . import abi, eager, native
 from .abi import BLOCKS, DTYPES, F64, I64, INT, POINTER, ROWS, SOLVE
 from .stacked import combine_projected
 
@@ -69,7 +72,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _load() -> ctypes.CDLL | None:
-    library = _native.library("cuda")
+    library = native.library("cuda")
     return None if library is None else declare(library)
 
 
@@ -80,7 +83,7 @@ def why_unavailable(device_type: str) -> str | None:
     if device_type != "cuda":
         return "the CUDA library takes CUDA tensors only"
     if _library is None:
-        return _native.load_error("cuda")
+        return native.load_error("cuda")
     if not torch.cuda.is_available():
         return "this torch sees no CUDA device"
     status = int(_library.fpg_cuda_probe())
@@ -111,8 +114,7 @@ def _on(index: int | None) -> AbstractContextManager[Any]:
 
 
 def _stream(index: int | None) -> int:
-    # Its number alone: torch.cuda.current_stream makes an object of it.
-    return 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
+    return 0 if index is None else raw_stream(index)
 
 
 def _call(name: str, device: torch.device, *arguments: object) -> None:
@@ -134,8 +136,6 @@ def _workspace(nbytes: int, device: torch.device) -> Tensor:
 
 
 def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
-    if grads.shape[0] > LARGEST_TASKS:
-        return eager.gram(grads, segments)
     segments, device = abi.dense(segments), grads.device
     rows, result = abi.rows(grads, segments), _ops.new_gram(grads, segments)
     workspace = _workspace(_workspace_nbytes(grads, rows[-1]), device)
@@ -143,12 +143,8 @@ def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     return result
 
 
-def pcgrad_coefficients(
-    gram: Tensor, order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
-) -> Tensor:
+def pcgrad_coefficients(gram: Tensor, order: Tensor, guards: Guards) -> Tensor:
     tasks = gram.shape[-1]
-    if tasks > LARGEST_TASKS:
-        return eager.pcgrad_coefficients(gram, order, self_projection, eps, min_squared_norm)
     gram, order = gram.contiguous(), order.contiguous()
     result = torch.empty_like(gram)
     if not gram.numel():
@@ -159,7 +155,7 @@ def pcgrad_coefficients(
         gram.data_ptr(),
         tasks,
         gram.numel() // (tasks * tasks),
-        *abi.solve(order, self_projection, eps, min_squared_norm),
+        *abi.projections(order, guards),
         result.data_ptr(),
     )
     return result
@@ -197,16 +193,12 @@ def gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tens
 
 
 def combine(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor) -> None:
-    if grads.shape[0] > LARGEST_TASKS:
-        return eager.combine(grads, weights, segments, out)
     weights, segments = weights.contiguous(), abi.dense(segments)
     _call("fpg_cuda_combine", grads.device, *abi.rows(grads, segments), weights.data_ptr(), out.data_ptr())
     return None
 
 
 def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
-    if grads.shape[0] > LARGEST_TASKS:
-        return eager.mix_(grads, coefficients, segments)
     coefficients, segments = coefficients.contiguous(), abi.dense(segments)
     _call("fpg_cuda_mix", grads.device, *abi.rows(grads, segments), coefficients.data_ptr())
     return None
@@ -215,39 +207,29 @@ def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
 def pcgrad(
     grads: Tensor,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     scale: float,
     segments: Tensor | None,
     out: Tensor,
     figures: bool = True,
 ) -> tuple[Tensor, ...]:
-    if grads.shape[0] > LARGEST_TASKS:
-        return eager.pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out)
-    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, scale, segments, out, figures)
+    return _pcgrad(grads, order, guards, scale, segments, out, figures)
 
 
 def pcgrad_(
     grads: Tensor,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     segments: Tensor | None,
     figures: bool = True,
 ) -> tuple[Tensor, ...]:
-    if grads.shape[0] > LARGEST_TASKS:
-        return eager.pcgrad_(grads, order, self_projection, eps, min_squared_norm, segments)
-    return _pcgrad(grads, order, self_projection, eps, min_squared_norm, 1.0, segments, None, figures)[:2]
+    return _pcgrad(grads, order, guards, 1.0, segments, None, figures)[:2]
 
 
 def _pcgrad(
     grads: Tensor,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     scale: float,
     segments: Tensor | None,
     out: Tensor | None,
@@ -269,7 +251,7 @@ def _pcgrad(
         "fpg_cuda_pcgrad",
         device,
         *rows,
-        *abi.solve(order, self_projection, eps, min_squared_norm),
+        *abi.projections(order, guards),
         scale,
         matrix,
         coefficients,
@@ -281,10 +263,8 @@ def _pcgrad(
     return found
 
 
-def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+def gram_blocks(blocks: Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     tasks = len(blocks.tensors)
-    if tasks > LARGEST_TASKS:
-        return eager.gram_blocks(blocks, problem_of, problems)
     most = _blocks_of_group(tasks)
     if len(blocks.widths) <= most:
         return _gram_blocks(blocks, problem_of, problems)
@@ -303,7 +283,7 @@ def _blocks_of_group(tasks: int) -> int:
     return max(1, _PARTIALS_NBYTES // (4 * tasks * (tasks + 1)))
 
 
-def _group(blocks: _ops.Blocks, chosen: slice) -> _ops.Blocks:
+def _group(blocks: Blocks, chosen: slice) -> Blocks:
     return blocks._replace(
         tensors=[row[chosen] for row in blocks.tensors],
         pointers=[row[chosen] for row in blocks.pointers],
@@ -311,7 +291,7 @@ def _group(blocks: _ops.Blocks, chosen: slice) -> _ops.Blocks:
     )
 
 
-def _gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+def _gram_blocks(blocks: Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     tasks = len(blocks.tensors)
     result = torch.empty((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
     owners = abi.indices(problem_of)
@@ -329,10 +309,8 @@ def _gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems
 
 
 def combine_blocks(
-    blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
+    blocks: Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
 ) -> None:
-    if len(blocks.tensors) > LARGEST_TASKS:
-        return eager.combine_blocks(blocks, weights, weights_of, out)
     weights, count, owners = weights.contiguous(), weights.shape[0], abi.indices(weights_of)
     nbytes = _combine_workspace_nbytes(len(blocks.tensors), len(blocks.widths), count)
     workspace = _workspace(nbytes, blocks.device)
@@ -350,20 +328,16 @@ def combine_blocks(
 
 
 def pcgrad_blocks(
-    blocks: _ops.Blocks,
+    blocks: Blocks,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     scale: float,
     out: Sequence[Tensor | None],
 ) -> _ops.Later:
     tasks = len(blocks.tensors)
-    if tasks > LARGEST_TASKS:
-        return eager.pcgrad_blocks(blocks, order, self_projection, eps, min_squared_norm, scale, out)
     if len(blocks.widths) > _blocks_of_group(tasks):
         gram = gram_blocks(blocks, None, 1)[0]
-        coefficients = pcgrad_coefficients(gram, order, self_projection, eps, min_squared_norm)
+        coefficients = pcgrad_coefficients(gram, order, guards)
         return combine_projected(combine_blocks, blocks, gram, coefficients, scale, out)
     order = order.contiguous()
     # Apart from the workspace, which they would keep in memory.
@@ -374,9 +348,7 @@ def pcgrad_blocks(
         blocks.device,
         *abi.blocks(blocks),
         order.data_ptr(),
-        self_projection,
-        eps,
-        min_squared_norm,
+        *guards,
         scale,
         *abi.figures(figures.data_ptr(), tasks, 1),
         abi.places(out),
@@ -396,8 +368,6 @@ def _combine_workspace_nbytes(tasks: int, blocks: int, count: int) -> int:
 
 def workspace_nbytes(tasks: int, widths: Sequence[int], dtype: torch.dtype, problems: int) -> int:
     """What gram takes of the largest group, and its result where there are several; or combine's tables of all."""
-    if tasks > LARGEST_TASKS:
-        return eager.workspace_nbytes(tasks, widths, dtype, problems)
     most, numbers = _blocks_of_group(tasks), array("q", widths)
     groups = [numbers[first : first + most] for first in range(0, len(numbers), most)]
     largest = max((_workspace_blocks_nbytes(tasks, group, dtype, problems) for group in groups), default=0)

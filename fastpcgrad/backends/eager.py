@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import _ops
+from ..variants import Guards
 from .sorting_network import sorting_network
 from .stacked import Stacked, batch_columns
 
@@ -20,6 +22,9 @@ _PART = 1 << 10
 
 _ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Of J that are sorted at a time: few enough for a CPU's cache, many enough to fill a GPU."""
+
+
+LARGEST_TASKS = sys.maxsize
 
 
 def why_unavailable(device_type: str) -> str | None:
@@ -50,9 +55,7 @@ def _products(rows: Tensor) -> Tensor:
     return (parts @ parts.mT).sum(dim=0)
 
 
-def pcgrad_coefficients(
-    gram: Tensor, order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
-) -> Tensor:
+def pcgrad_coefficients(gram: Tensor, order: Tensor, guards: Guards) -> Tensor:
     """All rows i of all matrices at once: a step for each place in the order."""
     tasks = gram.shape[-1]
     g = gram.reshape(-1, tasks, tasks)
@@ -69,10 +72,10 @@ def pcgrad_coefficients(
         dot = v.gather(2, j[:, :, None])[:, :, 0]
         squared_norm = diagonal.gather(1, j)
         project = (dot < 0) & (dot > -torch.inf)
-        project &= (squared_norm > min_squared_norm) & (squared_norm < torch.inf)
-        if not self_projection:
+        project &= (squared_norm > guards.min_squared_norm) & (squared_norm < torch.inf)
+        if not guards.self_projection:
             project &= j != rows
-        c = torch.where(project, -dot / (squared_norm + eps), 0.0)
+        c = torch.where(project, -dot / (squared_norm + guards.eps), 0.0)
         coefficients[matrices, rows, j] += c
         # where, not a product: 0·NaN of a row that takes no part must not enter.
         v = torch.where(project[:, :, None], v + c[:, :, None] * g[matrices, j], v)
@@ -95,16 +98,14 @@ def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
 def pcgrad(
     grads: Tensor,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     scale: float,
     segments: Tensor | None,
     out: Tensor,
     figures: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     matrix = gram(grads, segments)
-    coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
+    coefficients = pcgrad_coefficients(matrix, order, guards)
     weights = scale * coefficients.sum(dim=-2)
     combine(grads, weights, segments, out)
     return matrix, coefficients, weights
@@ -113,14 +114,12 @@ def pcgrad(
 def pcgrad_(
     grads: Tensor,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     segments: Tensor | None,
     figures: bool = True,
 ) -> tuple[Tensor, Tensor]:
     matrix = gram(grads, segments)
-    coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
+    coefficients = pcgrad_coefficients(matrix, order, guards)
     mix_(grads, coefficients, segments)
     return matrix, coefficients
 
@@ -153,6 +152,14 @@ def _trimmed_mean(columns: Tensor, trim: int, network: Sequence[tuple[int, int]]
         entries[low] = small
     merged = torch.stack(entries[trim : len(entries) - trim]).mean(dim=0)
     return merged.add_((columns * 0).sum(dim=0))  # zero, or NaN where an entry is not finite
+
+
+def method_weights(name: str, gram: Tensor, parameters: Sequence[float], preference: Tensor | None) -> None:
+    """None: methods have NumPy, which takes less time than torch."""
+
+
+def gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tensor) -> None:
+    """None, see ``method_weights``."""
 
 
 def workspace_nbytes(tasks: int, widths: Sequence[int], dtype: torch.dtype, problems: int) -> int:

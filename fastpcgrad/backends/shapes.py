@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 
 from .. import _ops
+from .._blocks import Blocks, first_of
+from ..variants import Guards
 from . import abi, eager
 
 
-def gram_blocks(blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+def gram_blocks(blocks: Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
     tasks = len(blocks.tensors)
     return _new(blocks, (problems, tasks, tasks))
 
 
 def combine_blocks(
-    blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
+    blocks: Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
 ) -> None:
     pass
 
 
 def pcgrad_blocks(
-    blocks: _ops.Blocks,
+    blocks: Blocks,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     scale: float,
     out: Sequence[Tensor | None],
 ) -> _ops.Later:
@@ -47,8 +47,8 @@ def gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tens
     return torch.empty_like(gram)
 
 
-def _new(blocks: _ops.Blocks, shape: tuple[int, ...]) -> Tensor:
-    like = _ops.first_of(blocks)
+def _new(blocks: Blocks, shape: tuple[int, ...]) -> Tensor:
+    like = first_of(blocks)
     if like is None:
         return torch.empty(shape, dtype=torch.float64, device=blocks.device)
     return like.new_empty(shape, dtype=torch.float64)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import _ops
+from .._blocks import Blocks
+from ..variants import Guards
 
 _BATCH_BYTES = 64 << 20
 
@@ -40,7 +42,7 @@ class Stacked:
     ) -> None:
         self._gram, self._pcgrad_coefficients, self._combine = gram, pcgrad_coefficients, combine
 
-    def gram_blocks(self, blocks: _ops.Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
+    def gram_blocks(self, blocks: Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
         tasks = len(blocks.tensors)
         result = torch.zeros((problems, tasks, tasks), dtype=torch.float64, device=blocks.device)
         for problem, present, parts in _batches(blocks, problem_of):
@@ -55,7 +57,7 @@ class Stacked:
         return result
 
     def combine_blocks(
-        self, blocks: _ops.Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
+        self, blocks: Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
     ) -> None:
         for problem, present, parts in _batches(blocks, weights_of):
             packed = _pack(blocks, present, parts)
@@ -67,22 +69,20 @@ class Stacked:
 
     def pcgrad_blocks(
         self,
-        blocks: _ops.Blocks,
+        blocks: Blocks,
         order: Tensor,
-        self_projection: bool,
-        eps: float,
-        min_squared_norm: float,
+        guards: Guards,
         scale: float,
         out: Sequence[Tensor | None],
     ) -> _ops.Later:
         gram = self.gram_blocks(blocks, None, 1)[0]
-        coefficients = self._pcgrad_coefficients(gram, order, self_projection, eps, min_squared_norm)
+        coefficients = self._pcgrad_coefficients(gram, order, guards)
         return combine_projected(self.combine_blocks, blocks, gram, coefficients, scale, out)
 
 
 def combine_projected(
     combine_blocks: Callable[..., None],
-    blocks: _ops.Blocks,
+    blocks: Blocks,
     gram: Tensor,
     coefficients: Tensor,
     scale: float,
@@ -99,9 +99,7 @@ def batch_columns(tasks: int, width: int, dtype: torch.dtype) -> int:
     return max(1, min(width, _BATCH_BYTES // (tasks * dtype.itemsize)))
 
 
-def _batches(
-    blocks: _ops.Blocks, problem_of: Sequence[int] | None
-) -> Iterator[tuple[int, tuple[int, ...], list[_Part]]]:
+def _batches(blocks: Blocks, problem_of: Sequence[int] | None) -> Iterator[tuple[int, tuple[int, ...], list[_Part]]]:
     """(problem, the tasks that are there, columns) of neighbours that go together; blocks of no task are left out."""
     most = batch_columns(len(blocks.tensors), sum(blocks.widths), blocks.dtype)
     kind: tuple[int, tuple[int, ...]] = (0, ())
@@ -122,7 +120,7 @@ def _batches(
         yield *kind, parts
 
 
-def _pack(blocks: _ops.Blocks, present: Sequence[int], parts: Sequence[_Part]) -> Tensor:
+def _pack(blocks: Blocks, present: Sequence[int], parts: Sequence[_Part]) -> Tensor:
     widths = [part.width for part in parts]
     packed = torch.empty((len(present), sum(widths)), dtype=blocks.dtype, device=blocks.device)
     for row, t in zip(packed, present, strict=True):

@@ -25,6 +25,9 @@ class Balancer(nn.Module, ABC):
     A step in which a loss (or norm) is NaN or infinite is skipped: weights, state and optimizer stay as they were, and
     training goes on as if the step had not been. Its weighted losses show it: a finite weight times NaN.
 
+    In data-parallel training the weights are the same in all processes where all are given the same numbers: losses
+    that are averaged over the processes, as ``torch.distributed.all_reduce`` does, weigh the loss of each.
+
     Finite losses that a balancer's formula has no answer for (GradNorm, FAMO, DWA) are a ValueError. Where looking
     would wait, on a GPU, that step is skipped and a later call raises, once the device has answered; a captured CUDA
     graph skips and raises nothing.
@@ -62,10 +65,12 @@ class Balancer(nn.Module, ABC):
         """The weighted losses w_i L_i.
 
         Args:
-            losses: T scalar losses, or one tensor ``[T]``; real floating point, on the device of the balancer.
+            losses: T scalar losses, of any shape with one element, or one tensor ``[T]`` or ``[T, 1]``; real floating
+                point, on the device of the balancer.
         Returns:
-            a list for a sequence, ``[T]`` for a tensor. Each loss of the list depends on the graph of its own task
-            alone; elements of a tensor share theirs, so that a backward pass of one runs through all.
+            a list for a sequence, a tensor for a tensor, in the shapes of what was given. Each loss of the list depends
+            on the graph of its own task alone; elements of a tensor share theirs, so that a backward pass of one runs
+            through all.
         Raises:
             TypeError: losses that are no real floating-point tensors.
             ValueError: not T, not scalar, or on another device; values that the balancer cannot take.
@@ -74,16 +79,16 @@ class Balancer(nn.Module, ABC):
         losses = losses if isinstance(losses, Tensor) else list(losses)
         weights = self.weigh(self._vector("losses", losses))
         if isinstance(losses, Tensor):
-            return weights * losses
+            return weights.view_as(losses) * losses
         return [weight * loss for weight, loss in zip(weights.unbind(), losses, strict=True)]
 
     def _vector(self, name: str, values: Sequence[Tensor] | Tensor) -> Tensor:
         """T scalars as one detached ``[T]``, of the dtype and on the device of the weights."""
         count = self.num_tasks
         if isinstance(values, Tensor):
-            if values.shape != (count,):
+            if values.shape not in ((count,), (count, 1)):
                 raise ValueError(f"{name} must be {count} scalars or one tensor [{count}]; found {list(values.shape)}")
-            return self._like_weights(name, values)
+            return self._like_weights(name, values).flatten()
         if len(values) != count:
             raise ValueError(f"{name} must be {count} scalars, one a task; found {len(values)}")
         return torch.stack([self._scalar(f"{name}[{t}]", value) for t, value in enumerate(values)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from ..distributed.processes import check_layer
 from .base import LearnedBalancer, OptimizerFactory, all_finite, task_values
 from .refusals import Refusals
 
@@ -102,19 +103,28 @@ class GradNorm(LearnedBalancer):
             raise IndexError(f"task must be an integer in 0..{self.num_tasks - 1}; found {task!r}")
         self._noted[task] = self._scalar("loss", loss), self._scalar("norm", norm)
 
-    def note_gradients(self, losses: Sequence[Tensor] | Tensor, layer: Layer) -> None:
+    def note_gradients(
+        self, losses: Sequence[Tensor] | Tensor, layer: Layer, *, process_group: object = "auto"
+    ) -> None:
         """Note all tasks, with norms from T backward passes that go no further down than the layer.
 
         Args:
             losses: see ``forward``; their graphs are kept.
             layer: W: a tensor or several, or a module, which stands for its first parameter (its weight).
+            process_group: ``local``: where DistributedDataParallel holds W, or there are several processes without it,
+                each balances by the losses and gradients of its own batch, with weights of its own. ``auto``: the
+                former is an error, and the latter a warning, once.
         Raises:
             TypeError, ValueError: see ``forward``; a layer without a tensor that requires grad, or one that a loss does
-                not depend on.
+                not depend on; another ``process_group``.
+            NotImplementedError: W that DistributedDataParallel averages, see ``process_group``, or does so with
+                ``static_graph``; a sharded one, of FSDP, fully_shard or tensor parallelism.
         """
+        tensors = layer_tensors(layer)
+        check_layer(tensors, process_group)
         losses = losses if isinstance(losses, Tensor) else list(losses)
         values = self._vector("losses", losses)
-        norms = layer_norms(losses, layer_tensors(layer))
+        norms = layer_norms(losses, tensors)
         self._noted = list(zip(values.unbind(), self._vector("norms", norms).unbind(), strict=True))
 
     @torch.no_grad()
@@ -171,7 +181,7 @@ def layer_norms(losses: Sequence[Tensor] | Tensor, layer: Sequence[Tensor], crea
     """‖∇_W L_i‖ for each task, ``[T]``; the graphs of the losses are kept.
 
     Args:
-        losses: T scalar losses, or one tensor ``[T]``.
+        losses: T scalar losses, or one tensor ``[T]`` or ``[T, 1]``.
         layer: W.
         create_graph: make the norms differentiable.
     """
@@ -199,7 +209,7 @@ def _roots(losses: Sequence[Tensor] | Tensor) -> Sequence[Tensor | GradientEdge]
     if not isinstance(losses, Tensor):
         return losses
     stack = losses.grad_fn
-    if stack is None or stack.name() != "StackBackward0":
+    if stack is None or stack.name() != "StackBackward0" or len(stack.next_functions) != len(losses):
         return losses.unbind()
     return [
         loss if below is None else GradientEdge(below, index)

@@ -51,7 +51,7 @@ class UncertaintyWeighting(Balancer):
         weighted = super().forward(losses)
         penalty = self._learning(self._vector("losses", weighted)) / 2
         if isinstance(weighted, Tensor):
-            return weighted + penalty
+            return weighted + penalty.view_as(weighted)
         return [loss + cost for loss, cost in zip(weighted, penalty.unbind(), strict=True)]
 
     def _learning(self, losses: Tensor) -> Tensor:

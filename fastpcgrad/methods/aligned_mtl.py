@@ -7,9 +7,10 @@ from typing import Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from ._problems import Array, CompiledMethod, CompiledSolver, Flags, Indices
-from ._spectrum import spectrum
+from ._compiled import CompiledMethod
 from ._task_vector import Preference, TaskVector, preferences, shown, task_vector
+from .solvers.problems import Array, CompiledSolver, Flags, Indices
+from .solvers.spectrum import spectrum
 
 ScaleMode = Literal["min", "median", "rmse"]
 
@@ -28,9 +29,9 @@ class AlignedMTL(CompiledMethod):
         TypeError, ValueError: a bad preference vector; unknown ``scale_mode``; when solving, a number of tasks that
             does not fit.
     Numerics: eigenvalues up to λ_max·T·2⁻⁵² count as zero. float64, see
-        ``_problems.CompiledMethod``.
+        ``_compiled.CompiledMethod``.
     Source: Senushkin et al. 2023, Independent Component Alignment for Multi-Task Learning, CVPR, Alg. 1
-        (arXiv:2305.19000).
+        (arXiv:2305.19000). Oracle: ``reference.aligned_mtl``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.AlignedMTL().weights(G)

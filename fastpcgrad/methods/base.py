@@ -8,8 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from .._ops import KERNELS, Blocks, Figures, Later
-from ..variants import Generator
+from ..variants import Generator, Guards
 
 
 class Solution(NamedTuple):
@@ -22,6 +21,20 @@ class Solution(NamedTuple):
 
     weights: Tensor
     coefficients: Tensor | None
+
+
+class Projections(NamedTuple):
+    """One run of PCGrad's sequential projections.
+
+    Attributes:
+        order: ``[T, T]`` int64 on the CPU, see ``functional.pcgrad_coefficients``; drawn for this run.
+        guards: when one gradient is projected away from another.
+        scale: of the sum of the projected gradients.
+    """
+
+    order: Tensor
+    guards: Guards
+    scale: float
 
 
 def check_method(method: Method | None, default: Callable[[], Method]) -> Method:
@@ -42,8 +55,6 @@ class Method(ABC):
 
     scope: Literal["all", "shared", "parameter"] = "all"
     """What one problem spans where the caller does not say: see ``variants.Variant``."""
-    looks_at_gram: bool = True
-    """Whether the weights depend on G."""
     generator: Generator | None = None
     """What it draws from; None: nothing, or a global generator."""
 
@@ -68,20 +79,10 @@ class Method(ABC):
         """
         return self.solve(gram)
 
-    def merge(self, blocks: Blocks, out: Sequence[Tensor | None], tasks: Sequence[int]) -> Later:
-        """The whole surgery, one problem over all of J; a fused kernel may serve it.
-
-        Args:
-            blocks: the task gradients, one of each task for each parameter.
-            out: for each parameter the merged gradient's memory; may be that of a task's gradient.
-            tasks: the index of each task, see ``solve_for``.
-        Returns:
-            what gives G and what ``solve_for`` made of it.
-        """
-        gram: Tensor = KERNELS["gram_blocks"](blocks, None, 1)[0]
-        solution = self.checked_solve(gram, tasks)
-        KERNELS["combine_blocks"](blocks, solution.weights[None], None, out)
-        return lambda: Figures(gram, *solution)
+    def projections(self, tasks: int) -> Projections | None:
+        """PCGrad's projections of that many tasks, which one kernel does from G to the merged gradient, instead of
+        ``solve_for``; None for what is no PCGrad."""
+        return None
 
     def checked_solve(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
         """``solve_for``; ValueError where the weights have another shape or dtype than they must."""

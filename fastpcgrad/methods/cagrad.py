@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import _simplex
-from ._problems import Array, CompiledMethod, CompiledSolver
+from ._compiled import CompiledMethod
+from .solvers import simplex
+from .solvers.problems import Array, CompiledSolver
 
 
 class CAGrad(CompiledMethod):
@@ -20,9 +21,9 @@ class CAGrad(CompiledMethod):
             also gives zeros where ‖J‖_F² < norm_eps, which would stop the training on small or scaled gradients.
     Raises:
         ValueError: an argument is negative or not finite.
-    Numerics: see ``_simplex.minimum``: exact up to rounding while ‖g_v‖ is not tiny. float64,
-        see ``_problems.CompiledMethod``.
-    Source: Liu et al. 2021, Conflict-Averse Gradient Descent, arXiv:2110.14048, Alg. 1.
+    Numerics: see ``simplex.minimum``: exact up to rounding while ‖g_v‖ is not tiny. float64,
+        see ``_compiled.CompiledMethod``.
+    Source: Liu et al. 2021, Conflict-Averse Gradient Descent, arXiv:2110.14048, Alg. 1. Oracle: ``reference.cagrad``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.CAGrad(c=0.5).weights(G)
@@ -53,9 +54,9 @@ class CAGrad(CompiledMethod):
         radius = self.c * np.sqrt(max(float(products.mean()), 0.0))
         if radius == 0:
             return np.zeros(tasks)
-        v = _simplex.minimum(gram, products, radius)
+        v = simplex.minimum(gram, products, radius)
         norm = np.sqrt(max(float(v @ gram @ v), 0.0))
-        if norm < max(self.norm_eps, _simplex.SMOOTHING):
+        if norm < max(self.norm_eps, simplex.SMOOTHING):
             return np.zeros(tasks)
         return mean + radius / norm * v
 

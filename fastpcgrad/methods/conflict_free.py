@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._problems import CompiledSolver, check_gram, compiled
 from ._task_vector import Preference, TaskVector, shown, task_vector
 from .base import Method, Solution
+from .solvers.problems import CompiledSolver, check_gram, compiled
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -26,10 +26,10 @@ class ConFIG(Method):
         whatever the dtype of the rows. Eigenvalues below 8 T eps of the largest count as zero: a task gradient
         nearer than about 1e-7 of its norm to the span of the others depends on them, where a pseudoinverse of U sees
         down to about 1e-15. A zero gradient has no direction and weight 0; where p has no part in the span (two exact
-        opposites), all weights are 0. On the device of G, see ``_problems.CompiledMethod``; where the library is not,
+        opposites), all weights are 0. On the device of G, see ``_compiled.CompiledMethod``; where the library is not,
         by torch, whose ``eigh`` waits for a GPU.
     Source: Liu, Chu and Thuerey 2024, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
-        arXiv:2408.11104, eq. 2.
+        arXiv:2408.11104, eq. 2. Oracle: ``reference.conflict_free``.
     Example:
         >>> G = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.ConFIG().weights(G)

@@ -16,9 +16,9 @@ class DualProj(DualConeMethod):
         norm_eps, reg_eps: see ``UPGrad``.
     Raises:
         TypeError, ValueError: a bad preference vector or eps; when solving, a number of tasks that does not fit.
-    Numerics: see ``_dual_cone.project``.
+    Numerics: see ``dual_cone.project``.
     Source: Lopez-Paz and Ranzato 2017, Gradient Episodic Memory for Continual Learning, arXiv:1706.08840, eq. 11; named
-        and compared with UPGrad in arXiv:2406.16232.
+        and compared with UPGrad in arXiv:2406.16232. Oracle: ``reference.dualproj``.
     Example:
         >>> G = torch.tensor([[1.0, -2.0], [-2.0, 8.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.DualProj(reg_eps=0.0).weights(G)

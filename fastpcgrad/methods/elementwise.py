@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._derivatives import refuse_derivative
-from .._ops import KERNELS, Blocks, Figures, Later, flat
 from .base import Method, Solution
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -18,7 +17,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Elementwise(Method):
     """A rule that merges each column of J by itself: it needs the rows, and has no weights.
 
-    A subclass gives ``merge_rows``, which ``aggregate`` and ``merge`` call.
+    A subclass gives ``merge_rows``.
     """
 
     def aggregate(self, rows: Tensor) -> Tensor:
@@ -45,15 +44,6 @@ class Elementwise(Method):
         out = rows.new_empty(rows.shape[1])
         self.merge_rows(list(rows.detach()), out)
         return out
-
-    def merge(self, blocks: Blocks, out: Sequence[Tensor | None], tasks: Sequence[int]) -> Later:
-        """See ``Method.merge``. A task without a gradient of a parameter counts as zero there; the weights are NaN."""
-        self.check_tasks(len(tasks))
-        gram: Tensor = KERNELS["gram_blocks"](blocks, None, 1)[0]
-        for place, column in zip(out, zip(*blocks.tensors, strict=True), strict=True):
-            if place is not None:
-                self.merge_rows([None if grad is None else flat(grad) for grad in column], flat(place))
-        return lambda: Figures(gram, gram.new_full((len(tasks),), torch.nan))
 
     @abstractmethod
     def merge_rows(self, rows: Sequence[Tensor | None], out: Tensor) -> None:

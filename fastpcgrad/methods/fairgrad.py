@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import _fairness
+from ._compiled import CompiledMethod
 from ._count import count
-from ._problems import Array, CompiledMethod, CompiledSolver
+from .solvers import fairness
+from .solvers.problems import Array, CompiledSolver
 
 
 class FairGrad(CompiledMethod):
@@ -21,10 +22,11 @@ class FairGrad(CompiledMethod):
         max_iters: the most Newton steps; positive. About 10 suffice where task gradients are not nearly dependent.
     Raises:
         ValueError: ``alpha`` is negative or not finite, or ``max_iters`` is not positive.
-    Numerics: see ``_fairness.solve``; a task without gradient gets weight 0, and at a Pareto-stationary point, where
+    Numerics: see ``fairness.solve``; a task without gradient gets weight 0, and at a Pareto-stationary point, where
         there is no solution, the weights are large but finite. float64, see
-        ``_problems.CompiledMethod``.
+        ``_compiled.CompiledMethod``.
     Source: Ban and Ji 2024, Fair Resource Allocation in Multi-Task Learning, arXiv:2402.15638, eq. 4.
+        Oracle: ``reference.fairgrad``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.FairGrad(alpha=1.0).weights(G)
@@ -38,12 +40,12 @@ class FairGrad(CompiledMethod):
         self.max_iters = count("max_iters", max_iters, 1)
 
     def compiled_solver(self) -> CompiledSolver | None:
-        return _fairness.solver(self.alpha, self.max_iters) if self.alpha else None
+        return fairness.solver(self.alpha, self.max_iters) if self.alpha else None
 
     def solve_on_host(self, gram: Array) -> Array:
         if self.alpha == 0:
             return np.full(gram.shape[:2], 1 / gram.shape[1])
-        return _fairness.solve(gram, self.alpha, self.max_iters)
+        return fairness.solve(gram, self.alpha, self.max_iters)
 
     def __repr__(self) -> str:
         return f"FairGrad(alpha={self.alpha!r}, max_iters={self.max_iters!r})"

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from .._ops import to_device
-from ._problems import check_gram
 from ._task_vector import TaskVector, check_length, task_vector
 from .base import Method, Solution
+from .solvers.problems import check_gram
 
 
 class FixedWeights(Method):
     """A method whose weights are known before the gradients: its ``solve`` takes but the shape of G."""
-
-    looks_at_gram = False
 
 
 class Mean(FixedWeights):
@@ -92,7 +90,7 @@ class RandomWeights(FixedWeights):
     Raises:
         TypeError: a generator of another type.
     Source: Lin et al. 2022, Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning,
-        arXiv:2111.10603 (RLW, normal distribution).
+        arXiv:2111.10603 (RLW, normal distribution). Oracle: ``reference.random_weights``.
     Example:
         >>> method = fastpcgrad.methods.RandomWeights(torch.Generator().manual_seed(0))
         >>> method.weights(torch.eye(3, dtype=torch.float64)).sum()

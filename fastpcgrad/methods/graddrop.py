@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._ops import KERNELS
+from ..backends import kernels
 from ._task_vector import TaskVector, check_length, shown, task_vector
 from .elementwise import Elementwise
 from .fixed_weights import check_generator
@@ -37,7 +37,7 @@ class GradDrop(Elementwise):
         TypeError, ValueError: a bad argument; when merging, a number of tasks that does not fit.
     Numerics: see ``Elementwise.aggregate``. A column of zeros gives 0.
     Source: Chen et al. 2020, Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout,
-        arXiv:2010.06808, Alg. 1, lines 10 to 15 (on the gradients of the parameters).
+        arXiv:2010.06808, Alg. 1, lines 10 to 15 (on the gradients of the parameters). Oracle: ``reference.graddrop``.
     Example:
         >>> J = torch.tensor([[1.0, 2.0, -1.0], [3.0, 0.0, -1.0]])
         >>> fastpcgrad.methods.GradDrop().aggregate(J)
@@ -73,7 +73,7 @@ class GradDrop(Elementwise):
     def _merged(self, rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
         dtype = torch.promote_types(like.dtype, torch.float32)
         sums = like.new_empty((2, len(like)), dtype=dtype)
-        KERNELS["sign_sums"](rows, None, sums)
+        kernels.sign_sums(rows, None, sums)
         positive, negative = sums
         # ½ (1 + Σ g / Σ |g|) is the share of the positive entries; that of a column of zeros is 0 / 0.
         total = positive - negative
@@ -85,9 +85,9 @@ class GradDrop(Elementwise):
         if self.leak is None:
             merged = torch.lerp(negative, positive, keep_positive)
         else:
-            KERNELS["sign_sums"](rows, [1 - leak for leak in self.leak.tolist()], sums)
+            kernels.sign_sums(rows, [1 - leak for leak in self.leak.tolist()], sums)
             merged = torch.lerp(negative, positive, keep_positive)
-            KERNELS["sign_sums"](rows, self.leak.tolist(), sums)
+            kernels.sign_sums(rows, self.leak.tolist(), sums)
             merged += positive + negative
         # The sign that was dropped must not take inf with it.
         return merged.add_(total, alpha=0)

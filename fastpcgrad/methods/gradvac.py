@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .. import variants
 from .._modes import is_fake, refuse_tracers
-from .._ops import KERNELS, to_device
+from .._ops import to_device
+from ..backends import kernels
 from ..variants import Generator
-from ._problems import check_gram, in_place
 from .base import Method, Solution
+from .solvers.problems import check_gram, in_place
 
 
 class GradVac(Method):
@@ -43,7 +44,7 @@ class GradVac(Method):
     Numerics: float64 by the compiled library on the device of G; without one NumPy on a CPU, else torch on that device.
         Nothing waits for it. NaN or inf in G gives NaN weights
         and leaves φ̂ of that problem as it was.
-    Source: Wang et al. 2021, Gradient Vaccine, arXiv:2010.05874, Alg. 1.
+    Source: Wang et al. 2021, Gradient Vaccine, arXiv:2010.05874, Alg. 1. Oracle: ``reference.gradvac``.
     Example:
         >>> G = torch.tensor([[1.0, -0.6], [-0.6, 1.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.GradVac().solve(G).coefficients
@@ -82,7 +83,7 @@ class GradVac(Method):
         some = to_device(torch.tensor(tasks), gram.device) if len(tasks) < known.shape[-1] else None
         places = to_device(torch.from_numpy(_draw_places(gram.shape, self.generator)), gram.device)
         phi = known.clone() if some is None else known[..., some[:, None], some].contiguous()
-        found: Tensor | None = KERNELS["gradvac"](gram.detach(), places, self.beta, self.eps, phi)
+        found: Tensor | None = kernels.gradvac(gram.detach(), places, self.beta, self.eps, phi)
         if found is None:
             found, phi = _vaccinated(gram, phi, places, self.beta, self.eps)
         if some is None:

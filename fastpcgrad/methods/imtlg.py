@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._problems import Array, CompiledMethod, CompiledSolver
-from ._spectrum import spectrum
+from ._compiled import CompiledMethod
+from .solvers.problems import Array, CompiledSolver
+from .solvers.spectrum import spectrum
 
 
 class IMTLG(CompiledMethod):
@@ -15,9 +16,9 @@ class IMTLG(CompiledMethod):
     then have no common direction). Weights may be negative. The merged gradient scales with the gradients.
 
     Numerics: G⁺ leaves out the eigenvalues up to λ_max·T·2⁻⁵². Σv counts as zero below 1e-12, with the gradients
-        scaled to trace G = 1 (TorchJD does not scale them). float64, see ``_problems.CompiledMethod``.
+        scaled to trace G = 1 (TorchJD does not scale them). float64, see ``_compiled.CompiledMethod``.
     Source: Liu et al. 2021, Towards Impartial Multi-task Learning, ICLR; for dependent task gradients Quinton and Rey
-        2024, arXiv:2406.16232.
+        2024, arXiv:2406.16232. Oracle: ``reference.imtlg``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.IMTLG().weights(G)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ._count import count
-from ._problems import check_gram
 from .base import Method, Solution
+from .solvers.problems import check_gram
 
 
 class Krum(Method):
@@ -26,6 +26,7 @@ class Krum(Method):
         of their norms may count as equal. Of equal scores the first task is selected. A Gram matrix that is not
         finite gives NaN weights: a broken gradient must be seen, not voted out.
     Source: Blanchard et al. 2017, Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, NeurIPS.
+        Oracle: ``reference.krum``.
     Example:
         >>> J = torch.tensor([[0.0], [1.0], [1.5], [9.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.Krum(n_byzantine=1, n_selected=2).weights(J @ J.T)

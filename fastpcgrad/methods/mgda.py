@@ -6,9 +6,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from . import _simplex
+from ._compiled import CompiledMethod
 from ._count import count
-from ._problems import Array, CompiledMethod, CompiledSolver, Indices
+from .solvers import simplex
+from .solvers.problems import Array, CompiledSolver, Indices
 
 Solver = Literal["frank-wolfe", "exact"]
 
@@ -27,9 +28,9 @@ class MGDA(CompiledMethod):
             to rounding, in time that grows with T instead; where several weights give it, any.
     Raises:
         ValueError: ``epsilon`` or ``max_iters`` is not positive; unknown ``solver``.
-    Numerics: float64, see ``_problems.CompiledMethod``; ``exact``: see ``_simplex.minimum``.
+    Numerics: float64, see ``_compiled.CompiledMethod``; ``exact``: see ``simplex.minimum``.
     Source: Désidéri 2012, doi:10.1016/j.crma.2012.03.014; Sener and Koltun 2018, arXiv:1810.04650, Alg. 2.
-        ``exact``: Wolfe 1976, doi:10.1007/BF01580381.
+        ``exact``: Wolfe 1976, doi:10.1007/BF01580381. Oracles: ``reference.frank_wolfe``, ``reference.mgda``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.MGDA().weights(G)
@@ -53,7 +54,7 @@ class MGDA(CompiledMethod):
     def solve_on_host(self, gram: Array) -> Array:
         if self.solver == "exact":
             slopes = np.zeros(gram.shape[1])
-            found = [_simplex.minimum(problem / (problem.trace() or 1.0), slopes, 1.0) for problem in gram]
+            found = [simplex.minimum(problem / (problem.trace() or 1.0), slopes, 1.0) for problem in gram]
             return np.array(found).reshape(gram.shape[:2])
         return self._frank_wolfe(gram)
 

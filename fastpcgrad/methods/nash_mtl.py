@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .._modes import is_fake
-from . import _fairness
 from ._count import count
-from ._problems import Array, Flags, check_gram, compiled, from_host, on_host
 from .base import Method, Solution
+from .solvers import fairness
+from .solvers.problems import Array, Flags, check_gram, compiled, from_host, on_host
 
 
 class NashMTL(Method):
@@ -36,10 +36,11 @@ class NashMTL(Method):
     Raises:
         ValueError: an argument is out of range. From ``solve``: weights are to be reused for another number of tasks or
             problems.
-    Numerics: see ``_fairness.solve``; a task without gradient gets weight 0, and at a Pareto-stationary point, where
+    Numerics: see ``fairness.solve``; a task without gradient gets weight 0, and at a Pareto-stationary point, where
         there is no solution, the weights are large but finite. NaN or inf in G never enters the state: the weights are
         then found in the next call. float64 on the host, where the state is; waits for the device of G.
     Source: Navon et al. 2022, Multi-Task Learning as a Bargaining Game, arXiv:2202.01017, Alg. 1.
+        Oracle: ``reference.nash_mtl``.
     Example:
         >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.NashMTL(max_norm=0).weights(G)
@@ -101,8 +102,8 @@ class NashMTL(Method):
         return weights[:, tasks]
 
     def _solved(self, gram: Array) -> Array:
-        answers = compiled(_fairness.solver(1.0, self.optim_niter), torch.from_numpy(gram))
-        return _fairness.solve(gram, 1.0, self.optim_niter) if answers is None else answers.numpy()
+        answers = compiled(fairness.solver(1.0, self.optim_niter), torch.from_numpy(gram))
+        return fairness.solve(gram, 1.0, self.optim_niter) if answers is None else answers.numpy()
 
     def _no_weights_for(self, shape: Sequence[int]) -> ValueError:
         assert self._weights is not None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from .. import variants
-from .._ops import KERNELS, Blocks, Later, pcgrad_coefficients, to_device
+from .._ops import to_device
+from ..backends import kernels
 from ..variants import Generator
-from ._problems import check_gram
-from .base import Method, Solution
+from .base import Method, Projections, Solution
+from .solvers.problems import check_gram
 
 
 class PCGrad(Method):
@@ -58,8 +58,7 @@ class PCGrad(Method):
         count = gram.shape[0] if gram.dim() == 3 else None
         order = to_device(self.variant.draw_orders(gram.shape[-1], count, self.generator), gram.device)
         # Not through functional, which would look whether the order is one.
-        variant = self.variant
-        return pcgrad_coefficients(gram, order, variant.self_projection, variant.eps, variant.min_squared_norm)
+        return kernels.pcgrad_coefficients(gram, order, *self.variant.guards)
 
     def solve(self, gram: Tensor) -> Solution:
         coefficients = self.coefficients(gram)
@@ -68,15 +67,10 @@ class PCGrad(Method):
             weights /= gram.shape[-1]
         return Solution(weights, coefficients)
 
-    def merge(self, blocks: Blocks, out: Sequence[Tensor | None], tasks: Sequence[int]) -> Later:
+    def projections(self, tasks: int) -> Projections:
         variant = self.variant
-        scale = 1.0 / len(tasks) if self.reduction == "mean" else 1.0
-        order = variant.draw_order(len(tasks), self.generator)
-        if blocks.device.type != "cpu":
-            order = to_device(order, blocks.device)
-        guards = (variant.self_projection, variant.eps, variant.min_squared_norm)
-        later: Later = KERNELS["pcgrad_blocks"](blocks, order, *guards, scale, out)
-        return later
+        order = variant.draw_order(tasks, self.generator)
+        return Projections(order, variant.guards, 1.0 / tasks if self.reduction == "mean" else 1.0)
 
     def partial_weights(self, weights: Tensor) -> Tensor:
         averaged = self.reduction == "mean" and self.variant.partial_sum

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._ops import KERNELS
+from ..backends import kernels
 from ._count import count
 from .elementwise import Elementwise
 
@@ -21,7 +21,7 @@ class TrimmedMean(Elementwise):
     Numerics: see ``Elementwise.aggregate``. An entry that is not finite makes its column NaN, although it would be
         trimmed away: a broken gradient must be seen.
     Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates,
-        arXiv:1803.01498, def. 2 (there β = trim_number / T).
+        arXiv:1803.01498, def. 2 (there β = trim_number / T). Oracle: ``reference.trimmed_mean``.
     Example:
         >>> J = torch.tensor([[1.0, 5.0], [2.0, -5.0], [9.0, 1.0]])
         >>> fastpcgrad.methods.TrimmedMean(trim_number=1).aggregate(J)
@@ -39,7 +39,7 @@ class TrimmedMean(Elementwise):
             )
 
     def merge_rows(self, rows: Sequence[Tensor | None], out: Tensor) -> None:
-        KERNELS["trimmed_mean"](rows, self.trim_number, out)
+        kernels.trimmed_mean(rows, self.trim_number, out)
 
     def __repr__(self) -> str:
         return f"TrimmedMean(trim_number={self.trim_number})"

@@ -22,8 +22,9 @@ class UPGrad(DualConeMethod):
             projections are exact.
     Raises:
         TypeError, ValueError: a bad preference vector or eps; when solving, a number of tasks that does not fit.
-    Numerics: see ``_dual_cone.project``.
+    Numerics: see ``dual_cone.project``.
     Source: Quinton and Rey 2024, Jacobian Descent for Multi-Objective Optimization, arXiv:2406.16232, eq. 5, prop. 1.
+        Oracle: ``reference.upgrad``.
     Example:
         >>> G = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)
         >>> fastpcgrad.methods.UPGrad(reg_eps=0.0).weights(G)

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_table, rows
+from benchmarks import rows, tables
 from fastpcgrad import backends
 from fastpcgrad.backends import crossovers
 
@@ -19,12 +19,12 @@ H200 = 90
 def measured():
     """{(op, T, dtype): [(bytes of J, Triton's time by the compiled library's)]} of the last run on an H200."""
     times: dict[tuple[str, int, str, int], dict[str, float]] = {}
-    every = [row for row in rows.read(gpu_table.RESULTS) if "H200" in row.environment.device]
+    every = [row for row in rows.read(rows.RESULTS / "gpu.jsonl") if "H200" in row.environment.device]
     for row in rows.latest(every):
         if (
             row.kind == "kernel"
             and row.subject == "fastpcgrad"
-            and row.op in gpu_table.OPS
+            and row.op in tables.GPU_OPS
             and row.p50_ms
             and not row.note
         ):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpcgrad import _modes, reference
-from fastpcgrad.backends import cuda
+from fastpcgrad import _modes, backends, reference
+from fastpcgrad.backends import cuda, eager
+from fastpcgrad.variants import Guards
 from tests.backends.cuda_emulated import CXX, DEVICE, GPU
 from tests.ops import cases
 
@@ -88,8 +89,8 @@ def test_pcgrad_is_the_same_in_one_launch_and_in_several(case, monkeypatch):
         monkeypatch.setattr(cuda, "launches", launches)
         given = Given(case)
         out = torch.empty(case.width, dtype=case.dtype, device=DEVICE)
-        gram, coefficients, weights = cuda.pcgrad(given.grads, given.order, False, 0.0, 0.0, 0.5, given.segments, out)
-        in_place = cuda.pcgrad_(given.grads, given.order, False, 0.0, 0.0, given.segments)
+        gram, coefficients, weights = cuda.pcgrad(given.grads, given.order, Guards(), 0.5, given.segments, out)
+        in_place = cuda.pcgrad_(given.grads, given.order, Guards(), given.segments)
         assert given.padding_is_untouched()
         results.append((out, gram, coefficients, weights, given.grads, *in_place))
     assert all(torch.equal(one, several) for one, several in zip(*results, strict=True))
@@ -105,7 +106,7 @@ def test_without_figures_the_gradients_are_the_same(case, launches, monkeypatch)
     merged, rows = [], []
     for figures in (True, False):
         given, out = Given(case), torch.empty(case.width, dtype=case.dtype, device=DEVICE)
-        arguments = given.grads, given.order, False, 0.0, 0.0
+        arguments = given.grads, given.order, Guards()
         assert bool(cuda.pcgrad(*arguments, 1.0, given.segments, out, figures)) == figures
         assert bool(cuda.pcgrad_(*arguments, given.segments, figures)) == figures
         merged.append(out)
@@ -147,7 +148,7 @@ def test_a_bad_task_reaches_the_merged_gradient_and_does_not_spoil_the_rest(bad,
     monkeypatch.setattr(cuda, "launches", launches)
     rows, order = rows_with(bad, 4), torch.stack([torch.randperm(4) for _ in range(4)])
     out = torch.empty(1000, device=DEVICE)
-    cuda.pcgrad(rows, order.to(DEVICE), False, 0.0, 0.0, 1.0, None, out)
+    cuda.pcgrad(rows, order.to(DEVICE), Guards(), 1.0, None, out)
     assert (~out.isfinite()).nonzero().flatten().tolist() == [0, 700, 999]
 
 
@@ -159,9 +160,9 @@ def test_out_may_be_a_row(row, launches, tasks, monkeypatch):
     rows = torch.randn(tasks, 5000, device=DEVICE)
     order = torch.stack([torch.randperm(tasks) for _ in range(tasks)]).to(DEVICE)
     apart = torch.empty(5000, device=DEVICE)
-    cuda.pcgrad(rows, order, False, 0.0, 0.0, 1.0, None, apart)
+    cuda.pcgrad(rows, order, Guards(), 1.0, None, apart)
     before = rows.clone()
-    cuda.pcgrad(rows, order, False, 0.0, 0.0, 1.0, None, rows[row])
+    cuda.pcgrad(rows, order, Guards(), 1.0, None, rows[row])
     kept = [t for t in range(tasks) if t != row]
     assert torch.equal(rows[row], apart) and torch.equal(rows[kept], before[kept])
 
@@ -254,7 +255,7 @@ def test_bits_do_not_depend_on_the_multiprocessors(library, tasks, segmented, mo
     for multiprocessors in (1, 2, 5):
         library.emulated_multiprocessors(multiprocessors)
         out = torch.empty(30_000)
-        results.append((out, *cuda.pcgrad(rows, order, False, 0.0, 0.0, 1.0, segments, out)))
+        results.append((out, *cuda.pcgrad(rows, order, Guards(), 1.0, segments, out)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -281,7 +282,7 @@ def test_coefficients(tasks, guards):
     rows = torch.randn(3, tasks, 5, dtype=torch.float64)
     grams, orders = rows @ rows.mT, torch.rand(3, tasks, tasks).argsort(dim=-1)
     for order in (orders, orders[0]):
-        found = cuda.pcgrad_coefficients(grams.to(DEVICE), order.to(DEVICE), *guards).cpu()
+        found = cuda.pcgrad_coefficients(grams.to(DEVICE), order.to(DEVICE), Guards(*guards)).cpu()
         for s in range(3):
             expected = reference.coefficients(grams[s], order if order.dim() == 2 else order[s], *guards)
             torch.testing.assert_close(found[s], expected, rtol=1e-10, atol=1e-12)
@@ -291,15 +292,15 @@ def test_coefficients(tasks, guards):
 def test_an_order_entry_out_of_range_poisons_its_row_alone(entry):
     rows = torch.randn(4, 40, dtype=torch.float64)
     gram, order = (rows @ rows.mT).to(DEVICE), torch.stack([torch.randperm(4) for _ in range(4)]).to(DEVICE)
-    expected = cuda.pcgrad_coefficients(gram, order, False, 0.0, 0.0)
+    expected = cuda.pcgrad_coefficients(gram, order, Guards())
     order[2, 1] = entry
-    found = cuda.pcgrad_coefficients(gram, order, False, 0.0, 0.0)
+    found = cuda.pcgrad_coefficients(gram, order, Guards())
     assert found[2].isnan().all() and torch.equal(found[[0, 1, 3]], expected[[0, 1, 3]])
 
 
-def test_more_rows_than_the_kernels_take_go_to_the_eager_backend():
-    rows = torch.randn(cuda.LARGEST_TASKS + 1, 20, device=DEVICE)
-    torch.testing.assert_close(cuda.gram(rows, None).cpu(), reference.gram(rows.cpu()))
+def test_more_tasks_than_the_kernels_take_go_to_the_eager_backend():
+    most = cuda.LARGEST_TASKS
+    assert backends.for_tasks(cuda, most) is cuda and backends.for_tasks(cuda, most + 1) is eager
 
 
 @pytest.mark.parametrize("offsets", [[5, -3, 2000, 7], [0, 0, 0, 0], [900, 10, 20, 10**12]])

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fastpcgrad import reference
-from fastpcgrad._ops import Blocks
+from fastpcgrad._blocks import Blocks
 from fastpcgrad.backends import cuda
+from fastpcgrad.variants import Guards
 from tests.backends.cuda_emulated import CXX, DEVICE, GPU
 from tests.ops import cases
 
@@ -150,7 +151,7 @@ def test_what_is_combined_in_place_leaves_the_other_rows():
 def test_the_whole_surgery_is_gram_solve_and_combine(tasks, dtype):
     problem, order = Scattered(tasks, dtype, seed=tasks), random_order(tasks)
     out = problem.firsts()
-    gram, weights, coefficients, _ = cuda.pcgrad_blocks(problem.blocks, order, True, 0.0, 0.0, 0.5, out)()
+    gram, weights, coefficients, _ = cuda.pcgrad_blocks(problem.blocks, order, Guards(self_projection=True), 0.5, out)()
     assert gram_error(gram, problem.rows) <= cases.GRAM_TOLERANCE[dtype]
     exact = reference.coefficients(reference.gram(problem.rows), order.cpu(), True, 0.0, 0.0)
     torch.testing.assert_close(coefficients.cpu(), exact, rtol=1e-4, atol=1e-5)
@@ -252,7 +253,7 @@ def test_weights_that_fp32_cannot_hold(scale):
 def test_nothing_to_merge(widths):
     problem = Scattered(3, torch.float32, widths, absent=1.0)
     out = [None] * len(widths)
-    gram, weights, coefficients, _ = cuda.pcgrad_blocks(problem.blocks, random_order(3), False, 0.0, 0.0, 1.0, out)()
+    gram, weights, coefficients, _ = cuda.pcgrad_blocks(problem.blocks, random_order(3), Guards(), 1.0, out)()
     assert not gram.any() and torch.equal(coefficients.cpu(), torch.eye(3, dtype=torch.float64))
     assert weights.tolist() == [1.0] * 3
     assert cuda.gram_blocks(problem.blocks, None, 0).shape == (0, 3, 3)
@@ -275,7 +276,7 @@ def test_one_long_block_among_short_ones(tasks):
     widths = (7, 60_003, 1, 1025)
     problem, order = Scattered(tasks, torch.bfloat16, widths, absent=0.0), random_order(tasks)
     out = problem.firsts()
-    gram, weights, *_ = cuda.pcgrad_blocks(problem.blocks, order, False, 0.0, 0.0, 1.0, out)()
+    gram, weights, *_ = cuda.pcgrad_blocks(problem.blocks, order, Guards(), 1.0, out)()
     assert gram_error(gram, problem.rows) <= 1e-6
     assert_merged(problem, out, weights.cpu())
 
@@ -289,7 +290,7 @@ def test_bits_do_not_depend_on_the_multiprocessors(library, tasks):
         library.emulated_multiprocessors(multiprocessors)
         problem = Scattered(tasks, torch.float32)
         out = problem.firsts()
-        results.append([*cuda.pcgrad_blocks(problem.blocks, order, False, 0.0, 0.0, 1.0, out)()[:3], *out])
+        results.append([*cuda.pcgrad_blocks(problem.blocks, order, Guards(), 1.0, out)()[:3], *out])
     for other in results[1:]:
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -301,21 +302,12 @@ def test_one_block_gives_the_bits_of_packed_rows(tasks, dtype):
     width = 12_288
     problem, order = Scattered(tasks, dtype, (width,), absent=0.0), random_order(tasks)
     packed, merged = on_device(problem.rows), torch.empty(width, dtype=dtype, device=DEVICE)
-    gram, coefficients, weights = cuda.pcgrad(packed, order, False, 0.0, 0.0, 1.0, None, merged)
+    gram, coefficients, weights = cuda.pcgrad(packed, order, Guards(), 1.0, None, merged)
     (out,) = outs = problem.fresh()
-    found = cuda.pcgrad_blocks(problem.blocks, order, False, 0.0, 0.0, 1.0, outs)()
+    found = cuda.pcgrad_blocks(problem.blocks, order, Guards(), 1.0, outs)()
     assert torch.equal(found.gram, gram) and torch.equal(found.weights, weights)
     assert found.coefficients is not None and torch.equal(found.coefficients, coefficients)
     assert torch.equal(out, merged)
-
-
-def test_more_tasks_than_the_kernels_take_go_to_the_eager_backend():
-    tasks = cuda.LARGEST_TASKS + 1
-    problem = Scattered(tasks, torch.float32, (9, 4))
-    assert gram_error(cuda.gram_blocks(problem.blocks, None, 1)[0], problem.rows) <= 1e-6
-    out, weights = problem.fresh(), torch.randn(1, tasks, dtype=torch.float64)
-    cuda.combine_blocks(problem.blocks, on_device(weights), None, out)
-    assert_merged(problem, out, weights[0])
 
 
 def test_the_workspace_that_is_asked_for_is_enough(library, monkeypatch):
@@ -374,7 +366,7 @@ def test_blocks_in_groups_count_for_their_problem_only(in_groups, tasks, dtype):
 def test_the_whole_surgery_of_blocks_in_groups(in_groups, tasks, dtype):
     problem, order = Scattered(tasks, dtype, seed=tasks), random_order(tasks)
     out = problem.firsts()
-    gram, weights, coefficients, _ = cuda.pcgrad_blocks(problem.blocks, order, True, 0.0, 0.0, 0.5, out)()
+    gram, weights, coefficients, _ = cuda.pcgrad_blocks(problem.blocks, order, Guards(self_projection=True), 0.5, out)()
     assert gram_error(gram, problem.rows) <= cases.GRAM_TOLERANCE[dtype]
     exact = reference.coefficients(reference.gram(problem.rows), order.cpu(), True, 0.0, 0.0)
     torch.testing.assert_close(coefficients.cpu(), exact, rtol=1e-4, atol=1e-5)

@@ -79,7 +79,7 @@ def test_no_kernel_spills_but_those_of_float64_rows(built):
 def test_the_library_loads_and_answers_without_a_gpu(built):
     assert built[0].stat().st_size < 20 << 20
     library = cuda.declare(ctypes.CDLL(str(built[0])))
-    assert library.fpg_abi_version() == cuda._native.ABI_VERSION
+    assert library.fpg_abi_version() == cuda.native.ABI_VERSION
     assert library.fpg_cuda_error(0) == b"no error" and library.fpg_cuda_error(1) == b"bad argument"
     assert library.fpg_cuda_error(1000 + 2) == library.fpg_cuda_error(2) == b"out of memory"
     # Of 8 rows by a million columns: 245 items of 36 float64 sums, and 8 flags.
@@ -141,7 +141,7 @@ def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
 def test_cuda_tensors_fall_back_or_are_told_why_the_library_cannot_run(monkeypatch, library, has_device, reason):
     monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(cuda, "_library", library)
-    monkeypatch.setattr(cuda._native, "load_error", lambda name: "libfastpcgrad_cuda.so was not built: no nvcc")
+    monkeypatch.setattr(cuda.native, "load_error", lambda name: "libfastpcgrad_cuda.so was not built: no nvcc")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_device)
     monkeypatch.delenv("FASTPCGRAD_BACKEND", raising=False)
     assert backends.select("cuda").__name__ != cuda.__name__

@@ -1,11 +1,16 @@
-"""The methods' solvers and GradVac's turns by a warp of a GPU, or of its emulation, against a thread of the CPU."""
+"""The methods' solvers and GradVac's turns by a warp of a GPU, or of its emulation.
+
+Against the oracles; and, for more tasks than these take, against a thread of the CPU, which runs the same sources and
+is itself compared with the oracles.
+"""
 
 import pytest
 import torch
 
 from fastpcgrad.backends import abi, cpu, cuda
 from tests.backends.cuda_emulated import CXX, DEVICE, GPU
-from tests.methods.random_rows import gram, random_rows
+from tests.methods.oracles import CASES, PREFERRED, answers
+from tests.methods.random_rows import error, gram, random_rows
 
 pytestmark = [
     pytest.mark.skipif(not (GPU or CXX), reason="needs a GPU with the CUDA library, or a C++ compiler"),
@@ -27,7 +32,7 @@ on_each_solver = pytest.mark.parametrize("name", PARAMETERS)
 
 
 def test_every_solver_is_tested():
-    assert set(PARAMETERS) == set(abi.SOLVERS)
+    assert set(PARAMETERS) == set(ORACLES) == set(abi.SOLVERS)
 
 
 def assert_agree(name, rows, preference=None):
@@ -42,10 +47,30 @@ def assert_agree(name, rows, preference=None):
         assert (((mine - wanted) @ one).norm(dim=-1) <= 1e-12 * scale).all()
 
 
+ORACLES = {
+    "frank_wolfe": "MGDA",
+    "shortest_point": "MGDA, exact",
+    "conflict_averse": "CAGrad",
+    "fairness": "NashMTL, whole",
+    "project_each": "UPGrad",
+    "project_one": "DualProj, exact",
+    "aligned": "AlignedMTL",
+    "impartial": "IMTLG",
+    "conflict_free": "ConFIG, preferred",
+}
+
+
 @on_each_solver
-def test_problems_of_every_kind(name):
-    for tasks in (1, 2, 5):
-        assert_agree(name, [random_rows(seed, tasks, tasks) for seed in range(9)])
+def test_the_merged_gradient_is_the_oracles(name):
+    case = CASES[ORACLES[name]]
+    for tasks in (1, 2, 5, 10):
+        known = [answer for answer in answers(ORACLES[name]) if len(answer[0]) == tasks]
+        matrices = torch.stack([gram(rows) for rows, _, _ in known]).to(DEVICE)
+        preference = torch.tensor(PREFERRED[:tasks], dtype=torch.float64, device=DEVICE) if case.preferred else None
+        found = cuda.method_weights(name, matrices, PARAMETERS[name], preference).cpu()
+        found = found.sum(dim=1) if name == "project_each" else found
+        for weights, (rows, expected, allowed) in zip(found, known, strict=True):
+            assert error(weights @ rows, expected @ rows, expected, rows) <= allowed
 
 
 @pytest.mark.parametrize("name", ["project_one", "project_each"])

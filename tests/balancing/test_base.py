@@ -36,6 +36,51 @@ def test_a_list_and_a_tensor_give_the_same(make, tasks):
     torch.testing.assert_close(torch.stack(make(tasks)(iter(values))), by_tensor)
 
 
+SHAPES = {
+    "[T, 1]": lambda x: x[:, None],
+    "list of [1]": lambda x: [value.reshape(1) for value in x.unbind()],
+    "list of [1, 1]": lambda x: [value.reshape(1, 1) for value in x.unbind()],
+    "mixed list": lambda x: [value.reshape([1] * (t % 3)) for t, value in enumerate(x.unbind())],
+}
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_losses_of_any_shape_with_one_element_weigh_as_scalars(make, tasks, shape):
+    """Over steps with whatever the balancer learns; the answers have the shapes of the losses, and the gradients."""
+    plain, shaped = make(tasks), make(tasks)
+    for _ in range(3):
+        x = (torch.rand(tasks) + 0.5).requires_grad_()
+        expected, given = plain(x), shape(x)
+        found = shaped(given)
+        flat = torch.cat([value.flatten() for value in found])
+        assert torch.equal(flat, expected)
+        assert torch.equal(shaped.weights, plain.weights)
+        if isinstance(given, torch.Tensor):
+            assert found.shape == given.shape
+        else:
+            assert [value.shape for value in found] == [value.shape for value in given]
+        (right,) = torch.autograd.grad(expected.sum(), x)
+        (grad,) = torch.autograd.grad(flat.sum(), x)
+        assert torch.equal(grad, right)
+        for balancer, losses in ((plain, x), (shaped, given)):
+            advance(balancer, losses, x)
+
+
+def advance(balancer, losses, x):
+    """What a training loop does after the call."""
+    if isinstance(balancer, balancing.GradNorm):
+        scaled = [loss * (t + 1) for t, loss in enumerate(losses)]
+        balancer.note_gradients(losses if isinstance(losses, torch.Tensor) else scaled, x)
+        balancer.note_gradients(torch.stack([loss.reshape(1) * (t + 1) for t, loss in enumerate(losses)]), x)
+        balancer.update()
+    elif isinstance(balancer, balancing.FAMO):
+        half = [loss.detach() / 2 for loss in losses]
+        balancer.update(torch.stack(half) if isinstance(losses, torch.Tensor) else half)
+    elif isinstance(balancer, balancing.DWA):
+        balancer.end_epoch()
+
+
 def test_a_list_keeps_the_tasks_graphs_apart(make):
     parameters = [torch.tensor(1.0 + t, requires_grad=True) for t in range(3)]
     weighted = make(3)([p.square() for p in parameters])
@@ -116,7 +161,12 @@ def test_copies_are_independent(make):
         ([torch.ones(()), torch.ones((), dtype=torch.complex64)], TypeError, ["losses[1]", "complex64"]),
         ([torch.ones(()), torch.ones((), device="meta")], ValueError, ["losses[1]", "meta", "cpu"]),
         (torch.ones(3), ValueError, ["losses", "[2]", "[3]"]),
-        (torch.ones(2, 1), ValueError, ["losses", "[2, 1]"]),
+        (torch.ones(2, 2), ValueError, ["losses", "[2]", "[2, 2]"]),
+        (torch.ones(1, 2), ValueError, ["losses", "[2]", "[1, 2]"]),
+        (torch.ones(2, 1, 1), ValueError, ["losses", "[2]", "[2, 1, 1]"]),
+        (torch.ones(3, 1), ValueError, ["losses", "[2]", "[3, 1]"]),
+        ([torch.ones(()), torch.ones(1, 2)], ValueError, ["losses[1]", "[1, 2]"]),
+        ([torch.ones(()), None], TypeError, ["losses[1]", "NoneType"]),
         (torch.ones(2, dtype=torch.int32), TypeError, ["losses", "int32"]),
         (torch.ones(2, device="meta"), ValueError, ["losses", "meta", "cpu"]),
     ],

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import rows
 from benchmarks.rows import Environment, Row
+from benchmarks.session import Run
 
 ENVIRONMENT = Environment(
     run="20260102T030405Z", date="2026-01-02", commit="0123456789ab", device="Some CPU, 2 cores", threads=2,
@@ -74,6 +75,30 @@ def test_the_environment_of_this_machine_is_complete():
     assert all(str(value) for value in vars(environment).values())
 
 
-def test_committed_results_can_be_read():
-    for row in rows.read():
-        assert row.case and row.subject
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert rows.commit() == "unknown"
+
+
+@pytest.mark.parametrize("path", sorted(rows.RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_committed_results_can_be_read(path):
+    found = rows.read(path)
+    assert found and all(row.case and row.subject for row in found)
+
+
+def test_a_run_keeps_its_rows_and_appends_them_at_once(tmp_path, capsys):
+    run = Run(ENVIRONMENT, results=tmp_path / "rows.jsonl")
+    row = run.row("kernel", "x", "gram", "fastpcgrad", T=2)
+    assert (row.environment, row.dtype, row.T) == (ENVIRONMENT, "float32", 2)
+    run.add([row])
+    run.add([replace(row, status="wrong: very")])
+    assert rows.read(tmp_path / "rows.jsonl") == run.rows and len(run.rows) == 2
+    run.show_failures()
+    assert capsys.readouterr().out.strip() == "kernel x fastpcgrad : wrong: very"
+
+
+def test_a_run_is_late_when_its_time_is_up():
+    run = Run(ENVIRONMENT)
+    assert not run.late
+    run.allow(minutes=-1)
+    assert run.late

@@ -19,8 +19,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpcgrad
-from fastpcgrad import FastPCGradWarning, _warnings, methods, processes, reference
-from fastpcgrad.processes import Processes
+from fastpcgrad import FastPCGradWarning, _warnings, balancing, methods, reference
+from fastpcgrad.distributed import processes
+from fastpcgrad.distributed.processes import Processes
 
 TASKS, BATCH = 3, 4
 SCENARIOS: dict[str, Callable[[], None]] = {}
@@ -462,6 +463,7 @@ def plain_parameters_are_warned_of_once():
 @each(
     shared_features=lambda net, x: fastpcgrad.shared_features(net.trunk(x), TASKS),
     check=lambda net, x: Processes().check(list(net.parameters())),
+    gradnorm=lambda net, x: balancing.GradNorm(TASKS, 0.5).note_gradients(losses(net, *own_batch()), net.trunk[2]),
 )
 def each_door_warns_of_plain_parameters(call):
     net = Net()
@@ -572,6 +574,133 @@ def shared_features_under_ddp_are_refused_and_locally_a_mean_of_surgeries():
     assert_ordinary_steps_are_right(wrapped, parameters)
 
 
+LAYERS = {
+    "module": lambda net, x: net.trunk[2],
+    "features": lambda net, x: net.trunk[1](net.trunk[0](x)),
+}
+
+
+def through(net, features, x, y):
+    """The losses of the network; with ``features`` of its first layer, of what comes after these."""
+    z = net.trunk[3](net.trunk[2](features if isinstance(features, torch.Tensor) else net.trunk[:2](x)))
+    return [(output - y[:, t]).square().mean() for t, output in enumerate(net.head(z).unbind(dim=1))]
+
+
+@each(**LAYERS)
+def gradnorm_refuses_a_layer_that_ddp_averages(layer_of):
+    for configuration in CONFIGURATIONS.values():
+        net = Net()
+        wrapped = DistributedDataParallel(net, **configuration)
+        parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5).double()
+        layer = layer_of(net, own_batch()[0])
+        assert_refused(
+            lambda b=balancer, n=net, z=layer: b.note_gradients(through(n, z, *own_batch()), z),
+            parameters,
+            *("DistributedDataParallel", "2 processes", "note(task, loss, norm)", "process_group='local'"),
+        )
+        assert balancer._noted == [None] * TASKS
+        assert_ordinary_steps_are_right(wrapped, parameters)
+
+
+def norms_at_the_layer(x, y):
+    layer = next(i for i, p in enumerate(Net().parameters()) if p.shape == (4, 8))
+    return torch.stack([row[layer].norm() for row in rows(x, y)])
+
+
+@scenario
+def gradnorm_balances_locally_where_that_is_asked_for():
+    net = Net()
+    wrapped = DistributedDataParallel(net)
+    parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5).double()
+    with no_warning():
+        balancer.note_gradients(losses(wrapped, *own_batch()), net.trunk[2], process_group="local")
+    found = torch.stack([norm for _, norm in balancer._noted])
+    torch.testing.assert_close(found, norms_at_the_layer(*own_batch()))
+    assert all(p.grad is None for p in parameters)
+    assert_ordinary_steps_are_right(wrapped, parameters)
+
+
+@scenario
+def gradnorm_with_a_static_graph_is_refused_also_locally():
+    net = Net()
+    wrapped = DistributedDataParallel(net, static_graph=True)
+    parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5).double()
+    assert_refused(
+        lambda: balancer.note_gradients(losses(wrapped, *own_batch()), net.trunk[2], process_group="local"),
+        parameters,
+        "static_graph=False",
+    )
+    assert_ordinary_steps_are_right(wrapped, parameters)
+
+
+@scenario
+def gradnorm_with_averaged_losses_and_norms_is_that_of_the_whole_batch():
+    """What the refusal says is to be done."""
+    net, alone = Net(), Net()
+    wrapped = DistributedDataParallel(net)
+    balancer, expected = (balancing.GradNorm(TASKS, 0.5).double() for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastPCGradWarning)
+        expected.note_gradients(losses(alone, *batch()), alone.trunk[2])
+    for t in range(TASKS):
+        wrapped.zero_grad()
+        loss = losses(wrapped, *own_batch())[t]
+        loss.backward()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        balancer.note(t, mean / dist.get_world_size(), net.trunk[2].weight.grad.norm())
+    balancer.update()
+    expected.update()
+    torch.testing.assert_close(balancer.weights, expected.weights)
+    torch.testing.assert_close(balancer.initial_losses, expected.initial_losses)
+
+
+@each(
+    fully_sharded=lambda net: fully_shard(net, mesh=mesh()),
+    tensor_parallel=lambda net: parallelize_module(
+        net, mesh(), {"trunk.2": ColwiseParallel(output_layouts=Replicate())}
+    ),
+)
+def gradnorm_refuses_a_sharded_layer(shard):
+    for choice in ("auto", "local"):
+        net = shard(Net())
+        parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5).double()
+        found = losses(net, *batch())
+        assert_refused(
+            lambda b=balancer, f=found, n=net, c=choice: b.note_gradients(f, n.trunk[2], process_group=c),
+            parameters,
+            "found a",
+        )
+
+
+class Stacked(nn.Module):
+    """Gives its losses as one tensor, as ``gradNorm`` wants them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x, y):
+        return torch.stack(losses(self.net, x, y))
+
+
+@scenario
+def the_gradnorm_loop_refuses_ddp_and_is_local_where_that_is_asked_for():
+    net = Stacked()
+    wrapped = DistributedDataParallel(net)
+    parameters = list(net.parameters())
+    arguments = (wrapped, net.net.trunk[2], 0.5, [own_batch()] * 3, 1, 1e-3, 1e-2, True)
+    before = [p.detach().clone() for p in parameters]
+    assert_refused(lambda: fastpcgrad.gradNorm(*arguments), parameters, "DistributedDataParallel", "note(task")
+    assert all(map(torch.equal, parameters, before))
+    with no_warning():
+        fastpcgrad.gradNorm(*arguments, process_group="local")
+    for p in parameters:  # the gradients were averaged: all processes took the same steps
+        other = p.detach().clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(other, p)
+
+
 @scenario
 def groups_and_meshes_are_not_taken():
     x = torch.ones(2, requires_grad=True)
@@ -581,5 +710,6 @@ def groups_and_meshes_are_not_taken():
             lambda v=value: fastpcgrad.backward([x[0], x[1]], process_group=v),
             lambda v=value: fastpcgrad.grad([x[0], x[1]], [x], process_group=v),
             lambda v=value: fastpcgrad.shared_features(x, 2, process_group=v),
+            lambda v=value: balancing.GradNorm(2, 0.5).note_gradients([x[0], x[1]], x, process_group=v),
         ):
             assert_refused(call, [x], "does not reduce", word, "'local'")

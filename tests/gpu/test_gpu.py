@@ -10,8 +10,9 @@ import torch
 
 import fastpcgrad
 from fastpcgrad import backends, reference
-from fastpcgrad._ops import KERNELS, Blocks
-from fastpcgrad.backends import cuda
+from fastpcgrad._blocks import Blocks
+from fastpcgrad.backends import cuda, kernels
+from fastpcgrad.variants import Guards
 from tests.gpu.waiting import no_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -148,7 +149,7 @@ def same(some, others):
 def test_gradients_where_autograd_left_them(tasks, dtype):
     blocks, rows = in_blocks(tasks, dtype)
     order, out = random_order(tasks), merged_to(blocks)
-    gram, weights, *_ = KERNELS["pcgrad_blocks"](blocks, order, False, 0.0, 0.0, 1.0, out)()
+    gram, weights, *_ = kernels.pcgrad_blocks(blocks, order, Guards(), 1.0, out)()
     exact = torch.zeros(tasks, tasks, dtype=torch.float64, device=DEVICE)
     for a in range(0, rows.shape[1], 1 << 20):
         block = rows[:, a : a + (1 << 20)].double()
@@ -159,7 +160,7 @@ def test_gradients_where_autograd_left_them(tasks, dtype):
     expected = reference.coefficients(exact.cpu(), order.cpu()).to(DEVICE).sum(dim=0)
     assert error(joined(out, WIDTHS, dtype), rows, expected) <= TOLERANCE[dtype]
     again = merged_to(blocks)
-    found = KERNELS["pcgrad_blocks"](blocks, order, False, 0.0, 0.0, 1.0, again)()
+    found = kernels.pcgrad_blocks(blocks, order, Guards(), 1.0, again)()
     assert same([gram, weights, *out], [found.gram, found.weights, *again])
 
 
@@ -169,13 +170,13 @@ def test_blocks_beyond_two_to_the_31_elements(backend):
     widths = [5, 2**31 + 77, 1000]
     tensors = [[torch.empty(w, dtype=torch.bfloat16, device=DEVICE).normal_() for w in widths] for _ in range(2)]
     blocks, weights = blocks_of(tensors, widths), torch.tensor([[0.5, -2.0]], dtype=torch.float64, device=DEVICE)
-    gram = KERNELS["gram_blocks"](blocks, None, 1)[0]
+    gram = kernels.gram_blocks(blocks, None, 1)[0]
     exact = torch.zeros((), dtype=torch.float64, device=DEVICE)
     for grad in tensors[1]:
         exact += sum(part.double().square().sum() for part in grad.split(1 << 26))
     torch.testing.assert_close(gram[1, 1], exact, rtol=1e-6, atol=0)
     last = [grad[-9:].double() for grad in (tensors[0][1], tensors[1][1])]
-    KERNELS["combine_blocks"](blocks, weights, None, tensors[0])
+    kernels.combine_blocks(blocks, weights, None, tensors[0])
     torch.testing.assert_close(tensors[0][1][-9:].double(), 0.5 * last[0] - 2 * last[1], rtol=2e-2, atol=2e-2)
 
 
@@ -184,7 +185,7 @@ def test_a_captured_surgery_on_blocks_replays_with_new_gradients(backend):
         pytest.skip("the others bring indices to the GPU, which cannot be captured")
     blocks, _ = in_blocks(4, torch.float32)
     order, out = random_order(4), merged_to(blocks)
-    merge = KERNELS["pcgrad_blocks"]
+    merge = kernels.pcgrad_blocks
     merge(blocks, order, False, 0.0, 0.0, 1.0, out)  # loads what is loaded at first use
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -202,10 +203,10 @@ def test_a_captured_surgery_on_blocks_replays_with_new_gradients(backend):
 def test_tables_of_calls_that_wait_in_the_stream_are_their_own(backend):
     """The host runs ahead: many surgeries on other gradients are queued before the first one begins."""
     problems = [in_blocks(3, torch.float32, widths=WIDTHS[:50]) for _ in range(8)]
-    expected = [KERNELS["gram_blocks"](blocks, None, 1) for blocks, _ in problems]
+    expected = [kernels.gram_blocks(blocks, None, 1) for blocks, _ in problems]
     with no_waiting() if backend == "cuda" else nullcontext():  # the others bring indices to the GPU
         torch.cuda._sleep(100_000_000)
-        found = [KERNELS["gram_blocks"](blocks, None, 1) for blocks, _ in problems]
+        found = [kernels.gram_blocks(blocks, None, 1) for blocks, _ in problems]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

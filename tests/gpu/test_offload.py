@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import fastpcgrad
-from fastpcgrad import host_rows, methods
+from fastpcgrad import methods
+from fastpcgrad.rows import host as host_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE, TASKS = "cuda", 4
@@ -41,7 +42,7 @@ def surgery_for(model, **options):
 
 def memory_of_rows(surgery):
     """The host memory of each row that was filled."""
-    return list(surgery._layout.capture.rows._host._rows.values())
+    return list(surgery._layouts.current.capture.rows._host._rows.values())
 
 
 def run(model, surgery, shares=1):
@@ -139,7 +140,7 @@ def test_an_exception_in_a_task_leaves_the_others_and_the_next_round():
 @pytest.mark.parametrize("options", [{}, {"row_dtype": HALF}, {"row_dtype": HALF, "accumulate_dtype": SINGLE}], ids=str)
 def test_the_gpu_holds_no_rows_and_no_more_than_the_plan_says(options, monkeypatch):
     monkeypatch.setattr(host_rows, "IN_FLIGHT", 16 << 20)
-    monkeypatch.setattr("fastpcgrad.memory.IN_FLIGHT", 16 << 20)
+    monkeypatch.setattr("fastpcgrad.rows.memory_plan.IN_FLIGHT", 16 << 20)
     model = model_of(2048, 8)
     size = sum(p.nbytes for p in model.parameters())
     surgery = surgery_for(model, row_device="cpu", **options)

@@ -1,12 +1,9 @@
 """What every Gram-based method must do, as checks that take a function that makes the method."""
 
-from unittest import mock
-
 import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad.methods import _problems
 from tests.methods.matrices import KINDS, difference, gram, jacobian
 
 
@@ -42,18 +39,6 @@ def check_scaled_gradients_give_the_same_weights(make, tolerance=1e-9):
         weights = make().weights(gram(rows))
         for scale in (1e-8, 1e8):
             assert difference(rows, make().weights(gram(scale * rows)), weights) <= tolerance
-
-
-def check_in_torch(make):
-    """What computes in NumPy on a CPU and in torch elsewhere gives the same in torch."""
-    rows = [jacobian(kind, 4, seed=11) for kind in KINDS]
-    grams = torch.stack([gram(matrix) for matrix in rows])
-    expected = make().solve(grams)
-    with mock.patch.object(_problems, "array_module", lambda gram: torch):
-        found = make().solve(grams)
-        check_not_finite_stays_in_its_problem(make)
-    for matrix, w, e in zip(rows, found.weights, expected.weights, strict=True):
-        assert difference(matrix, w, e) <= 1e-9
 
 
 def check_bad_grams_are_refused(make):

@@ -16,8 +16,3 @@ def integer_rows(draw, max_tasks=5, width=6):
     tasks = draw(st.integers(1, max_tasks))
     row = st.lists(st.integers(-2, 2), min_size=width, max_size=width)
     return torch.tensor(draw(st.lists(row, min_size=tasks, max_size=tasks)), dtype=torch.float64)
-
-
-def independent(rows):
-    """Whether the task gradients are numerically independent; for integers this small there is no middle ground."""
-    return int(torch.linalg.matrix_rank(rows)) == len(rows)

@@ -13,10 +13,15 @@ KINDS = (
     "all zero",
     "mixed norms",
 )
+HARD = ("nearly dependent", "scales apart")
 
 
-def random_rows(seed, min_tasks=1, max_tasks=8, kinds=KINDS):
-    """J ``[T, N]`` float64: the kind goes round with the seed, the scale is 1e-8 to 1e8."""
+def random_rows(seed, min_tasks=1, max_tasks=8, kinds=KINDS, powers=(-8, 8)):
+    """J ``[T, N]`` float64: the kind goes round with the seed, the scale is 1e-8 to 1e8, or between other ``powers``.
+
+    nearly dependent: a row lies 1e-6 to 1e-1 of its length from the span of two others, between their opposites or not.
+    scales apart: lengths of 1e-22 to 1e15 in one J.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def integer(low, high):
@@ -44,7 +49,13 @@ def random_rows(seed, min_tasks=1, max_tasks=8, kinds=KINDS):
         rows.zero_()
     elif kind == "mixed norms":
         rows *= 10 ** (4 * torch.rand(tasks, 1, generator=generator, dtype=torch.float64) - 2)
-    return rows * 10.0 ** integer(-8, 8)
+    elif kind == "nearly dependent":
+        others, distance = rows[[a, b]], 10.0 ** -integer(1, 6)
+        c = integer(0, tasks - 1)
+        rows[c] = torch.randn(2, generator=generator, dtype=torch.float64) @ others + distance * rows[c]
+    elif kind == "scales apart":
+        rows *= 10 ** (37 * torch.rand(tasks, 1, generator=generator, dtype=torch.float64) - 22)
+    return rows * 10.0 ** integer(*powers)
 
 
 def gram(rows):

@@ -6,7 +6,6 @@ import torch
 from fastpcgrad.methods.aligned_mtl import AlignedMTL
 from tests.methods import contract
 from tests.methods.matrices import difference, gram, jacobians
-from tests.methods.properties import given, independent, integer_rows, prop
 
 MODES = ("min", "median", "rmse")
 for_every_mode = pytest.mark.parametrize("mode", MODES)
@@ -33,19 +32,6 @@ def test_it_is_torchjds(mode, preferred):
         assert difference(rows, found, expected) <= 1e-9, name
         compared += 1
     assert compared >= 200
-
-
-@given(integer_rows())
-@prop
-def test_the_aligned_gradients_are_orthogonal_and_equally_long(rows):
-    """Each unit preference gives one aligned gradient; their Gram matrix is λ_min I: condition number 1."""
-    tasks = len(rows)
-    if not independent(rows):
-        return
-    units = torch.eye(tasks, dtype=torch.float64)
-    aligned = torch.stack([AlignedMTL(unit).weights(gram(rows)) @ rows for unit in units])
-    smallest = torch.linalg.eigvalsh(gram(rows))[0]
-    assert float((gram(aligned) - smallest * units).abs().max()) <= 1e-9 * float(smallest)
 
 
 @for_every_mode

@@ -8,7 +8,7 @@ import torch
 from fastpcgrad.methods.cagrad import CAGrad
 from tests.methods import contract
 from tests.methods.matrices import difference, gram, jacobian, jacobians
-from tests.methods.properties import given, integer_rows, prop, st
+from tests.methods.random_rows import random_rows
 
 make = partial(CAGrad, c=0.5)
 
@@ -44,28 +44,15 @@ def test_it_is_torchjds(c):
     assert compared >= 200
 
 
-@given(integer_rows(), st.sampled_from([0.1, 0.5, 1.0, 2.0]))
-@prop
-def test_the_worst_gain_is_the_best_possible(rows, c):
-    """d lies in the ball and gains what the dual problem allows at most; zeros only where nothing can be gained."""
-    tasks, mean = len(rows), rows.mean(dim=0)
-    weights = CAGrad(c).weights(gram(rows))
+@pytest.mark.parametrize("tasks", [32, 64])
+@pytest.mark.parametrize("c", [0.5, 2.0])
+def test_the_worst_gain_of_many_tasks_is_the_best_possible(c, tasks, solver):
+    """d lies in the ball and gains what the dual problem allows at most."""
+    rows = random_rows(tasks, tasks, tasks, ("conflicting",))
+    weights, mean = CAGrad(c).weights(gram(rows)), rows.mean(dim=0)
     added = weights - 1 / tasks
-    if weights.any():
-        assert float((weights @ rows - mean).norm()) <= c * float(mean.norm()) * (1 + 1e-9)
-        gap = float(dual(rows, added / added.sum(), c)) - worst_gain(rows, weights)
-        assert -1e-12 <= gap <= 1e-8
-    elif mean.any():
-        v = torch.distributions.Dirichlet(torch.ones(tasks, dtype=torch.float64)).sample((500,))
-        assert float(dual(rows, v, c).min()) >= -1e-12
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_two_tasks_against_a_fine_grid(seed):
-    rows = jacobian("conflicting", 2, seed)
-    share = torch.linspace(0, 1, 100_001, dtype=torch.float64)
-    lowest = dual(rows, torch.stack([share, 1 - share], dim=1), 0.5).min()
-    assert worst_gain(rows, make().weights(gram(rows))) >= float(lowest) - 1e-9
+    assert float((weights @ rows - mean).norm()) <= c * float(mean.norm()) * (1 + 1e-12)
+    assert abs(float(dual(rows, added / added.sum(), c)) - worst_gain(rows, weights)) <= 1e-12
 
 
 def test_two_tasks_by_hand():

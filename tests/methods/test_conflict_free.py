@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from fastpcgrad.methods.conflict_free import ConFIG
 from tests.methods.random_rows import check_batch, check_broken, check_scales, error, gram, random_rows
@@ -38,30 +36,6 @@ def test_equals_torchjd(with_preferences):
         assert error(weights @ rows, expected, weights, rows) <= 1e-9, seed
         compared += 1
     assert compared >= 200
-
-
-@given(seed=st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None)
-def test_equal_cosines_with_all_tasks(seed):
-    """And none negative: it conflicts with no task. Needs linearly independent task gradients."""
-    rows = random_rows(seed, kinds=("plain", "common direction", "conflicting", "mixed norms"))
-    assume(relative_singular_values(rows).min() > 1e-3)
-    merged = ConFIG().weights(gram(rows)) @ rows
-    cosines = units(rows) @ merged / merged.norm()
-    assert cosines.min() > 0
-    assert float((cosines - cosines.mean()).abs().max()) <= 1e-9
-
-
-@given(seed=st.integers(0, 10**6))
-@settings(max_examples=100, deadline=None)
-def test_cosines_are_as_preferred_and_the_length_is_the_sum_of_projections(seed):
-    rows = random_rows(seed, kinds=("plain", "common direction", "mixed norms"))
-    assume(relative_singular_values(rows).min() > 1e-3)
-    preferences = torch.linspace(1, 3, len(rows), dtype=torch.float64)
-    merged = ConFIG(preferences).weights(gram(rows)) @ rows
-    cosines = units(rows) @ merged / merged.norm()
-    torch.testing.assert_close(cosines / cosines[0], preferences, rtol=1e-8, atol=0)
-    torch.testing.assert_close(rows.sum(dim=0) @ merged / merged.norm(), merged.norm(), rtol=1e-8, atol=0)
 
 
 def test_by_hand():

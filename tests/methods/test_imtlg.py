@@ -6,7 +6,6 @@ import torch
 from fastpcgrad.methods.imtlg import IMTLG
 from tests.methods import contract
 from tests.methods.matrices import difference, gram, jacobians
-from tests.methods.properties import given, independent, integer_rows, prop
 
 
 def test_it_is_torchjds():
@@ -20,19 +19,6 @@ def test_it_is_torchjds():
         assert difference(rows, IMTLG().weights(gram(rows)), expected) <= 1e-9, name
         compared += 1
     assert compared >= 200
-
-
-@given(integer_rows())
-@prop
-def test_projections_onto_unit_task_gradients_are_equal(rows):
-    weights = IMTLG().weights(gram(rows))
-    norms = rows.norm(dim=1)
-    if not independent(rows) or not weights.any():
-        return
-    assert float(weights.sum()) == pytest.approx(1)
-    projections = rows @ (weights @ rows) / norms
-    spread = projections.max() - projections.min()
-    assert float(spread) <= 1e-9 * float(weights.abs() @ norms)
 
 
 def test_two_tasks_by_hand():

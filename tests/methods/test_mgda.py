@@ -5,10 +5,11 @@ from functools import partial
 import pytest
 import torch
 
+from fastpcgrad import reference
 from fastpcgrad.methods.mgda import MGDA
 from tests.methods import contract
 from tests.methods.matrices import difference, gram, jacobian, jacobians
-from tests.methods.properties import given, integer_rows, prop, st
+from tests.methods.random_rows import random_rows
 
 exact = partial(MGDA, solver="exact")
 for_each_solver = pytest.mark.parametrize("make", [MGDA, exact], ids=["frank-wolfe", "exact"])
@@ -25,22 +26,22 @@ def test_it_is_torchjds(arguments):
     assert compared >= 200
 
 
-@given(integer_rows(), st.sampled_from([1e-8, 1.0, 1e8]))
-@prop
-def test_the_exact_solver_reaches_the_minimum(rows, scale):
-    """Necessary and sufficient: α ≥ 0, Σα = 1 and g_j·d ≥ ‖d‖² for all j. Exact for duplicates, opposites, zeros."""
-    weights = exact().weights(gram(scale * rows))
+@pytest.mark.parametrize("tasks", [32, 64])
+def test_the_exact_solver_reaches_the_minimum_of_many_tasks(tasks, solver):
+    """Necessary and sufficient: α ≥ 0, Σα = 1 and g_j·d ≥ ‖d‖² for all j."""
+    rows = random_rows(tasks, tasks, tasks, ("conflicting",))
+    weights = exact().weights(gram(rows))
     assert float(weights.min()) >= 0 and float(weights.sum()) == pytest.approx(1, abs=1e-12)
     merged = weights @ rows
     assert float(merged @ merged - (rows @ merged).min()) <= 1e-13 * float(gram(rows).trace())
 
 
-def test_frank_wolfe_approaches_what_the_exact_solver_finds():
+def test_frank_wolfe_approaches_the_minimum():
     """Its excess ‖d‖² − min falls at least as 2 diameter²/steps; here to a 30th from 100 to 10 000 steps."""
     excess = {100: 0.0, 10_000: 0.0}
     for seed in range(10):
         rows = jacobian("conflicting", 6, seed)
-        shortest = exact().weights(gram(rows))
+        shortest = reference.mgda(rows)
         least = shortest @ gram(rows) @ shortest
         for steps in excess:
             weights = MGDA(1e-12, steps).weights(gram(rows))
@@ -48,32 +49,6 @@ def test_frank_wolfe_approaches_what_the_exact_solver_finds():
             assert -1e-12 <= over <= 2 * float(torch.cdist(rows, rows).max()) ** 2 / steps
             excess[steps] += over
     assert excess[10_000] < excess[100] / 30
-
-
-@given(integer_rows())
-@prop
-def test_no_task_gradient_lies_far_behind_the_merged_one(rows):
-    """At the minimum g_j·d ≥ ‖d‖² for all j. With M the longest gradient, a step below ε means a gap
-    ‖d‖² − min g_j·d = γ‖d − g_t‖² ≤ 4εM², and the step itself changes the gap by 2εM² at most."""
-    epsilon = 3e-2
-    weights = MGDA(epsilon, max_iters=5000).weights(gram(rows))
-    assert float(weights.min()) >= 0 and float(weights.sum()) == pytest.approx(1, abs=1e-12)
-    merged = weights @ rows
-    behind = merged @ merged - (rows @ merged).min()
-    assert float(behind) <= 6 * epsilon * float(gram(rows).diagonal().max()) + 1e-12
-
-
-@given(integer_rows(max_tasks=2), st.sampled_from([1e-8, 1.0, 1e8]))
-@prop
-def test_two_tasks_have_the_closed_form(rows, scale):
-    if len(rows) == 1:
-        rows = torch.cat([rows, rows.flip(1)])
-    a, b = rows
-    apart = (a - b) @ (a - b)
-    share = float((b @ (b - a) / apart).clamp(0, 1)) if apart > 0 else 0.5
-    expected = torch.tensor([share, 1 - share], dtype=torch.float64)
-    for make in (MGDA, exact):
-        assert difference(rows, make().weights(gram(scale * rows)), expected) <= 1e-12
 
 
 def test_two_tasks_by_hand():
@@ -86,12 +61,6 @@ def test_one_long_gradient_among_short_ones_gets_no_weight():
     """The others point the same way and are shorter: the shortest combination is the shortest of them."""
     rows = torch.tensor([[1.0, 0.0], [2.0, 0.0], [50.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(MGDA().weights(gram(rows)), torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
-
-
-def test_more_iterations_come_closer():
-    grams = gram(jacobian("independent", 6, seed=0))
-    lengths = [float(w @ grams @ w) for w in (MGDA(1e-9, count).weights(grams) for count in (1, 10, 100, 1000))]
-    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
 
 
 @for_each_solver

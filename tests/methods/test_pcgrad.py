@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastpcgrad import methods, reference, variants
-from fastpcgrad.task_gradients import TaskGradients
+from fastpcgrad.backends import kernels
+from fastpcgrad.rows.task_gradients import TaskGradients
 from tests.methods.random_rows import error, gram, random_rows
 
 TASKS = (1, 2, 3, 8, 17)
@@ -100,12 +101,13 @@ def in_blocks(rows, widths=(7, 0, 33)):
 
 @for_every_variant
 @for_every_reduction
-def test_merge_on_rows_is_solve_and_combine(variant, reduction):
+def test_projections_by_one_kernel_are_solve_and_combine(variant, reduction):
     rows = task_gradients(5)
     grads = in_blocks(rows)
     blocks = grads.blocks()
     out = [torch.full_like(place, torch.nan) for place in blocks.tensors[0]]
-    found = methods.PCGrad(variant, reduction, random.Random(3)).merge(blocks, out, range(len(rows)))()
+    projections = methods.PCGrad(variant, reduction, random.Random(3)).projections(len(rows))
+    found = kernels.pcgrad_blocks(blocks, *projections, out)()
     expected = methods.PCGrad(variant, reduction, random.Random(3)).solve(rows @ rows.mT)
     torch.testing.assert_close(found.gram, rows @ rows.mT)
     torch.testing.assert_close(found.weights, expected.weights)
@@ -113,12 +115,12 @@ def test_merge_on_rows_is_solve_and_combine(variant, reduction):
     torch.testing.assert_close(torch.cat(out), merged(variant, rows, random.Random(3), reduction))
 
 
-def test_merge_may_write_over_a_row():
+def test_projections_may_be_written_over_a_row():
     rows = task_gradients(5)
     grads = in_blocks(rows)
     blocks = grads.blocks()
     out = blocks.tensors[1]
-    methods.PCGrad("tensorflow").merge(blocks, out, range(5))
+    kernels.pcgrad_blocks(blocks, *methods.PCGrad("tensorflow").projections(5), out)
     torch.testing.assert_close(torch.cat(out), merged("tensorflow", rows, None, None))
 
 
@@ -141,7 +143,7 @@ def test_coefficients_are_bounded_by_the_norms(variant):
         norms = rows.norm(dim=1)
         coefficients = methods.PCGrad(variant).coefficients(rows @ rows.mT)
         assert (coefficients >= 0).all() and (coefficients.diagonal() >= 1).all()
-        if not variants.get(variant).self_projection:
+        if not variants.get(variant).guards.self_projection:
             assert (coefficients.diagonal() == 1).all()
             assert (coefficients * norms <= norms[:, None] * (1 + 1e-12)).all()
 

@@ -190,7 +190,7 @@ def order_of(case: Case) -> torch.Tensor:
 def exact_coefficients(case: Case, variant: str = "paper") -> torch.Tensor:
     """C of the float64 oracle for the case's rows and order, one for each segment."""
     chosen = variants.get(variant)
-    guards = (chosen.self_projection, chosen.eps, chosen.min_squared_norm)
+    guards = chosen.guards
     grams, order = reference.gram(rows_of(case), case.segments), order_of(case)
     if case.segments is None:
         return reference.coefficients(grams, order, *guards)

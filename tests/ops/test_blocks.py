@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fastpcgrad import reference
-from fastpcgrad._ops import KERNELS, Blocks
-from fastpcgrad.backends import stacked
-from fastpcgrad.task_gradients import TaskGradients
+from fastpcgrad._blocks import Blocks
+from fastpcgrad.backends import kernels, stacked
+from fastpcgrad.rows.task_gradients import TaskGradients
+from fastpcgrad.variants import Guards
 from tests.conftest import BACKENDS
 from tests.ops import cases
 
@@ -69,7 +70,7 @@ def gram_error(found, rows):
 def test_gram_is_the_oracles(backend, dtype):
     for seed in range(12):
         problem = scattered(seed, dtype)
-        found = KERNELS["gram_blocks"](problem.blocks, None, 1)
+        found = kernels.gram_blocks(problem.blocks, None, 1)
         assert found.shape == (1, len(problem.rows), len(problem.rows)) and found.dtype == torch.float64
         assert gram_error(found[0], problem.rows) <= cases.GRAM_TOLERANCE[dtype]
         assert torch.equal(found[0], found[0].mT)
@@ -80,7 +81,7 @@ def test_blocks_count_for_their_problem_only(backend):
     for seed in range(12):
         problem, draw = scattered(seed, torch.float64), random.Random(seed)
         owners = [draw.randrange(-1, 3) for _ in SHAPES]
-        found = KERNELS["gram_blocks"](problem.blocks, owners, 3)
+        found = kernels.gram_blocks(problem.blocks, owners, 3)
         for number in range(3):
             inside = [problem.rows[:, problem.columns(b)] for b, owner in enumerate(owners) if owner == number]
             expected = torch.cat([problem.rows[:, :0], *inside], dim=1)
@@ -91,7 +92,7 @@ def test_blocks_count_for_their_problem_only(backend):
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_gram_holds_what_fp32_squares_do_not(backend, scale):
     problem = scattered(3, torch.float32, tasks=4, scale=scale)
-    assert gram_error(KERNELS["gram_blocks"](problem.blocks, None, 1)[0], problem.rows) <= 1e-6
+    assert gram_error(kernels.gram_blocks(problem.blocks, None, 1)[0], problem.rows) <= 1e-6
 
 
 @pytest.mark.parametrize("scale", cases.SUBNORMAL_SQUARES)
@@ -102,7 +103,7 @@ def test_gram_holds_what_fp32_squares_hold_but_in_part(backend, scale):
     grads = TaskGradients([torch.zeros(1300), torch.zeros(700)])
     for t, row in enumerate(rows):
         grads.put(t, list(row.clone().split([1300, 700])))
-    assert gram_error(KERNELS["gram_blocks"](grads.blocks(), None, 1)[0], rows) <= 1e-6
+    assert gram_error(kernels.gram_blocks(grads.blocks(), None, 1)[0], rows) <= 1e-6
 
 
 @cases.on_all_backends
@@ -115,7 +116,7 @@ def test_combine_takes_each_blocks_own_weights(backend, dtype, in_place):
         chosen = [draw.randrange(3) for _ in SHAPES]
         firsts = places(problem.blocks)
         out = firsts if in_place else [None if p is None else torch.full_like(p, torch.nan) for p in firsts]
-        KERNELS["combine_blocks"](problem.blocks, weights, chosen, out)
+        kernels.combine_blocks(problem.blocks, weights, chosen, out)
         for b, merged in enumerate(out):
             if merged is None:
                 assert not any(task[b] for task in problem.presence)
@@ -132,7 +133,9 @@ def test_the_whole_surgery_is_gram_solve_and_combine(backend, dtype):
         tasks = len(problem.rows)
         order = torch.rand(tasks, tasks).argsort(dim=1)
         out = places(problem.blocks)
-        gram, weights, coefficients, _ = KERNELS["pcgrad_blocks"](problem.blocks, order, True, 0.0, 0.0, 0.5, out)()
+        gram, weights, coefficients, _ = kernels.pcgrad_blocks(
+            problem.blocks, order, Guards(self_projection=True), 0.5, out
+        )()
         assert gram_error(gram, problem.rows) <= cases.GRAM_TOLERANCE[dtype]
         exact = reference.coefficients(reference.gram(problem.rows), order, True, 0.0, 0.0)
         torch.testing.assert_close(coefficients, exact, rtol=1e-4, atol=1e-5)
@@ -150,7 +153,7 @@ def test_threads_change_no_bit(backend, dtype, with_threads):
         problem = scattered(5, dtype, tasks=5, shapes=((300, 301), (7,), (200_003,)), absent=0.2)
         out = places(problem.blocks)
         order = torch.arange(5).repeat(5, 1)
-        return [*KERNELS["pcgrad_blocks"](problem.blocks, order, False, 0.0, 0.0, 1.0, out)()[:3], *out]
+        return [*kernels.pcgrad_blocks(problem.blocks, order, Guards(), 1.0, out)()[:3], *out]
 
     once = with_threads(1, merged)
     for threads in (2, 3, 5):
@@ -165,7 +168,7 @@ def test_a_task_that_does_not_touch_a_parameter_cannot_spoil_it(backend):
     row = problem.grads.take(1)
     problem.grads.put(1, [None, torch.full((6,), torch.inf)])
     out = [torch.empty(4), torch.empty(6)]
-    KERNELS["combine_blocks"](problem.blocks, torch.tensor([[1.0, torch.nan, 2.0]], dtype=torch.float64), None, out)
+    kernels.combine_blocks(problem.blocks, torch.tensor([[1.0, torch.nan, 2.0]], dtype=torch.float64), None, out)
     assert row is not None and out[0].isfinite().all() and out[1].isnan().all()
 
 
@@ -174,7 +177,7 @@ def test_autograd_notices_what_is_written(backend):
     problem = scattered(2, torch.float32, tasks=2, shapes=((4,),), absent=0.0)
     (place,) = out = places(problem.blocks)
     loss = (torch.ones(4, requires_grad=True) * place).sum()
-    KERNELS["combine_blocks"](problem.blocks, torch.ones(1, 2, dtype=torch.float64), None, out)
+    kernels.combine_blocks(problem.blocks, torch.ones(1, 2, dtype=torch.float64), None, out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -183,8 +186,8 @@ def test_autograd_notices_what_is_written(backend):
 def test_blocks_without_columns_have_a_gram_matrix_of_zeros(backend):
     problem = scattered(0, torch.float32, tasks=3, shapes=((0,), (2, 0)), absent=0.0)
     order, out = torch.arange(3).repeat(3, 1), places(problem.blocks)
-    assert not KERNELS["gram_blocks"](problem.blocks, [1, 0], 2).any()
-    gram, weights, *_ = KERNELS["pcgrad_blocks"](problem.blocks, order, False, 0.0, 0.0, 1.0, out)()
+    assert not kernels.gram_blocks(problem.blocks, [1, 0], 2).any()
+    gram, weights, *_ = kernels.pcgrad_blocks(problem.blocks, order, Guards(), 1.0, out)()
     assert not gram.any() and weights.tolist() == [1.0] * 3
 
 
@@ -207,7 +210,7 @@ def added_in_order(blocks, owners, problems):
     for b, owner in enumerate(owners):
         for first in range(0, blocks.widths[b], PIECE):
             if owner >= 0:
-                grams[owner] += KERNELS["gram_blocks"](one_piece(blocks, b, first), None, 1)[0]
+                grams[owner] += kernels.gram_blocks(one_piece(blocks, b, first), None, 1)[0]
     return grams
 
 
@@ -237,7 +240,7 @@ def test_partial_sums_are_added_in_the_order_of_the_pieces(backend, tasks, dtype
     expected = added_in_order(problem.blocks, owners, 3)
     assert expected.isfinite().all() and expected[:, 0, 0].all()
     for threads in (1, 2, 3):
-        found = with_threads(threads, lambda: KERNELS["gram_blocks"](problem.blocks, owners, 3))
+        found = with_threads(threads, lambda: kernels.gram_blocks(problem.blocks, owners, 3))
         assert torch.equal(found, expected), threads
 
 
@@ -249,7 +252,7 @@ def test_a_surgery_of_many_pieces_adds_in_the_same_order(backend, with_threads):
         out = [None if place is None else torch.empty_like(place) for place in places(problem.blocks)]
         found = with_threads(
             threads,
-            lambda out=out: KERNELS["pcgrad_blocks"](problem.blocks, order, False, 0.0, 0.0, 1.0, out)(),
+            lambda out=out: kernels.pcgrad_blocks(problem.blocks, order, Guards(), 1.0, out)(),
         )
         assert torch.equal(found.gram, expected), threads
 
@@ -260,7 +263,7 @@ def test_a_surgery_of_many_pieces_adds_in_the_same_order(backend, with_threads):
 def test_what_is_not_finite_in_one_of_many_pieces_stays_in_its_row_and_column(backend, block, bad):
     problem = scattered(4, torch.float32, 150, [(3,)] * 150, absent=0.0)
     problem.blocks.tensors[7][block][1] = bad
-    gram = KERNELS["gram_blocks"](problem.blocks, None, 1)[0]
+    gram = kernels.gram_blocks(problem.blocks, None, 1)[0]
     others = [t for t in range(150) if t != 7]
     assert not gram[7].isfinite().any() and gram[others][:, others].isfinite().all()
 
@@ -283,12 +286,12 @@ def test_blocks_are_packed_a_batch_at_a_time_and_those_of_more_columns_in_parts(
     for seed in range(3 if backend == "eager" else 1):
         problem, draw = scattered(seed, dtype, tasks=3), random.Random(seed)
         owners = [draw.randrange(2) for _ in SHAPES]
-        grams = KERNELS["gram_blocks"](problem.blocks, owners, 2)
+        grams = kernels.gram_blocks(problem.blocks, owners, 2)
         for number in range(2):
             inside = [problem.rows[:, problem.columns(b)] for b, owner in enumerate(owners) if owner == number]
             assert gram_error(grams[number], torch.cat(inside, dim=1)) <= cases.GRAM_TOLERANCE[dtype]
         weights, out = torch.randn(2, 3, dtype=torch.float64), places(problem.blocks)
-        KERNELS["combine_blocks"](problem.blocks, weights, owners, out)
+        kernels.combine_blocks(problem.blocks, weights, owners, out)
         for b, merged in enumerate(out):
             if merged is not None:
                 rows = problem.rows[:, problem.columns(b)]

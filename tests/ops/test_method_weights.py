@@ -1,12 +1,11 @@
-"""method_weights: the compiled solvers of the methods' T×T problems against those in NumPy."""
+"""method_weights: what the compiled solvers have in common; tests/methods compares each with its oracle."""
 
 import pytest
 import torch
 
 from fastpcgrad import methods
-from fastpcgrad._ops import KERNELS
-from fastpcgrad.backends import cpu
-from tests.methods.random_rows import error, gram, random_rows
+from fastpcgrad.backends import cpu, kernels
+from tests.methods.random_rows import gram, random_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -46,52 +45,6 @@ def weights(monkeypatch, backend, name, matrix):
     return METHODS[name](matrix.shape[-1]).weights(matrix)
 
 
-def condition(name, matrix):
-    """How much of an error in G the weights may have: with eigenvalues, those that count bound it."""
-    if name.partition(",")[0] not in ("aligned", "impartial", "conflict_free"):
-        return 1.0
-    norms = matrix.diagonal().sqrt()
-    unit = matrix / norms.where(norms > 0, 1.0)[:, None] / norms.where(norms > 0, 1.0)
-    values = torch.linalg.eigvalsh(unit if name.startswith("conflict_free") else matrix)
-    kept = values[values > values[-1] * len(values) * 2**-52]
-    return float(kept[-1] / kept[0]) if len(kept) else 1.0
-
-
-@on_each_method
-def test_equals_numpy(monkeypatch, name):
-    for seed in range(200):
-        rows = random_rows(seed, max_tasks=10)
-        matrix = gram(rows)
-        expected = weights(monkeypatch, "eager", name, matrix)
-        found = weights(monkeypatch, "cpu", name, matrix)
-        assert error(found @ rows, expected @ rows, expected, rows) <= 1e-13 * condition(name, matrix), seed
-
-
-@on_each_method
-def test_equals_numpy_where_problems_of_every_kind_are_solved_at_once(monkeypatch, name):
-    """Some end before others, one is not finite."""
-    for tasks in (1, 3, 6):
-        rows = [random_rows(seed, tasks, tasks) for seed in range(27)]
-        matrices = torch.stack([gram(one) for one in rows])
-        matrices[5, 0, 0] = torch.nan
-        expected, found = (weights(monkeypatch, backend, name, matrices) for backend in ("eager", "cpu"))
-        assert found[5].isnan().all() and expected[5].isnan().all()
-        for s, one in enumerate(rows):
-            if s != 5:
-                allowed = 1e-13 * condition(name, matrices[s])
-                assert error(found[s] @ one, expected[s] @ one, expected[s], one) <= allowed, (tasks, s)
-
-
-@on_each_method
-def test_many_tasks(monkeypatch, name):
-    for tasks, seed in ((32, 1), (64, 2)):
-        rows = torch.randn(tasks, 2 * tasks, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        rows -= 0.9 * rows.mean(dim=0)
-        expected = weights(monkeypatch, "eager", name, gram(rows))
-        found = weights(monkeypatch, "cpu", name, gram(rows))
-        assert error(found @ rows, expected @ rows, expected, rows) <= 1e-12 * condition(name, gram(rows)), tasks
-
-
 @on_each_method
 def test_the_number_of_threads_changes_no_bit(name, with_threads):
     matrices = torch.stack([gram(random_rows(seed, 12, 12)) for seed in range(40)])
@@ -102,7 +55,7 @@ def test_the_number_of_threads_changes_no_bit(name, with_threads):
 
 
 def test_each_solver_is_called(monkeypatch):
-    """NumPy alone would pass the tests above."""
+    """NumPy alone would pass the tests of the methods."""
     called = []
     monkeypatch.setattr(
         cpu, "method_weights", lambda name, *rest, call=cpu.method_weights: (called.append(name), call(name, *rest))[1]
@@ -114,7 +67,7 @@ def test_each_solver_is_called(monkeypatch):
 
 def test_no_library_no_answers(monkeypatch):
     monkeypatch.setenv("FASTPCGRAD_BACKEND", "eager")
-    assert KERNELS["method_weights"]("frank_wolfe", torch.eye(2).double(), (0.1, 1.0), None) is None
+    assert kernels.method_weights("frank_wolfe", torch.eye(2).double(), (0.1, 1.0), None) is None
 
 
 def test_an_unknown_solver_is_refused(monkeypatch):
@@ -141,7 +94,7 @@ def test_a_task_that_enters_by_rounding_alone_is_not_the_end():
     for seed in range(200):
         order = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
         given = rows[order]
-        projected = KERNELS["method_weights"]("project_each", given @ given.mT, (0.0, 0.0), None) @ given
+        projected = kernels.method_weights("project_each", given @ given.mT, (0.0, 0.0), None) @ given
         assert float((projected @ (given / norms[order, None]).mT).min()) > -1e-6, seed
 
 

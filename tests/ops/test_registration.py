@@ -69,6 +69,8 @@ def test_every_op_is_covered():
     assert SAMPLES.keys() == _ops.SCHEMAS.keys()
 
 
+# Torch 2.15's own, about the copies that opcheck makes and differentiates.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(backend, name):
     for sample in SAMPLES[name]():
@@ -219,6 +221,8 @@ def test_a_negative_view_is_negative(backend):
     torch.testing.assert_close(fastpcgrad.combine(j, torch._neg_view(w)), -fastpcgrad.combine(j, w))
 
 
+# Torch 2.11's own, of any profile without a schedule.
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events at the end of each cycle:UserWarning")
 def test_modes_tracers_and_transforms_see_the_ops():
     j = rows()
     with Ops() as seen:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ..eager import sign_sums, trimmed_mean
+from ..eager import LARGEST_TASKS, gradvac, method_weights, sign_sums, trimmed_mean
 
 if TYPE_CHECKING:
     from .launch import (
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "LARGEST_TASKS",
     "combine",
     "combine_blocks",
+    "gradvac",
     "gram",
     "gram_blocks",
+    "method_weights",
     "mix_",
     "pcgrad",
     "pcgrad_",

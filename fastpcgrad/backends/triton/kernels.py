@@ -359,7 +359,8 @@ def gram_reduce(
     j = p - i * (i + 1) // 2
     mask = p < PAIRS
     if AGAIN:
-        mask = mask & (flagged > 0)
+        # A block of numbers: a truth value the interpreter spreads as the numbers it came from, which are no mask.
+        mask = mask & (flagged + 0 * p > 0)
     tl.store(gram + s * (T * T) + i * T + j, g, mask=mask)
     tl.store(gram + s * (T * T) + j * T + i, g, mask=mask)
     if GUARD:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...variants import Guards
 from ..stacked import Stacked, batch_columns
 from . import kernels
 
@@ -233,9 +234,7 @@ def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     return result
 
 
-def pcgrad_coefficients(
-    gram: Tensor, order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
-) -> Tensor:
+def pcgrad_coefficients(gram: Tensor, order: Tensor, guards: Guards) -> Tensor:
     """C of the sequential projections, from G ``[T, T]`` or ``[S, T, T]``; one order for all problems, or one each."""
     gram, order = gram.contiguous(), order.contiguous()
     tasks = gram.shape[-1]
@@ -246,7 +245,15 @@ def pcgrad_coefficients(
         with _on(gram.device):
             solve_choice(tasks).run(
                 (problems * tasks,),
-                *(gram, order, coefficients, order_stride, int(self_projection), eps, min_squared_norm),
+                *(
+                    gram,
+                    order,
+                    coefficients,
+                    order_stride,
+                    int(guards.self_projection),
+                    guards.eps,
+                    guards.min_squared_norm,
+                ),
             )
     return coefficients
 
@@ -294,9 +301,7 @@ def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
 def pcgrad(
     grads: Tensor,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     scale: float,
     segments: Tensor | None,
     out: Tensor,
@@ -304,7 +309,7 @@ def pcgrad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G, C and w = scale · (column sums of C), and out = w J."""
     matrix = gram(grads, segments)
-    coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
+    coefficients = pcgrad_coefficients(matrix, order, guards)
     weights = _column_sums(coefficients, scale)
     combine(grads, weights, segments, out)
     return matrix, coefficients, weights
@@ -313,15 +318,13 @@ def pcgrad(
 def pcgrad_(
     grads: Tensor,
     order: Tensor,
-    self_projection: bool,
-    eps: float,
-    min_squared_norm: float,
+    guards: Guards,
     segments: Tensor | None,
     figures: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """G and C, and J ← C J in place."""
     matrix = gram(grads, segments)
-    coefficients = pcgrad_coefficients(matrix, order, self_projection, eps, min_squared_norm)
+    coefficients = pcgrad_coefficients(matrix, order, guards)
     mix_(grads, coefficients, segments)
     return matrix, coefficients
 

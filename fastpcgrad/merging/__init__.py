@@ -1,0 +1,1 @@
+"""Rows of J and a method in, the merged gradient out."""

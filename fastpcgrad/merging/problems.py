@@ -1,0 +1,86 @@
+"""Which parameters form which problem, and whose weights each takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import compress
+
+import torch
+from torch import Tensor
+
+from ..methods import Method
+from ..rows.parameters import UNDIVIDED, Division
+
+SUMMED = -1
+"""In the place of a problem's number: of a parameter that is in none, and whose gradients are summed."""
+
+WHOLE, PARTIAL, SUM = range(3)
+"""The rows of ``weights_table`` where there is one problem."""
+
+
+def weights_table(method: Method, weights: Tensor) -> Tensor:
+    """All weights that a parameter may take: those of each problem, those of parameters that some task does not have,
+    and ones for a sum.
+
+    Args:
+        weights: w, ``[T]``, or ``[S, T]`` of several problems.
+    Returns:
+        ``[2 S + 1, T]``, see ``Problems.row_of_each``.
+    """
+    each = weights.reshape(-1, weights.shape[-1])
+    return torch.cat([each, method.partial_weights(each), each.new_ones(1, each.shape[1])])
+
+
+@dataclass(frozen=True)
+class Problems:
+    """S problems, each with a Gram matrix and weights of its own.
+
+    Attributes:
+        of: for each parameter the number of its problem, 0..S-1, or ``SUMMED``.
+        whole: for each parameter whether every task has a gradient of it.
+        count: S; 1 where there is one for all, even if all are summed.
+        are_many: whether figures are those of each problem, ``[S, ...]``, also where S = 1.
+    """
+
+    of: list[int]
+    whole: Sequence[bool]
+    count: int
+    are_many: bool
+
+    @classmethod
+    def made(cls, method: Method, whole: Sequence[bool], division: Division = UNDIVIDED) -> Problems:
+        """As the caller divides the parameters, and where nothing is said as the method's ``scope`` does."""
+        shared: Sequence[bool] | None
+        shared, groups = division
+        count = len(whole)
+        if shared is groups is None and method.scope != "parameter" and all(whole):
+            return _one_for_all(count)
+        if shared is None:
+            shared = whole if method.scope == "shared" else [True] * count
+        if method.scope == "parameter":
+            groups = list(range(count))
+        if groups is None:
+            return cls([0 if inside else SUMMED for inside in shared], whole, 1, are_many=False)
+        numbers = {group: n for n, group in enumerate(sorted(set(compress(groups, shared))))}
+        of = [numbers[group] if inside else SUMMED for group, inside in zip(groups, shared, strict=True)]
+        return cls(of, whole, len(numbers), are_many=True)
+
+    @cached_property
+    def is_one_for_all(self) -> bool:
+        """Whether every parameter takes the same weights."""
+        return not self.are_many and all(self.whole) and SUMMED not in self.of
+
+    @cached_property
+    def row_of_each(self) -> list[int]:
+        """For each parameter its row of ``weights_table``."""
+        return [
+            2 * self.count if p == SUMMED else p if whole else self.count + p
+            for p, whole in zip(self.of, self.whole, strict=True)
+        ]
+
+
+@cache
+def _one_for_all(count: int) -> Problems:
+    return Problems([0] * count, [True] * count, 1, are_many=False)

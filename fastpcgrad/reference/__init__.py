@@ -1,0 +1,70 @@
+"""The oracle: every algorithm as its paper or its original implementation writes it.
+
+Plain loops over vectors, no Gram matrix where the original has none, any dtype, torch alone. Speed does not
+matter here and nothing is shared with the fast path: each backend and each solver is compared with this package.
+
+Passes over J (``gram``, ``combine``, ``mix``) compute in float64 whatever the dtype of the rows.
+PCGrad (``project``, ``merge``) computes in the dtype that it is given; compare with float64 inputs.
+Each other method has a function with the name of its file in ``methods/``: from J ``[T, N]``, in float64, to weights
+``[T]`` where it has weights. State and random draws are arguments. J is taken rather than G since G holds half of its
+digits: what a solver makes of G is compared with what is true of J.
+"""
+
+from .columns import graddrop, trimmed_mean
+from .directions import aligned_mtl, conflict_free, imtlg
+from .faces import cagrad, dualproj, mgda, upgrad
+from .fairness import fairgrad, nash_mtl
+from .fixed_weights import constant, mean, random_weights, total
+from .frank_wolfe import frank_wolfe
+from .gradvac import gradvac
+from .krum import krum, krum_scores
+from .passes import combine, gram, mix
+from .pcgrad import (
+    PROJECT,
+    Generator,
+    TaskGradient,
+    coefficients,
+    merge,
+    project_libmtl,
+    project_paper,
+    project_pytorch_pcgrad,
+    project_tensorflow,
+    project_tensorlogic,
+    project_torchjd,
+)
+
+__all__ = [
+    "PROJECT",
+    "Generator",
+    "TaskGradient",
+    "aligned_mtl",
+    "cagrad",
+    "coefficients",
+    "combine",
+    "conflict_free",
+    "constant",
+    "dualproj",
+    "fairgrad",
+    "frank_wolfe",
+    "graddrop",
+    "gradvac",
+    "gram",
+    "imtlg",
+    "krum",
+    "krum_scores",
+    "mean",
+    "merge",
+    "mgda",
+    "mix",
+    "nash_mtl",
+    "project_libmtl",
+    "project_paper",
+    "project_pytorch_pcgrad",
+    "project_tensorflow",
+    "project_tensorlogic",
+    "project_torchjd",
+    "random_weights",
+    "total",
+    "trimmed_mean",
+    "upgrad",
+]

@@ -1,0 +1,1 @@
+"""How gradients become the rows of J, and the merged one ``.grad``."""

@@ -1,0 +1,159 @@
+"""Which parameters take part, and which of them form one problem."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import compress
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .._gradients import as_real, gradient_dtype
+from .._losses import check_tensors
+
+Granularity = Literal["model", "group", "parameter"] | Sequence[Iterable[Tensor]]
+Collections = list[list[Tensor]]
+CheckedGranularity = Literal["model", "group", "parameter"] | Collections
+
+
+class Division(NamedTuple):
+    """How a caller divides the parameters.
+
+    Attributes:
+        shared: for each whether it undergoes surgery; the others are summed. None: as the method's scope says.
+        groups: for each the number of its problem; None: one problem, or as the method's scope says.
+    """
+
+    shared: list[bool] | None = None
+    groups: list[int] | None = None
+
+    def of(self, chosen: Sequence[int]) -> Division:
+        """That of some of the parameters, by their index."""
+        shared = None if self.shared is None else [self.shared[index] for index in chosen]
+        return Division(shared, None if self.groups is None else [self.groups[index] for index in chosen])
+
+
+UNDIVIDED = Division()
+
+
+class HasGroups(Protocol):
+    """What a surgery asks an optimizer for."""
+
+    param_groups: list[dict[str, Any]]
+
+
+class Groups:
+    """Parameters that were given without an optimizer."""
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        self.param_groups = param_groups
+
+
+def parameter_source(source: HasGroups | Iterable[Any]) -> HasGroups:
+    """What has ``param_groups``: an optimizer, which is asked anew each round, or groups made of parameters."""
+    if not isinstance(source, Iterable):
+        if not hasattr(source, "param_groups"):
+            raise TypeError(
+                f"optimizer_or_params must be an optimizer, with param_groups, or parameters; found {source!r}"
+            )
+        return source
+    values = [] if isinstance(source, Tensor) else list(source)
+    if values and all(isinstance(value, dict) for value in values):
+        groups = values
+    else:
+        groups = [{"params": check_tensors("optimizer_or_params", values or source)}]
+    for group in groups:
+        if "params" not in group:
+            raise ValueError(f"a parameter group must have 'params'; found keys {sorted(group)}")
+    groups = [{"params": check_tensors("params", _as_list(group["params"]))} for group in groups]
+    if not any(group["params"] for group in groups):
+        raise ValueError("optimizer_or_params holds no parameters")
+    return Groups(groups)
+
+
+def _as_list(params: Any) -> Any:
+    """A group may hold a single tensor, as optimizers allow."""
+    return [params] if isinstance(params, Tensor) else params
+
+
+def are_among(tensors: Sequence[Tensor], chosen: Iterable[Tensor]) -> list[bool]:
+    """For each tensor whether it is one of those chosen."""
+    known = set(map(id, chosen))
+    return [id(tensor) in known for tensor in tensors]
+
+
+def check_parameters(
+    parameters: Sequence[Tensor], shared: Sequence[Tensor] | None, row_dtype: torch.dtype | None
+) -> None:
+    for p in parameters:
+        if not p.is_leaf:
+            raise ValueError(f"parameters must be leaves of the graph; found {list(p.shape)} with {p.grad_fn}")
+    dtypes = sorted({str(gradient_dtype(as_real(p))) for p in parameters})
+    if len(dtypes) > 1 and row_dtype is None:
+        raise ValueError(
+            f"parameters have gradients of several dtypes ({', '.join(dtypes)}); choose one for the rows with row_dtype"
+        )
+    trainable = [p for p in shared or () if p.requires_grad]
+    for p, known in zip(trainable, are_among(trainable, parameters), strict=True):
+        if not known:
+            raise ValueError(f"shared holds a tensor {list(p.shape)} that is none of the parameters")
+
+
+def check_granularity(granularity: Granularity) -> CheckedGranularity:
+    """Its name, or each collection as a list."""
+    if granularity in ("model", "group", "parameter"):
+        return granularity
+    if isinstance(granularity, str) or not isinstance(granularity, Iterable):
+        raise ValueError(
+            "granularity must be 'model', 'group', 'parameter' or a sequence of collections of parameters; "
+            f"found {granularity!r}"
+        )
+    collections = [check_tensors(f"granularity[{g}]", collection) for g, collection in enumerate(granularity)]
+    owner: dict[int, int] = {}
+    for g, collection in enumerate(collections):
+        for p in collection:
+            if owner.setdefault(id(p), g) != g:
+                raise ValueError(
+                    f"granularity[{owner[id(p)]}] and granularity[{g}] both hold a parameter of shape {list(p.shape)}"
+                )
+    return collections
+
+
+def problem_of_each(
+    parameters: Sequence[Tensor],
+    granularity: CheckedGranularity,
+    groups: Sequence[dict[str, Any]],
+    shared: Sequence[Tensor] | None,
+) -> list[int] | None:
+    """For each parameter the number of its problem; None where there is one for all.
+
+    Raises:
+        ValueError: collections without a parameter that undergoes surgery, or with one that is not there.
+    """
+    if granularity == "model":
+        return None
+    if granularity == "parameter":
+        return list(range(len(parameters)))
+    collections = [group["params"] for group in groups] if granularity == "group" else granularity
+    owner = {id(p): g for g, collection in enumerate(collections) for p in collection}
+    if isinstance(granularity, list):
+        _check_collections(parameters, granularity, owner, shared)
+    return [owner.get(id(p), 0) for p in parameters]
+
+
+def _check_collections(
+    parameters: Sequence[Tensor], collections: Collections, owner: dict[int, int], shared: Sequence[Tensor] | None
+) -> None:
+    operated = [True] * len(parameters) if shared is None else are_among(parameters, shared)
+    for p in compress(parameters, operated):
+        if id(p) not in owner:
+            raise ValueError(
+                "granularity must hold every parameter that undergoes surgery; "
+                f"one of shape {list(p.shape)} is in none of the {len(collections)} collections"
+            )
+    known = {id(p) for p in parameters}
+    for g, collection in enumerate(collections):
+        for p in collection:
+            if p.requires_grad and id(p) not in known:
+                raise ValueError(f"granularity[{g}] holds a tensor {list(p.shape)} that is none of the parameters")

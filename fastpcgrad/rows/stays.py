@@ -1,0 +1,106 @@
+"""Stays inside tasks, in which ``.grad`` belongs to the rows."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from .._graph import explain
+from ..distributed.processes import Processes
+from .capture import Capture, MovedCapture
+from .layout import Layouts
+
+
+class Stays:
+    """The stays of one surgery, of which one at most is open.
+
+    From its first change on the open one is known here, so that whatever an exception cuts off can be put right.
+    """
+
+    def __init__(self, layouts: Layouts, processes: Processes) -> None:
+        self.layouts, self.processes = layouts, processes
+        self.open: Stay | None = None
+
+    def check_outside(self, what: str) -> None:
+        """RuntimeError inside a task."""
+        if self.open is not None:
+            raise RuntimeError(
+                f"{what} inside task({self.layouts.current.capture.task}): leave the task first; where an interrupt "
+                "has cut it off, call discard()"
+            )
+
+    def end(self) -> None:
+        """End the open one, if there is any."""
+        if self.open is not None:
+            self.open.leave()
+
+
+class Stay:
+    """A stay inside tasks, one after the other. Gradients that were there before come back at the end.
+
+    Args:
+        stays: of the surgery.
+        forward: whether forward passes run inside.
+        shared_forward: whether several backward passes do, maybe of one forward.
+    """
+
+    def __init__(self, stays: Stays, *, forward: bool = False, shared_forward: bool = False) -> None:
+        self._stays, self._forward, self._shared_forward = stays, forward, shared_forward
+
+    def __enter__(self) -> Capture:
+        layout, processes = self._stays.layouts.resolve(), self._stays.processes
+        if layout.lazy and self._forward:
+            raise RuntimeError(
+                "a forward pass inside a task would give lazy parameters a shape, which then are in no row: run one "
+                "before the first task"
+            )
+        capture = layout.capture
+        processes.check(capture.parameters, moved=isinstance(capture, MovedCapture))
+        if self._shared_forward:
+            processes.check_shared_forward("a call with several losses")
+        self._capture = capture
+        self._aside = capture.aside()
+        self._stays.open = self
+        capture.enter()
+        return capture
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stays.open is self:
+            self.leave()
+        if error is not None:
+            explain(error)
+
+    def leave(self) -> None:
+        """End it. A task that is open is absent unless it is opened again: what there is is no whole gradient."""
+        self._capture.leave(self._aside)
+        self._stays.open = None
+
+
+class Task(Stay):
+    """A stay inside one task."""
+
+    def __init__(self, stays: Stays, index: int) -> None:
+        super().__init__(stays, forward=True)
+        self._index = index
+
+    def __enter__(self) -> Capture:
+        self._stays.check_outside(f"task({self._index})")
+        capture = super().__enter__()
+        try:
+            capture.open(self._index)
+        except BaseException as error:
+            super().__exit__(type(error), error, error.__traceback__)
+            raise
+        return capture
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._stays.open is not self:
+            raise RuntimeError(f"discard() inside task({self._index}) has ended it: what came later is in no row")
+        try:
+            if kind is None:
+                self._capture.close()
+        finally:
+            super().__exit__(kind, error, trace)

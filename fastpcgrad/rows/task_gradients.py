@@ -1,0 +1,277 @@
+"""The task gradients of a round: kept where autograd put them, one list of tensors a task."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from itertools import chain, compress
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from .._blocks import Blocks, addresses
+from .._gradients import dense, gradient_dtype
+from .._memory import are_alone
+from ..functional import ROW_DTYPES
+
+_DTYPE = attrgetter("dtype")
+_REQUIRES_GRAD = attrgetter("requires_grad")
+
+Row = list[Tensor | None]
+"""One task's gradient of each parameter; None where it has none."""
+
+
+class TaskGradients:
+    """The rows of J, one a task, in blocks, one a parameter.
+
+    Nothing is copied: a row is the tensors that a backward pass left, taken over from ``.grad``. A tensor that is not
+    dense, not alone in its memory, held by somebody else or of another dtype than the rows is replaced by a copy.
+
+    On the CPU the rows of the last round are kept, and each is freed just before its successor is made: the new
+    gradients then take over its memory, still mapped, instead of faulting in fresh pages.
+
+    Args:
+        parameters: tensors with the shapes, strides, dtype and device of the gradients; each once.
+        dtype: of the rows; None: that of the parameters.
+    Raises:
+        TypeError: a dtype that gradients or rows cannot have.
+        ValueError: parameters on several devices, or of several dtypes without ``dtype``.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype or _common_dtype(parameters)
+        self.device = _common_device(parameters)
+        for found in (self.dtype, *map(gradient_dtype, parameters)):
+            if found not in ROW_DTYPES:
+                raise TypeError(f"gradients must be float16, bfloat16, float32 or float64; found {found}")
+        self.widths = array("q", (p.numel() for p in parameters))
+        self._strides = [_gradient_stride(p) for p in parameters]
+        self._sizes = [width * self.dtype.itemsize for width in self.widths]
+        self._rows: dict[int, Row] = {}
+        self._own: set[int] = set()  # tasks whose row is known to be dense and nobody else's
+        self._spent: list[Row] = []
+        self._stays: dict[int, int] = {}  # how often a task was entered, of those entered again
+        self._averaged = False
+        self.at_risk = False
+        """Whether rows are being written: where that was cut off, they are neither what they were nor merged."""
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row."""
+        return sum(self.widths) * self.dtype.itemsize
+
+    @property
+    def tasks(self) -> list[int]:
+        """The tasks that have a row, ascending."""
+        return sorted(self._rows)
+
+    def take(self, task: int) -> Row | None:
+        """Give a task's row away, for more to be added; None for a task that has none, which is about to get one.
+
+        Raises:
+            RuntimeError: the rows are averages by now, because a merge of them failed; or what wrote to them was cut
+                off.
+        """
+        self._check_whole()
+        row = self._rows.get(task)
+        if row is not None:
+            if self._averaged:
+                raise RuntimeError(f"task {task} was averaged for a merge that failed: call merge() or discard() first")
+            del self._rows[task]
+            self._stays[task] = self._stays.get(task, 1) + 1
+            return row
+        if self._stays:
+            self._stays.pop(task, None)
+        if self._spent:
+            del self._spent[0]
+        return None
+
+    def put(self, task: int, row: Row) -> None:
+        """Let a task's row be read, as long as nothing writes to it. What has a graph of its own loses it."""
+        self._own.discard(task)
+        self._rows[task] = _detached(row)
+
+    def keep(self, task: int, row: Row) -> None:
+        """Take a task's row over, which was taken from ``.grad`` and of which the caller keeps no other reference.
+
+        What somebody else holds, or its memory (a view, NumPy, a hook that saved it, another leaf's ``.grad``), is
+        copied now: a later backward pass may write there, and a merge must not.
+        """
+        try:
+            # Of a row without gaps, the common case, nothing is put together anew.
+            own = self._may_stay(row, self._sizes, self._strides, True)
+        except (AttributeError, TypeError):  # a None
+            own = False
+        self._rows[task] = row if own else self._settled(_detached(row), alone=True)
+        self._own.add(task)
+
+    def average(self) -> None:
+        """Divide the row of each task that was entered several times by their number."""
+        if not self._stays or self._averaged:
+            return
+        self._check_whole()
+        self.at_risk = True
+        for task, times in self._stays.items():
+            there = [grad for grad in self._rows.get(task, ()) if grad is not None]
+            if there:
+                torch._foreach_div_(there, times)
+        self._averaged = True
+        self.at_risk = False
+
+    def blocks(self) -> Blocks:
+        """J. Looked at here, all at once: right after a backward pass this code would find the caches cold.
+
+        Raises:
+            RuntimeError: a task's gradient lies where another task's lies: a backward pass has overwritten that one.
+        """
+        self._check_whole()
+        tasks = self.tasks
+        rows = [self._rows[task] if task in self._own else self._settled(self._rows[task]) for task in tasks]
+        pointers = [addresses(row) for row in rows]
+        if len(self._own) < len(tasks) and _coincide(pointers):
+            rows = [_apart(row) for row in rows]
+            pointers = [addresses(row) for row in rows]
+            _check_apart(tasks, pointers)
+        self._rows = dict(zip(tasks, rows, strict=True))
+        return Blocks(rows, pointers, self.widths, self.dtype, self.device)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a copy of this object needs to go on with the round, see ``restore``."""
+        self._check_whole()
+        return {"rows": dict(self._rows), "stays": dict(self._stays), "averaged": self._averaged}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Take up the rows of a copy's original; they are copies, too, and nobody else's."""
+        for task, row in snapshot["rows"].items():
+            self.keep(task, row)
+        self._stays, self._averaged = snapshot["stays"], snapshot["averaged"]
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        if self._rows:
+            self._spent = [self._rows[t] for t in self.tasks] if self.device.type == "cpu" else []
+        self._forget()
+
+    def free(self) -> None:
+        """Forget all rows, and give the memory back at once."""
+        self._spent = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self._rows, self._stays, self._own, self._averaged, self.at_risk = {}, {}, set(), False, False
+
+    def _check_whole(self) -> None:
+        if self.at_risk:
+            raise RuntimeError("what wrote to the rows was cut off in the middle: call discard(), and fill them anew")
+
+    def _settled(self, row: Row, *, alone: bool = False) -> Row:
+        """The row, but copies of what is no dense tensor of its own with the rows' dtype.
+
+        A row at a time, by functions that are not Python's: for many small parameters this is most of a surgery.
+
+        Args:
+            alone: copies also of what somebody else holds; the list is used up, for its references would count.
+        """
+        sizes, strides = self._sizes, self._strides
+        present = [grad is not None for grad in row]
+        there = [grad for grad in row if grad is not None]
+        if len(there) < len(row):
+            sizes, strides = list(compress(sizes, present)), list(compress(strides, present))
+        if alone:
+            row.clear()
+        if not self._may_stay(there, sizes, strides, alone):
+            there.reverse()
+            there = [self._settled_one([there.pop()], *kind, alone) for kind in zip(sizes, strides, strict=True)]
+        settled = iter(there)
+        return [next(settled) if here else None for here in present]
+
+    def _settled_one(self, one: list[Tensor], size: int, stride: tuple[int, ...], alone: bool) -> Tensor:
+        if self._may_stay(one, [size], [stride], alone):
+            return one[0]
+        grad = dense(one[0])
+        return torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(grad)
+
+    def _may_stay(
+        self, grads: Sequence[Any], sizes: Sequence[int], strides: Sequence[tuple[int, ...]], alone: bool
+    ) -> bool:
+        """Whether all are strided, of the rows' dtype, without a graph, each fills a storage of so many bytes with
+        those strides, and if asked nobody else holds any."""
+        try:
+            storages = list(map(Tensor.untyped_storage, grads))
+        except NotImplementedError:  # what is not strided has no storage
+            return False
+        return (
+            list(map(UntypedStorage.nbytes, storages)) == sizes
+            and list(map(Tensor.stride, grads)) == strides
+            and set(map(_DTYPE, grads)) <= {self.dtype}
+            and not any(map(_REQUIRES_GRAD, grads))
+            and (not alone or are_alone(grads, storages))
+        )
+
+
+def _detached(row: Row) -> Row:
+    """The row without graphs of its own, which ``create_graph=True`` gives it."""
+    for index, grad in enumerate(row):
+        if grad is not None and grad.requires_grad:
+            row[index] = grad.detach()
+    return row
+
+
+def _coincide(pointers: Sequence[Sequence[int]]) -> bool:
+    """Whether two gradients lie at the same place."""
+    taken = list(filter(None, chain.from_iterable(pointers)))
+    return len(set(taken)) < len(taken)
+
+
+def _check_apart(tasks: Sequence[int], pointers: Sequence[list[int]]) -> None:
+    taken: set[int] = set()
+    for task, where in zip(tasks, pointers, strict=True):
+        distinct = set(where) - {0}
+        if not taken.isdisjoint(distinct):
+            raise RuntimeError(
+                f"task {task}'s gradient lies in the memory of another task's: a backward pass returned a buffer "
+                "that it uses again; let it return a clone"
+            )
+        taken |= distinct
+
+
+def _apart(row: Row) -> Row:
+    """A row whose parameters share a gradient (views of one tensor), with one for each."""
+    seen: set[int] = {0}
+    result: Row = []
+    for grad, address in zip(row, addresses(row), strict=True):
+        result.append(grad.clone() if grad is not None and grad.numel() and address in seen else grad)
+        seen.add(address)
+    return result
+
+
+def _common_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    dtypes = set(map(gradient_dtype, parameters))
+    if len(dtypes) > 1:
+        raise ValueError(f"gradients of several dtypes cannot share a row; found {', '.join(sorted(map(str, dtypes)))}")
+    return dtypes.pop() if dtypes else torch.float32
+
+
+def _common_device(parameters: Sequence[Tensor]) -> torch.device:
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        raise ValueError(f"all parameters must be on one device; found {', '.join(sorted(map(str, devices)))}")
+    return devices.pop() if devices else torch.device("cpu")
+
+
+def _gradient_stride(parameter: Tensor) -> tuple[int, ...]:
+    """A gradient has its parameter's strides (channels-last stays so) unless those leave gaps or overlap."""
+    dense = parameter.stride() if _is_dense(parameter) else torch.empty(parameter.shape, device="meta").stride()
+    return tuple(dense)
+
+
+def _is_dense(parameter: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(parameter.stride(), parameter.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
