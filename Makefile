@@ -14,6 +14,8 @@ WARNINGS := -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized
 export FASTPCGRAD_BUILD ?= $(if $(shell command -v nvidia-smi),auto,cpu)
 # With pytest-xdist tests share the cores: Triton's kernels are compiled there, which takes longer than to run them.
 IN_PARALLEL = $(shell $(PYTHON) -c 'import os, xdist; print("-p xdist.plugin --dist worksteal -n", min(16, os.cpu_count()))' 2>/dev/null)
+# Beside the others: a process alone leaves a core idle while it waits for a compiler, or computes with one thread.
+FIRST_HALF := tests/ops $(wildcard tests/test_*.py)
 CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format
 
 .DEFAULT_GOAL := help
@@ -30,7 +32,13 @@ demo: $(VENV)/extra-examples $(VENV)/native ## train on handwritten digits with 
 	$(RUN) -m examples.multidigits $(ARGS)
 
 test: $(EVERYTHING) $(VENV)/native ## run all tests that need no GPU
+ifeq ($(ARGS),)
+	@log=$$(mktemp); $(RUN) -m pytest -q $(FIRST_HALF) > "$$log" 2>&1 & half=$$!; \
+		$(RUN) -m pytest -q tests $(addprefix --ignore=,$(FIRST_HALF)); status=$$?; \
+		wait $$half || status=1; cat "$$log"; rm "$$log"; exit $$status
+else
 	$(RUN) -m pytest -q $(ARGS)
+endif
 
 check: $(EVERYTHING) ## lint, formatting and types
 	$(RUN) -m ruff check

@@ -60,16 +60,21 @@ def fastest(ways: dict[str, Call], device: str = "cpu") -> tuple[str, Call]:
 
 
 class Probe:
-    """Two arrays, and the ways to copy one to the other and to read one."""
+    """Two arrays, made when they are needed, and the ways to copy one to the other and to read one."""
 
     def __init__(self, threads: int = 1, device: str = "cpu", elements: int | None = None) -> None:
-        self.arrays = source, target = tuple(
-            torch.full((elements or ELEMENTS[device],), float(i), device=device) for i in (1, 0)
-        )
-        self.bytes = {op: passes * source.nbytes for op, passes in PASSES.items()}
-        self.size = f"{source.nbytes >> 20} MiB fp32"
-        self.ways = {"read": reads(source, threads), "copy": copies(source, target, threads)}
+        self._threads, self._device, self._elements = threads, device, elements or ELEMENTS[device]
+        self.bytes = {op: passes * 4 * self._elements for op, passes in PASSES.items()}
+        self.size = f"{4 * self._elements >> 20} MiB fp32"
         self._fastest: dict[str, Call] = {}
+
+    @functools.cached_property
+    def arrays(self) -> tuple[Tensor, Tensor]:
+        return torch.ones(self._elements, device=self._device), torch.zeros(self._elements, device=self._device)
+
+    @functools.cached_property
+    def ways(self) -> dict[str, dict[str, Call]]:
+        return {"read": reads(self.arrays[0], self._threads), "copy": copies(*self.arrays, self._threads)}
 
     def fastest(self, op: str) -> Call:
         if op not in self._fastest:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import pytest
@@ -34,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[UNMEASURED] = []
+    # Where the time is up before anything began there is nothing to save, and no harm done.
+    config.addinivalue_line("filterwarnings", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -66,13 +69,14 @@ def rates() -> dict[str, float]:
     return {}
 
 
+@dataclass
 class Timed:
     """Times a call by the plugin, and records the row that it belongs to."""
 
-    def __init__(
-        self, benchmark: BenchmarkFixture, run: Run, rates: dict[str, float], unmeasured: list[dict[str, Any]]
-    ) -> None:
-        self._benchmark, self._run, self._rates, self._unmeasured = benchmark, run, rates, unmeasured
+    _benchmark: BenchmarkFixture
+    _run: Run
+    _rates: dict[str, float]
+    _unmeasured: list[dict[str, Any]]
 
     def refuse(self, row: Row, status: str) -> NoReturn:
         """No numbers; it is an error where the subject should have had some."""

@@ -84,10 +84,9 @@ def timed(run: Run, row: Row, build: Callable[[], Call], replayed: bool = False)
         if replayed:
             return with_times(row, alone(replays_of(call, REPLAYS), run.device, calls_of_one=REPLAYS))
         return with_times(row, alone(call, run.device))
-    except (ImportError, AttributeError) as error:
-        return dataclasses.replace(row, status=missing(error))
     except Exception as error:
-        return dataclasses.replace(row, status=failed(error))
+        absent = row.kind == "method" and isinstance(error, (ImportError, AttributeError))
+        return dataclasses.replace(row, status=missing(error) if absent else failed(error))
 
 
 def time_op(

@@ -369,7 +369,8 @@ def test_a_problem_for_each_parameter_takes_what_the_plan_says():
 
 
 def test_the_workspace_of_a_gpu_is_known_without_one():
-    assert cuda.workspace_nbytes(cuda.LARGEST_TASKS + 1, [16], SINGLE, 1) > 0
+    backend = backends.for_tasks(cuda, cuda.LARGEST_TASKS + 1)
+    assert backend.workspace_nbytes(cuda.LARGEST_TASKS + 1, [16], SINGLE, 1) > 0
 
 
 @reads_proc

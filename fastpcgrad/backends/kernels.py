@@ -256,7 +256,9 @@ def sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, su
 
 
 def trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
-    _for_columns(out, rows).trimmed_mean(rows, trim, out)
+    backend = _for_columns(out, rows)
+    _mark_written(out)
+    backend.trimmed_mean(rows, trim, out)
 
 
 def _for_columns(written: Tensor, rows: Sequence[Tensor | None]) -> BlockFunctions:

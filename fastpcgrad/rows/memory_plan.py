@@ -196,7 +196,8 @@ def _kernels_nbytes(device: torch.device, tasks: int, widths: Sequence[int], dty
     """What the backend that will run there takes at most."""
     if device.type == "meta":
         return 0
-    return int(backends.select(device.type).workspace_nbytes(tasks, widths, dtype, problems))
+    backend = backends.for_tasks(backends.select(device.type), tasks)
+    return backend.workspace_nbytes(tasks, widths, dtype, problems)
 
 
 def _giving(tasks: int, parameters: Sequence[Tensor], row_dtype: torch.dtype) -> tuple[int, int]:

@@ -58,6 +58,8 @@ def rows_on_a_gpu(tasks, nbytes, dtype=torch.float32):
 def both_backends(monkeypatch):
     """Backends of a machine with a GPU, by their names."""
     modules = {name: ModuleType(f"{backends.__name__}.{name}") for name in ("cuda", "triton")}
+    for module in modules.values():
+        module.LARGEST_TASKS = 256
     monkeypatch.delenv("FASTPCGRAD_BACKEND", raising=False)
     monkeypatch.setattr(backends, "_chosen", {(None, "cuda"): modules["cuda"], ("triton", "cuda"): modules["triton"]})
     monkeypatch.setattr(backends, "why_unavailable", lambda name, device_type: None)

@@ -7,10 +7,11 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import cases, kernels, method_cases, run, saved
+from benchmarks import bandwidth, cases, kernels, method_cases, run, saved, test_kernels
 from benchmarks.cases import KernelCase
 from benchmarks.rows import SKIPPED_LATE, Environment, from_json, read, to_json
 from benchmarks.session import Run
+from benchmarks.timing import Plan
 
 ENVIRONMENT = Environment("r", "2026-01-01", "c", "a CPU", 1, "2", "2", "0")
 CASES = [KernelCase(op, 3, 1000) for op in cases.OPS]
@@ -20,6 +21,8 @@ CASES = [KernelCase(op, 3, 1000) for op in cases.OPS]
 def measured(monkeypatch, tmp_path):
     """The rows of a file of ``benchmarks`` by pytest in this process, and its exit status."""
     monkeypatch.setattr(cases, "kernel_cases", lambda quick: CASES)
+    monkeypatch.setattr(bandwidth, "ELEMENTS", {"cpu": 1 << 12})
+    monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)  # which takes seconds to find out
     monkeypatch.setattr(method_cases, "TASKS", (3,))
     monkeypatch.setattr(method_cases, "names", lambda tasks: ["PCGrad", "TrimmedMean"])
 
@@ -27,6 +30,7 @@ def measured(monkeypatch, tmp_path):
         report = tmp_path / "report.json"
         status = pytest.main(
             [f"benchmarks/{file}", "--benchmark-only", "--quick", "--threads", "1", "-q", "-p", "no:cacheprovider",
+             "-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning",
              "--benchmark-max-time=0.01", f"--benchmark-json={report}", *options]
         )  # fmt: skip
         text = report.read_text() if report.exists() else None
@@ -37,27 +41,12 @@ def measured(monkeypatch, tmp_path):
     assert torch.get_num_threads() == before
 
 
-@pytest.fixture
-def small_probe(monkeypatch):
-    monkeypatch.setattr(saved_kernels().Probe, "__init__", small(saved_kernels().Probe.__init__))
-
-
-def saved_kernels():
-    from benchmarks import test_kernels
-
-    return test_kernels
-
-
-def small(init):
-    return lambda self, threads=1, device="cpu", elements=None: init(self, threads, device, 1 << 12)
-
-
 def by(found, **fields):
     return [row for row in found if all(getattr(row, name) == value for name, value in fields.items())]
 
 
-def test_kernel_rows_carry_ratios_to_every_peer(measured, small_probe, monkeypatch, capsys):
-    monkeypatch.setattr(saved_kernels(), "STREAMING", 15_000)  # gram moves less, combine and mix_ more
+def test_kernel_rows_carry_ratios_to_every_peer(measured, monkeypatch, capsys):
+    monkeypatch.setattr(test_kernels, "STREAMING", 15_000)  # gram moves less, combine and mix_ more
     found, status = measured("test_kernels.py")
     assert status == 0 and [row.op for row in by(found, kind="bandwidth")] == ["read", "copy"]
     for case in CASES:
@@ -102,15 +91,14 @@ def test_who_cannot_be_had_or_costs_too_much_says_so(measured, monkeypatch):
 
 
 def test_a_call_that_is_too_slow_for_a_second_is_timed_cold(measured, monkeypatch):
-    from benchmarks.timing import Plan
-
-    monkeypatch.setattr(saved_kernels(), "Plan", lambda *_, **__: Plan(0.0, least=5, most=5, slow=0.0, cold=1e-9))
+    monkeypatch.setattr(test_kernels, "Plan", lambda *_, **__: Plan(0.0, least=5, most=5, slow=0.0, cold=1e-9))
     twice = [KernelCase("pcgrad", 3, 1000), KernelCase("pcgrad", 4, 1000)]
     monkeypatch.setattr(cases, "kernel_cases", lambda quick: twice)
     found, _ = measured("test_kernels.py", "-k", "pcgrad")
     assert [(row.cold, row.rounds) for row in by(found, subject="loop")] == [(False, 1), (True, 1)]
 
 
+@pytest.mark.filterwarnings("ignore:Not saving anything")  # the plugin's, that there is no number
 def test_what_has_not_begun_in_time_says_so(measured):
     found, status = measured("test_kernels.py", "--minutes=-1")
     assert status == 0 and not found, "without any number there is no report"

@@ -63,7 +63,7 @@ def test_a_peer_that_cannot_be_imported_is_named_with_its_reason(monkeypatch):
     monkeypatch.setattr(kernels, "PEERS", (absent,))
     found = [*kernels.contenders(KernelCase("pcgrad", 2, 64)), *modes.modes(STEPS[1])]
     missing = [c for c in found if isinstance(c.build, str)]
-    assert [c.name for c in missing] == ["torchjd", "torchjd"]
+    assert [c.name for c in missing] == ["torchjd", "torchjd", "torchjd[one by one]"]
     assert all(c.build.startswith("missing: ") and "absent_peer" in c.build and not c.version for c in missing)
 
 

@@ -127,7 +127,7 @@ def test_targets_read_the_rows(run, timed, made_up):
     step, share, peak, narrow, two_phase = verdicts([*timed, *run.rows], targets.LARGE)
     assert step.worst == by_subject(timed)["streaming"].whole_ratios["plain"]
     assert share.worst == by_subject(timed)["streaming"].ratios[WHOLE]
-    assert peak.worst == 1 and narrow.worst == pytest.approx(2 / 3)
+    assert peak.worst == 1 and narrow.worst == 0.5
     assert two_phase.worst == 2 and two_phase.met
 
 

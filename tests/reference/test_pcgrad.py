@@ -183,7 +183,7 @@ def test_coefficients_reproduce_the_projected_vectors(variant, tasks):
     rows = torch.randn(tasks, 4, dtype=torch.float64)
     projected = torch.stack(reference.PROJECT[variant](list(rows), random.Random(3)))
     order = chosen.draw_order(tasks, random.Random(3))
-    guards = (chosen.self_projection, chosen.eps, chosen.min_squared_norm)
+    guards = chosen.guards
     matrix = reference.coefficients(reference.gram(rows), order, *guards)
     torch.testing.assert_close(matrix @ rows, projected, rtol=1e-10, atol=1e-10)
 
