@@ -21,7 +21,7 @@ CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would collide
-.PHONY: help venv demo test check format bench plot gpu clean
+.PHONY: help venv demo test check format bench plot gpu nccl clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ gpu: ## on a machine with a GPU: build in place, run the GPU tests, measure; nee
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 TRITON_INTERPRET=0 $(PYTHON) -m pytest -q $(IN_PARALLEL) tests/gpu tests/backends -m 'not slow' \
 		--deselect tests/backends/test_triton.py::test_every_kernel_compiles_without_spills $(ARGS)
 	$(PYTHON) -m benchmarks.gpu --append
+
+nccl: ## test surgery over several processes on the GPUs of this machine, one a process; needs torch, pytest alone
+	FASTPCGRAD_TEST_DEVICE=cuda PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PYTHON) -m pytest -q tests/test_sharded.py $(ARGS)
 
 clean: ## remove what was built and installed
 	rm -rf $(VENV) build dist *.egg-info fastpcgrad/*.so fastpcgrad/*.missing

@@ -6,6 +6,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from functools import cache
+from itertools import compress, pairwise
 from operator import attrgetter
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, UntypedStorage
 from ._torch import storage_use_count
 
 _ADDRESS = attrgetter("_cdata")
+_IS_CPU = attrgetter("is_cpu")
 
 
 def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bool:
@@ -22,7 +24,7 @@ def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bo
     Where this version of torch cannot tell, the answer is no.
 
     Args:
-        grads: strided tensors on one device that were taken from ``.grad``, which is None by now.
+        grads: strided tensors that were taken from ``.grad``, which is None by now.
         storages: theirs.
     """
     if not grads:
@@ -32,7 +34,49 @@ def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bo
         and _counts(grads, storages) == _ALONE
         # Memory that NumPy, a file or another process may hold, whatever torch's counts say.
         and all(map(UntypedStorage.resizable, storages))
-        and not (grads[0].is_cpu and any(map(UntypedStorage.is_shared, storages)))
+        and not any(map(UntypedStorage.is_shared, compress(storages, map(_IS_CPU, grads))))
+    )
+
+
+def views_alone(grads: Sequence[Tensor]) -> set[int]:
+    """The places of those that lie in memory which others of them share and nobody else holds, each in its own part.
+
+    Such are the gradients that came out of one collective: views of what it filled.
+
+    Args:
+        grads: dense strided tensors, see ``are_alone``.
+    """
+    groups: dict[int, list[int]] = {}
+    for place, key in enumerate([grad.untyped_storage()._cdata for grad in grads]):
+        groups.setdefault(key, []).append(place)
+    return {place for places in groups.values() if _is_alone(grads, places) for place in places}
+
+
+def _is_alone(grads: Sequence[Tensor], places: Sequence[int]) -> bool:
+    """Whether these tensors, which share memory, and what they are views of are all that holds it."""
+    if _VIEWS_ALONE is None or _counts_of_views(grads, places) != _VIEWS_ALONE:
+        return False
+    spans = sorted(
+        (int(grads[place].storage_offset()) * grads[place].itemsize, grads[place].nbytes) for place in places
+    )
+    storage = grads[places[0]].untyped_storage()
+    return (
+        all(start + nbytes <= after for (start, nbytes), (after, _) in pairwise(spans))
+        and storage.resizable()
+        and not (grads[places[0]].is_cpu and storage.is_shared())
+    )
+
+
+def _counts_of_views(grads: Sequence[Tensor], places: Sequence[int]) -> tuple[set[int], set[int], int, int]:
+    """See ``_counts``: of tensors that share memory, of what they are views of, and of the memory without these."""
+    assert storage_use_count is not None
+    storage = grads[places[0]].untyped_storage()
+    bases = list({id(base): base for base in (grads[place]._base for place in places) if base is not None}.values())
+    return (
+        {sys.getrefcount(grads[place]) for place in places},
+        set(map(sys.getrefcount, bases)),
+        storage_use_count(storage._cdata) - len(places) - len(bases),
+        sys.getrefcount(storage),
     )
 
 
@@ -61,7 +105,17 @@ def _counts_of_one_alone() -> Counts | None:
     return _counts(grads, list(map(Tensor.untyped_storage, grads)))
 
 
+def _counts_of_views_alone() -> tuple[set[int], set[int], int, int] | None:
+    if storage_use_count is None or not hasattr(UntypedStorage, "_cdata"):
+        return None
+    base = torch.ones(2, device="cpu")
+    grads = [base[:1], base[1:]]
+    del base
+    return _counts_of_views(grads, [0, 1])
+
+
 _ALONE = _counts_of_one_alone()
+_VIEWS_ALONE = _counts_of_views_alone()
 
 
 _HUGE_FROM = 4 << 20  # bytes; below, a page fault more or less does not matter

@@ -30,7 +30,7 @@ def grad(
     Args:
         losses: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may share a
             graph.
-        inputs: tensors that require grad, of one device and dtype; need not be leaves.
+        inputs: tensors that require grad; need not be leaves.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         retain_graph: keep the graphs for another backward pass; else the last pass frees them.
         process_group: ``local``: where DistributedDataParallel holds parameters of the graph, or there are several
@@ -39,8 +39,8 @@ def grad(
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
-        TypeError, ValueError: see ``functional.present_losses``; inputs without grad, of several devices or dtypes; a
-            loss that depends on none of the inputs; another ``process_group``.
+        TypeError, ValueError: see ``functional.present_losses``; inputs without grad; a loss that depends
+            on none of the inputs; another ``process_group``.
         RuntimeError: a reentrant checkpoint hides what lies behind it.
         NotImplementedError: parameters that DistributedDataParallel averages, see ``process_group``, or does so with
             ``static_graph``; sharded ones, of FSDP, fully_shard or tensor parallelism. Nothing was run.

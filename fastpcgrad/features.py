@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from ._blocks import addresses
 from ._losses import check_tensors
-from .distributed.processes import Choice, check_behind, check_process_group
+from .distributed.exchange import Averaging
+from .distributed.processes import Choice, check_groups, groups_behind
 from .merging.by_rows import merge
 from .merging.report import ConflictReport
 from .methods import Method, PCGrad, check_method
@@ -65,27 +66,28 @@ def shared_features(
     at ``z``.
 
     Args:
-        z: what the trunk gives, of any shape, fp16/bf16/fp32/fp64; or several such tensors of one dtype and device,
-            which form one problem. Where one is computed from another, that path does not count for the other.
+        z: what the trunk gives, of any shape, fp16/bf16/fp32/fp64; or several such tensors, which form one problem.
+            Where one is computed from another, that path does not count for the other.
         num_tasks: T.
         method: any ``methods.Method``; None: ``methods.PCGrad()``. One that keeps state must live between the steps.
         allow_absent: whether tasks may be without a gradient; they then take no part in the surgery. If they must
             not, which is the default, a task whose gradient does not come with the others' is an error: it is most
             often one whose loss is run backward in a call of its own, where there is nothing to merge it with.
         on_report: called in each backward pass with the ``ConflictReport`` of its surgery.
-        process_group: ``local``: in data-parallel training each process looks at the gradients of its own part of the
-            batch, and the trunk's gradients that follow are averaged as ever: a mean of surgeries, not the surgery of
-            the whole batch. ``auto``: that is an error under DistributedDataParallel, and a warning, once, where there
-            are several processes without it.
+        process_group: over whose parts of the batch the surgery goes: their G is summed, 8 T² bytes, and all take the
+            same weights. ``auto``: those over which DistributedDataParallel averages the parameters that ``z`` depends
+            on; a warning, once, where there are several processes without it. A process group, or a device mesh: those,
+            whose losses are taken to be averaged. ``local``: each process looks at its own part alone: under
+            DistributedDataParallel a mean of surgeries, not the surgery of the whole batch.
     Returns:
         for each task ``z`` again (a tuple, where several tensors were given), in the same memory: operations in place
         are refused, use ``clone()`` before them. With gradients switched off, as in evaluation, ``z`` itself.
     Raises:
         TypeError: ``z`` that is no tensor or of a dtype that gradients cannot have, or a method that is none.
-        ValueError: ``num_tasks`` < 1, no tensors, several dtypes or devices, or ``z`` does not require grad.
-        TypeError, ValueError, NotImplementedError: another ``process_group``.
-        NotImplementedError: ``z`` depends on parameters that DistributedDataParallel averages, see ``process_group``,
-            or on sharded ones, of FSDP, fully_shard or tensor parallelism.
+        ValueError: ``num_tasks`` < 1, no tensors, or ``z`` does not require grad.
+        TypeError, ValueError: another ``process_group``.
+        NotImplementedError: with ``auto`` or ``local``, ``z`` depends on sharded parameters, of FSDP, fully_shard or
+            tensor parallelism.
         RuntimeError: in the backward pass, where a task's gradient is missing; or in a second derivative. Nothing of
             the trunk has a gradient then.
     Memory: during the surgery T + 1 gradients of the size of ``z``, of which autograd had made T already.
@@ -106,7 +108,7 @@ def shared_features(
     if not isinstance(num_tasks, int) or num_tasks < 1:
         raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
     method = check_method(method, PCGrad)
-    choice = check_process_group(process_group)
+    choice = check_groups(process_group)
     features = [z] if isinstance(z, Tensor) else check_tensors("z", z)
     if not features:
         raise ValueError("z must hold at least one tensor; found none")
@@ -128,15 +130,16 @@ def _hand_out(
     method: Method,
     allow_absent: bool,
     on_report: OnReport | None,
-    process_group: Choice,
+    process_group: Choice | list[Any],
 ) -> tuple[Tensor, ...]:
     """The features T times, task after task, with the surgery behind them."""
     TaskGradients(features)  # for its errors
     for index, feature in enumerate(features):
         if not feature.requires_grad:
             raise ValueError(f"z must require grad; found tensor {index} of shape {list(feature.shape)} that does not")
-    check_behind(features, process_group)
-    flat: tuple[Tensor, ...] = _Surgery.apply(num_tasks, method, allow_absent, on_report, *features)
+    groups = groups_behind(features, process_group)
+    averaging = Averaging(groups) if groups else None
+    flat: tuple[Tensor, ...] = _Surgery.apply(num_tasks, method, allow_absent, on_report, averaging, *features)
     return flat
 
 
@@ -150,10 +153,12 @@ class _Surgery(torch.autograd.Function):
         method: Method,
         allow_absent: bool,
         on_report: OnReport | None,
+        averaging: Averaging | None,
         *features: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.num_tasks, ctx.method, ctx.allow_absent, ctx.on_report = num_tasks, method, allow_absent, on_report
+        ctx.averaging, ctx.kinds = averaging, [(feature.shape, feature.dtype, feature.device) for feature in features]
         return tuple(feature.view_as(feature) for _ in range(num_tasks) for feature in features)
 
     @staticmethod
@@ -161,6 +166,8 @@ class _Surgery(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         width = len(grads) // ctx.num_tasks
         rows = _apart([list(grads[start : start + width]) for start in range(0, len(grads), width)])
+        if ctx.averaging is not None:
+            _fill_with_zeros(rows, ctx.averaging, ctx.kinds)
         present = [t for t, row in enumerate(rows) if any(grad is not None for grad in row)]
         absent = sorted(set(range(ctx.num_tasks)).difference(present))
         if absent and present and not ctx.allow_absent:
@@ -176,12 +183,21 @@ class _Surgery(torch.autograd.Function):
             task_gradients = TaskGradients([grad for grad in first if grad is not None])
             for t in present:
                 task_gradients.put(t, [rows[t][index] for index in touched])
-            report, found = merge(task_gradients, ctx.method, in_place=False)
+            report, found = merge(task_gradients, ctx.method, in_place=False, exchange=ctx.averaging)
             for index, grad in zip(touched, found, strict=True):
                 merged[index] = grad
             if ctx.on_report is not None:
                 ctx.on_report(report)
-        return None, None, None, None, *merged
+        return None, None, None, None, None, *merged
+
+
+def _fill_with_zeros(rows: list[Row], averaging: Averaging, kinds: Sequence[tuple[Any, ...]]) -> None:
+    """Zeros for the gradients that are not here but in another process."""
+    there = averaging.present([[grad is not None for grad in row] for row in rows], kinds[0][2])
+    for row, flags in zip(rows, there, strict=True):
+        for index, (shape, dtype, device) in enumerate(kinds):
+            if flags[index] and row[index] is None:
+                row[index] = torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _apart(rows: list[Row]) -> list[Row]:

@@ -41,7 +41,7 @@ class GradientSurgery:
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         shared: the parameters that undergo surgery; the gradients of the others are summed. None: as the method's
             original has it (nearly all: every parameter).
-        row_dtype: dtype of the rows; None: that of the parameters. bfloat16 halves the memory.
+        row_dtype: dtype of the rows; None: that of each parameter. bfloat16 halves the memory.
         row_device: ``"cpu"``: parameters on a CUDA device have their rows in page-locked host memory; each gradient
             is sent there as soon as autograd has it, and the surgery runs on the host. The report is there too. A
             gradient must not be overwritten before its task is left. None: where the parameters are.
@@ -53,18 +53,22 @@ class GradientSurgery:
         granularity: ``model``: one surgery over all parameters. ``group`` or ``parameter``: one for each parameter
             group, or for each parameter. Collections of parameters, such as those of each layer: one for each, in
             one pass over all. A method whose original works on each parameter does so anyway.
-        process_group: ``auto``: in a round with several processes, parameters whose gradients a module averages over
-            them, or that are sharded, are refused, and others get one warning. ``local``: each process merges by
-            itself; under DistributedDataParallel with one forward a task, inside ``task(t)``, the rows are averaged.
+        process_group: parameters that are DTensors have the processes of their meshes: all of them must enter the same
+            tasks, and one that fails ends the round of all; see below. Of others, ``auto``: in a round with several
+            processes, parameters whose gradients a module averages over them are refused, and others get one warning.
+            ``local``: each process merges by itself; under DistributedDataParallel with one forward a task, inside
+            ``task(t)``, the rows are averaged.
     Memory: T rows of N elements, where N counts the trainable parameters: T·N·itemsize bytes, of which one row becomes
         ``.grad``. On the CPU they stay mapped until the next round's gradients take their place, one by one. Rows of
         another dtype than the parameters are freed parameter by parameter as merged gradients take their place.
         ``memory_plan`` tells the bytes beforehand.
+    Many processes: rows of DTensors are their local tensors, G is summed over their meshes, and the answer of the first
+        process counts; what is sent does not depend on N. Parameters beside them that are no DTensors must have the
+        same gradients in all processes. ``repr`` says which meshes there are.
     Raises:
         TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
-        ValueError: no parameters, parameters that are no leaves, on several devices or of several dtypes; a parameter
-            in two or in none of the collections of ``granularity``; rows that cannot have that device, or sums that
-            cannot have that dtype.
+        ValueError: no parameters, parameters that are no leaves; a parameter in two or in none of the collections of
+            ``granularity``; rows that cannot have that device, or sums that cannot have that dtype.
     Example:
         >>> model = torch.nn.Linear(4, 2)
         >>> surgery = fastpcgrad.GradientSurgery(model.parameters(), num_tasks=2)
@@ -191,7 +195,7 @@ class GradientSurgery:
             16016000
         """
         layout = self._layouts.resolve()
-        parameters, rows = as_rows_see(layout.capture.parameters), layout.capture.rows
+        parameters, rows = as_rows_see(layout.capture.parameters, layout.capture.forms), layout.capture.rows
         moved = rows if isinstance(rows, MovedGradients) else None
         if two_phase:
             plan = plan_two_phase(self.num_tasks, parameters)
@@ -199,7 +203,7 @@ class GradientSurgery:
             plan = plan_memory(
                 self.num_tasks,
                 parameters,
-                rows.dtype,
+                rows.dtypes,
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,
@@ -216,20 +220,26 @@ class GradientSurgery:
         Returns:
             what conflicted and what became of it.
         Raises:
-            RuntimeError: no task was there, or inside a task. Nothing is changed.
+            RuntimeError: no task was there, or inside a task; another process that shares parameters has failed, is
+                elsewhere in its round, or gone. Nothing is changed.
             torch.OutOfMemoryError: no room to convert the merged gradient or to send it back. The round is over, and
                 ``.grad`` is None.
         """
         self._stays.check_outside("merge()")
         layout = self._layouts.current
         rows = layout.capture.rows
+        if layout.exchange is not None:
+            state = {
+                key: list(value.shape) for key, value in self.method.state_dict().items() if isinstance(value, Tensor)
+            }
+            self._stays.meet("merge() of tasks", *rows.tasks, rows.summary(), type(self.method).__name__, state)
         if not rows.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
         if self.accumulate == "mean":
             rows.average()
-        report, merged = merge(rows, self.method, layout.division, in_place=True)
+        report, merged = merge(rows, self.method, layout.division, in_place=True, exchange=layout.exchange)
         layout.capture.give(merged)
-        rows.clear()
+        self._stays.end_round()
         return report
 
     def discard(self) -> None:
@@ -238,8 +248,7 @@ class GradientSurgery:
         Whatever an exception has cut off, an interrupt in a ``with`` line or in ``merge`` too, a round can begin anew
         afterwards. Within a task it ends that task, which raises when it is left.
         """
-        self._stays.end()
-        self._layouts.current.capture.rows.clear()
+        self._stays.discard()
 
     def _gradients(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters that have a gradient, with it."""
@@ -287,6 +296,14 @@ class GradientSurgery:
         if "global_generators" in state_dict:
             set_global_states(state_dict["global_generators"])
 
+    def __repr__(self) -> str:
+        exchange = self._layouts.current.exchange
+        found = "" if exchange is None else f", DTensors on {exchange}"
+        return (
+            f"{type(self).__name__}(num_tasks={self.num_tasks}, method={self.method!r}, "
+            f"process_group={self._stays.processes.process_group!r}{found})"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         self._stays.check_outside("copy of the surgery")
         state = {name: value for name, value in self.__dict__.items() if name not in ("_layouts", "_stays")}
@@ -303,8 +320,10 @@ class GradientSurgery:
         if left > 1 or retain_graph:
             check_kept(list(losses.values()))
         with Stay(self._stays, shared_forward=left > 1) as capture:
+            self._stays.meet("losses of tasks", *losses)
             for index, loss in losses.items():
                 left -= 1
+                self._stays.meet("task", index)
                 capture.open(index)
                 run_backward(loss, retain_graph or left > 0)
                 capture.close()
@@ -318,6 +337,11 @@ class GradientSurgery:
             raise ValueError(f"two_phase solves one problem; found granularity={self.granularity!r}")
         layout = self._layouts.resolve()
         capture = layout.capture
+        if layout.exchange is not None:
+            raise NotImplementedError(
+                f"two_phase does not cover DTensors, here on {layout.exchange}, which have gradients only once a "
+                "backward pass has reduced them: leave it False"
+            )
         if isinstance(capture, MovedCapture):
             raise ValueError(
                 "two_phase keeps no rows: leave row_dtype, row_device and accumulate_dtype None; found "
@@ -339,7 +363,9 @@ class GradientSurgery:
     def _run_forwards(self, forwards: dict[int, Forward], retain_graph: bool) -> None:
         """Each forward, and its loss backward, inside its task."""
         with Stay(self._stays, forward=True) as capture:
+            self._stays.meet("functions of tasks", *forwards)
             for index, forward in forwards.items():
+                self._stays.meet("task", index, *capture.rows.tasks)
                 capture.open(index)
                 loss = forward()
                 if loss is None:

@@ -397,14 +397,9 @@ def test_bad_losses_are_named_and_nothing_changes(call, losses, error, words):
         ([torch.zeros(2)], ValueError, ["inputs[0]", "require"]),
         ([torch.zeros(2, dtype=torch.complex64, requires_grad=True)], TypeError, ["complex64"]),
         (
-            [torch.zeros(2, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64)],
-            ValueError,
-            ["float32", "float64"],
-        ),
-        (
             [torch.zeros(2, device=device, requires_grad=True) for device in ("cpu", "meta")],
             ValueError,
-            ["one device", "cpu", "meta"],
+            ["no memory", "cpu", "meta"],
         ),
     ],
 )
@@ -412,13 +407,6 @@ def test_bad_inputs_are_named(call, inputs, error, words):
     with pytest.raises(error) as caught:
         call([torch.zeros((), requires_grad=True)], inputs)
     assert all(word in str(caught.value) for word in words), caught.value
-
-
-def test_errors_about_inputs_do_not_tell_of_options_that_grad_does_not_have():
-    inputs = [torch.zeros(2, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64)]
-    with pytest.raises(ValueError, match="float64") as caught:
-        fastpcgrad.grad([inputs[0].sum()], inputs)
-    assert "row_dtype" not in str(caught.value)
 
 
 def test_backward_refuses_inputs_that_are_no_leaves():

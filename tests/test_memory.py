@@ -196,7 +196,7 @@ def test_a_plan_is_readable():
 
 def test_no_parameters_need_nothing():
     options = {"accumulate_dtype": None, "on_host": False, "problems": 1}
-    assert all(plan_memory(2, [], SINGLE, moved=moved, **options).total == 0 for moved in (False, True))
+    assert all(plan_memory(2, [], [], moved=moved, **options).total == 0 for moved in (False, True))
     assert plan_two_phase(2, []).total == 0
 
 
@@ -274,7 +274,7 @@ def blocks(tasks, widths, dtype):
     grads = TaskGradients([torch.zeros(width, dtype=dtype) for width in widths])
     for t in range(tasks):
         grads.put(t, [torch.randn(width).to(dtype) for width in widths])
-    return grads.blocks()
+    return grads.columns().whole
 
 backend = backends.select("cpu")
 torch.set_num_threads(2)

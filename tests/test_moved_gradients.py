@@ -36,7 +36,7 @@ def test_rows_are_dense_copies_of_their_dtype(dtype, accumulate_dtype, copies):
     grads = MovedGradients(parameters, dtype, accumulate_dtype, copies)
     for task in (4, 1):
         filled(grads, task, values)
-    blocks = grads.blocks()
+    blocks = grads.columns().whole
     assert grads.tasks == [1, 4] and blocks.dtype == dtype and blocks.device == torch.device("cpu")
     for row, pointers in zip(blocks.tensors, blocks.pointers, strict=True):
         assert row[1] is None and pointers[1] == 0
@@ -50,7 +50,7 @@ def test_gradients_are_added_to_an_open_row():
     grads = MovedGradients([torch.zeros(2), torch.zeros(2, 2)], torch.float64)
     grown = torch.ones(2, requires_grad=True) * 3
     filled(grads, 0, [grown, SPARSE], [grown, SPARSE])
-    first, second = grads.blocks().tensors[0]
+    first, second = grads.columns().whole.tensors[0]
     assert first.tolist() == [6.0, 6.0] and not first.requires_grad
     assert second.tolist() == [[0, 0], [4, 4]] and second.dtype == torch.float64
 
@@ -59,7 +59,7 @@ def test_a_gradient_that_two_parameters_share_is_added_to_each_by_itself(copies)
     grads = MovedGradients([torch.zeros(4), torch.zeros(2, 2)], torch.float32, torch.float64, copies)
     shared = torch.ones(4)
     filled(grads, 0, [shared, shared.view(2, 2)], [shared, shared.view(2, 2)])
-    assert [row.flatten().tolist() for row in grads.blocks().tensors[0]] == [[2.0] * 4] * 2
+    assert [row.flatten().tolist() for row in grads.columns().whole.tensors[0]] == [[2.0] * 4] * 2
 
 
 def test_sums_of_one_stay_are_rounded_once(copies):
@@ -69,8 +69,8 @@ def test_sums_of_one_stay_are_rounded_once(copies):
     together = MovedGradients([torch.zeros(3)], torch.bfloat16, torch.float32, copies)
     for grads in (each, together):
         filled(grads, 0, [one], *[[little]] * 4)
-    assert each.blocks().tensors[0][0].tolist() == [1.0] * 3
-    assert together.blocks().tensors[0][0].tolist() == [1 + 2.0**-7] * 3
+    assert each.columns().whole.tensors[0][0].tolist() == [1.0] * 3
+    assert together.columns().whole.tensors[0][0].tolist() == [1 + 2.0**-7] * 3
 
 
 def test_a_further_stay_widens_adds_and_rounds_again(copies):
@@ -78,9 +78,9 @@ def test_a_further_stay_widens_adds_and_rounds_again(copies):
     grads = MovedGradients([torch.zeros(3), torch.zeros(1)], torch.bfloat16, torch.float32, copies)
     filled(grads, 0, [one, torch.ones(1)])
     filled(grads, 0, [little])
-    assert [row.tolist() for row in grads.blocks().tensors[0]] == [[1.0] * 3, [1.0]]
+    assert [row.tolist() for row in grads.columns().whole.tensors[0]] == [[1.0] * 3, [1.0]]
     filled(grads, 0, *[[little]] * 4)
-    assert grads.blocks().tensors[0][0].tolist() == [1 + 2.0**-7] * 3
+    assert grads.columns().whole.tensors[0][0].tolist() == [1 + 2.0**-7] * 3
 
 
 def test_what_was_given_may_be_overwritten_once_the_next_stay_has_begun(copies):
@@ -90,7 +90,7 @@ def test_what_was_given_may_be_overwritten_once_the_next_stay_has_begun(copies):
     grads.open(1)
     given.fill_(torch.nan)
     assert not grads.drop()
-    assert grads.blocks().tensors[0][0].tolist() == [1.0] * 3
+    assert grads.columns().whole.tensors[0][0].tolist() == [1.0] * 3
 
 
 def test_what_was_dropped_leaves_nothing(copies):
@@ -102,7 +102,7 @@ def test_what_was_dropped_leaves_nothing(copies):
     grads.open(0)
     assert not grads.drop()
     filled(grads, 0, [torch.ones(3)])
-    assert grads.blocks().tensors[0][0].tolist() == [1.0] * 3
+    assert grads.columns().whole.tensors[0][0].tolist() == [1.0] * 3
 
 
 def test_rows_are_freed_parameter_by_parameter_as_the_merged_gradient_is_given():
@@ -110,7 +110,7 @@ def test_rows_are_freed_parameter_by_parameter_as_the_merged_gradient_is_given()
     grads = MovedGradients(parameters, torch.bfloat16)
     for task in range(3):
         filled(grads, task, [torch.ones_like(p) for p in parameters])
-    tensors = grads.blocks().tensors
+    tensors = grads.columns().whole.tensors
     alive = [[weakref.ref(grad) for grad in row] for row in tensors]
     merged = list(tensors[0])
     merged[2] = None
@@ -131,7 +131,7 @@ def test_the_memory_of_the_host_serves_every_round():
     for value in (1.0, 2.0):
         for task in range(2):
             filled(grads, task, [torch.full((3,), value)])
-        found = grads.blocks().tensors
+        found = grads.columns().whole.tensors
         assert [row[0].tolist() for row in found] == [[value] * 3] * 2
         assert [own.tolist() for own in grads.give(list(found[0]))] == [[value] * 3]
         grads.clear()

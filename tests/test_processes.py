@@ -60,7 +60,7 @@ def every_door(net, x, process_group="auto"):
         "grad": lambda: fastpcgrad.grad(losses(), parameters, **options),
         "shared_features": lambda: fastpcgrad.shared_features(net(x), 2, **options),
         "check": lambda: Processes(**options).check(parameters),
-        "note_gradients": lambda: GradNorm(2, 0.5).note_gradients(losses(), net, **options),
+        "note_gradients": lambda: GradNorm(2, 0.5, **options).note_gradients(losses(), net),
         "gradNorm": lambda: gradNorm(Column(net), parameters[0], 0.5, [(x,)], 1, 0.1, 0.1, **options),
     }
 
@@ -205,7 +205,7 @@ def test_what_process_group_may_not_be(value, error, word):
         lambda: fastpcgrad.backward([x[0], x[1]], process_group=value),
         lambda: fastpcgrad.grad([x[0], x[1]], [x], process_group=value),
         lambda: fastpcgrad.shared_features(x, 2, process_group=value),
-        lambda: GradNorm(2, 0.5).note_gradients([x[0], x[1]], x, process_group=value),
+        lambda: GradNorm(2, 0.5, process_group=value),
         lambda: gradNorm(torch.nn.Linear(1, 1), x, 0.5, [], 1, 0.1, 0.1, process_group=value),
     ):
         with pytest.raises(error, match=f"process_group.*'auto' or 'local'; found .*{word}"):

@@ -27,7 +27,7 @@ def numbered(parameters, start=1.0):
 
 
 def values_of(grads, row):
-    return grads.blocks().tensors[row]
+    return grads.columns().whole.tensors[row]
 
 
 def test_rows_are_taken_over_without_a_copy(parameters):
@@ -44,7 +44,7 @@ def test_blocks_say_where_gradients_lie_and_how_long_they_are(parameters):
     grads = TaskGradients(parameters)
     row = [None if index % 2 else value for index, value in enumerate(numbered(parameters))]
     grads.put(4, row)
-    blocks = grads.blocks()
+    blocks = grads.columns().whole
     assert list(blocks.widths) == [p.numel() for p in parameters]
     assert blocks.pointers == [[0 if g is None else g.data_ptr() for g in row]]
     assert (blocks.dtype, blocks.device) == (torch.float32, torch.device("cpu"))
@@ -101,7 +101,7 @@ def test_parameters_that_share_a_gradient_get_one_each():
     grads.put(0, [shared, shared.view(2, 3), torch.zeros(0), torch.zeros(0)])
     first, second, *_ = values_of(grads, 0)
     assert first.data_ptr() != second.data_ptr() and torch.equal(first, second.view(-1))
-    assert grads.blocks().pointers[0][1] == second.data_ptr()
+    assert grads.columns().whole.pointers[0][1] == second.data_ptr()
 
 
 def test_a_buffer_that_is_used_again_is_refused():
@@ -110,14 +110,14 @@ def test_a_buffer_that_is_used_again_is_refused():
     grads.put(0, [buffer])
     grads.put(1, [buffer.view(3)])
     with pytest.raises(RuntimeError, match="task 1's gradient lies in the memory of another task's"):
-        grads.blocks()
+        grads.columns()
 
 
 def test_empty_parameters_share_no_memory():
     grads = TaskGradients([torch.zeros(0), torch.zeros(2)])
     for task in range(3):
         grads.put(task, [torch.zeros(0), torch.ones(2)])
-    assert [row[0] for row in grads.blocks().pointers] == [0, 0, 0]
+    assert [row[0] for row in grads.columns().whole.pointers] == [0, 0, 0]
 
 
 def test_a_row_can_be_taken_out_and_put_back():
@@ -169,8 +169,7 @@ def test_sparse_gradients_and_gradients_with_a_graph_are_stored_plainly():
 @pytest.mark.parametrize(
     ("parameters", "dtype", "error", "words"),
     [
-        ([torch.zeros(1), torch.zeros(1).double()], None, ValueError, ["float32", "float64"]),
-        ([torch.zeros(1), torch.zeros(1, device="meta")], None, ValueError, ["one device", "cpu", "meta"]),
+        ([torch.zeros(1), torch.zeros(1, device="meta")], None, ValueError, ["no memory", "cpu", "meta"]),
         ([torch.zeros(1, dtype=torch.complex64)], None, TypeError, ["complex64"]),
         ([torch.zeros(1, dtype=torch.int32)], None, TypeError, ["int32"]),
         ([torch.zeros(1)], torch.int8, TypeError, ["int8"]),

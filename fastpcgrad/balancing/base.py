@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._modes import is_fake
+from ..distributed.links import Link
+from ..distributed.processes import check_groups, groups_behind
 from . import refusals
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -32,19 +34,27 @@ class Balancer(nn.Module, ABC):
     would wait, on a GPU, that step is skipped and a later call raises, once the device has answered; a captured CUDA
     graph skips and raises nothing.
 
+    With a process group all processes have the weights of the whole batch: losses are averaged over it before they are
+    looked at (T numbers a call), and each weighs its own.
+
+    Args:
+        num_tasks: T.
+        process_group: over which processes the losses of a step are averaged. ``auto``: those over which
+            DistributedDataParallel averages the parameters that the losses depend on; a warning, once, where there are
+            several processes without it. A process group, or a device mesh: those. ``local``: none.
     Attributes:
         num_tasks: T.
         weights: ``[T]``, detached: what the last call multiplied the losses by. Where they do not depend on the
             losses of the call itself (GradNorm, UncertaintyWeighting, DWA) it is what the next call will use, so that
             ``balancer.weights[t] * loss`` serves a loop that has one task's graph at a time.
     Raises:
-        TypeError: ``num_tasks`` is no integer.
-        ValueError: ``num_tasks`` < 1.
+        TypeError: ``num_tasks`` is no integer, or ``process_group`` nothing of that kind.
+        ValueError: ``num_tasks`` < 1, or another ``process_group``.
     """
 
     weights: Tensor
 
-    def __init__(self, num_tasks: int) -> None:
+    def __init__(self, num_tasks: int, process_group: object = "auto") -> None:
         if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
             raise TypeError(f"num_tasks must be an integer; found {num_tasks!r}")
         if num_tasks < 1:
@@ -52,13 +62,16 @@ class Balancer(nn.Module, ABC):
         super().__init__()
         self.num_tasks = num_tasks
         self._refusals = refusals.Refusals()
+        check_groups(process_group)  # the object itself is kept: what it stands for may be gone when this is loaded
+        self.process_group = process_group
+        self._link: Link | None = None
 
     @abstractmethod
     def weigh(self, losses: Tensor) -> Tensor:
         """The weights of this step: ``[T]``.
 
         Args:
-            losses: ``[T]``, detached, of the dtype and on the device of ``weights``.
+            losses: ``[T]``, detached, of the dtype and on the device of ``weights``; their means over the processes.
         """
 
     def forward(self, losses: Sequence[Tensor] | Tensor) -> list[Tensor] | Tensor:
@@ -77,10 +90,34 @@ class Balancer(nn.Module, ABC):
         """
         self._refusals.raise_due()
         losses = losses if isinstance(losses, Tensor) else list(losses)
-        weights = self.weigh(self._vector("losses", losses))
+        own = self._vector("losses", losses)
+        self._look_for_others(losses)
+        means = self._mean(own)
+        weights = self.weigh(means)
+        # What a backward pass teaches the weights, it teaches all by the means.
+        extra = (
+            (weights - weights.detach()) * (means - own) if self._link is not None and weights.requires_grad else None
+        )
         if isinstance(losses, Tensor):
-            return weights.view_as(losses) * losses
-        return [weight * loss for weight, loss in zip(weights.unbind(), losses, strict=True)]
+            weighted = weights.view_as(losses) * losses
+            return weighted if extra is None else weighted + extra.view_as(losses)
+        each = [weight * loss for weight, loss in zip(weights.unbind(), losses, strict=True)]
+        return each if extra is None else list(map(torch.add, each, extra.unbind()))
+
+    def _look_for_others(self, losses: Sequence[Tensor] | Tensor) -> None:
+        """Those with other parts of the batch: they are asked until the next losses come that have a graph."""
+        given = [losses] if isinstance(losses, Tensor) else losses
+        chosen = check_groups(self.process_group)
+        if isinstance(chosen, list) or any(loss.requires_grad for loss in given):
+            groups = groups_behind(given, chosen)
+            self._link = Link(groups) if groups else None
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Over the parts of the batch."""
+        return values if self._link is None else self._link.mean(values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_link": None}  # a copy looks for itself
 
     def _vector(self, name: str, values: Sequence[Tensor] | Tensor) -> Tensor:
         """T scalars as one detached ``[T]``, of the dtype and on the device of the weights."""
@@ -122,8 +159,8 @@ class LearnedBalancer(Balancer):
     another optimizer keeps on the host goes on.
     """
 
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__(num_tasks)
+    def __init__(self, num_tasks: int, process_group: object = "auto") -> None:
+        super().__init__(num_tasks, process_group)
         self.optimizer: torch.optim.Optimizer
 
     def _learn(self, learned: Tensor, optimizer: OptimizerFactory) -> nn.Parameter:

@@ -16,7 +16,7 @@ class DWA(Balancer):
     epoch of such steps alone is none.
 
     Args:
-        num_tasks: T.
+        num_tasks, process_group: see ``Balancer``.
         temperature: of the softmax, > 0; larger makes the weights more equal.
     Attributes:
         weights: λ, ``[T]``; they sum to T.
@@ -37,8 +37,8 @@ class DWA(Balancer):
     loss_sum: Tensor
     counted: Tensor
 
-    def __init__(self, num_tasks: int, temperature: float = 2.0) -> None:
-        super().__init__(num_tasks)
+    def __init__(self, num_tasks: int, temperature: float = 2.0, *, process_group: object = "auto") -> None:
+        super().__init__(num_tasks, process_group)
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a finite number > 0; found {temperature!r}")
         self.temperature = temperature

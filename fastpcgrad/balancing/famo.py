@@ -18,7 +18,7 @@ class FAMO(LearnedBalancer):
     losses of the same batch again and moves ξ by how much log D_i fell: a task that fell less weighs more.
 
     Args:
-        num_tasks: T.
+        num_tasks, process_group: see ``Balancer``.
         min_losses: T lower bounds of the losses; None: zeros.
         optimizer: makes the optimizer of ξ: the paper's β is its ``lr``, γ its ``weight_decay``. None: Adam with 0.025
             and 1e-3.
@@ -48,8 +48,10 @@ class FAMO(LearnedBalancer):
         num_tasks: int,
         min_losses: Iterable[float] | Tensor | None = None,
         optimizer: OptimizerFactory | None = None,
+        *,
+        process_group: object = "auto",
     ) -> None:
-        super().__init__(num_tasks)
+        super().__init__(num_tasks, process_group)
         least = task_values("min_losses", [0.0] * num_tasks if min_losses is None else min_losses, num_tasks)
         self.register_buffer("min_losses", least)
         self.logits = self._learn(
@@ -76,7 +78,8 @@ class FAMO(LearnedBalancer):
             RuntimeError: no call since the last update.
         """
         self._refusals.raise_due()
-        after = self._excess(self._vector("losses", losses if isinstance(losses, Tensor) else list(losses))).log()
+        found = self._vector("losses", losses if isinstance(losses, Tensor) else list(losses))
+        after = self._excess(self._mean(found)).log()
         if self._before is None:
             raise RuntimeError("update() needs the losses before the step: call the balancer with them first")
         fall = self._before - after

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import isfinite
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from ..distributed.processes import check_layer
+from ..distributed.processes import check_graph
 from .base import LearnedBalancer, OptimizerFactory, all_finite, task_values
 from .refusals import Refusals
 
@@ -38,7 +38,7 @@ class GradNorm(LearnedBalancer):
     ``balancer.weights[t]``.
 
     Args:
-        num_tasks: T.
+        num_tasks, process_group: see ``Balancer``.
         alpha: α ≥ 0, the strength of the restoring force: 0 asks for equal norms; larger suits tasks that differ more.
         optimizer: makes the optimizer of w; None: Adam with a learning rate of 0.025.
         initial_losses: L(0), where a value from theory is better than the first one seen (log C for a cross-entropy
@@ -72,8 +72,10 @@ class GradNorm(LearnedBalancer):
         alpha: float,
         optimizer: OptimizerFactory | None = None,
         initial_losses: Iterable[float] | Tensor | None = None,
+        *,
+        process_group: object = "auto",
     ) -> None:
-        super().__init__(num_tasks)
+        super().__init__(num_tasks, process_group)
         self.alpha = check_alpha(alpha)
         initial = torch.full((num_tasks,), torch.nan)
         if initial_losses is not None:
@@ -94,7 +96,8 @@ class GradNorm(LearnedBalancer):
         Args:
             task: 0..T-1.
             loss: L_i, a scalar; only its value is kept.
-            norm: ‖∇_W L_i‖, a scalar tensor: of the loss itself, without its weight.
+            norm: ‖∇_W L_i‖, a scalar tensor: of the loss itself, without its weight; of the whole batch, where several
+                processes have parts of it.
         Raises:
             IndexError: ``task`` is not in 0..T-1.
             TypeError, ValueError: see ``forward``.
@@ -103,28 +106,26 @@ class GradNorm(LearnedBalancer):
             raise IndexError(f"task must be an integer in 0..{self.num_tasks - 1}; found {task!r}")
         self._noted[task] = self._scalar("loss", loss), self._scalar("norm", norm)
 
-    def note_gradients(
-        self, losses: Sequence[Tensor] | Tensor, layer: Layer, *, process_group: object = "auto"
-    ) -> None:
+    def note_gradients(self, losses: Sequence[Tensor] | Tensor, layer: Layer) -> None:
         """Note all tasks, with norms from T backward passes that go no further down than the layer.
+
+        Where several processes have parts of the batch, the gradients are averaged over them first: T times W.
 
         Args:
             losses: see ``forward``; their graphs are kept.
             layer: W: a tensor or several, or a module, which stands for its first parameter (its weight).
-            process_group: ``local``: where DistributedDataParallel holds W, or there are several processes without it,
-                each balances by the losses and gradients of its own batch, with weights of its own. ``auto``: the
-                former is an error, and the latter a warning, once.
         Raises:
             TypeError, ValueError: see ``forward``; a layer without a tensor that requires grad, or one that a loss does
-                not depend on; another ``process_group``.
-            NotImplementedError: W that DistributedDataParallel averages, see ``process_group``, or does so with
-                ``static_graph``; a sharded one, of FSDP, fully_shard or tensor parallelism.
+                not depend on.
+            NotImplementedError: W that DistributedDataParallel averages with ``static_graph``; a sharded one, of FSDP,
+                fully_shard or tensor parallelism.
         """
         tensors = layer_tensors(layer)
-        check_layer(tensors, process_group)
+        check_graph(tensors, "local")
         losses = losses if isinstance(losses, Tensor) else list(losses)
         values = self._vector("losses", losses)
-        norms = layer_norms(losses, tensors)
+        self._look_for_others(losses)
+        norms = layer_norms(losses, tensors, mean=self._mean)
         self._noted = list(zip(values.unbind(), self._vector("norms", norms).unbind(), strict=True))
 
     @torch.no_grad()
@@ -141,7 +142,7 @@ class GradNorm(LearnedBalancer):
         if len(noted) < self.num_tasks:
             missing = [t for t, pair in enumerate(self._noted) if pair is None]
             raise RuntimeError(f"update() needs a loss and a norm of every task: note() is missing for tasks {missing}")
-        losses, norms = (torch.stack(values) for values in zip(*noted, strict=True))
+        losses, norms = self._mean(torch.stack([torch.stack(values) for values in zip(*noted, strict=True)]))
         rates, initial, sound = training_rates(losses, norms, self.initial_losses, self.alpha, self._refusals)
         self.initial_losses.copy_(initial)
         gradient = excess_signs(self.weights, norms, rates) * norms
@@ -177,20 +178,28 @@ def layer_tensors(layer: Layer) -> list[Tensor]:
     return found
 
 
-def layer_norms(losses: Sequence[Tensor] | Tensor, layer: Sequence[Tensor], create_graph: bool = False) -> Tensor:
+def layer_norms(
+    losses: Sequence[Tensor] | Tensor,
+    layer: Sequence[Tensor],
+    create_graph: bool = False,
+    mean: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """‖∇_W L_i‖ for each task, ``[T]``; the graphs of the losses are kept.
 
     Args:
         losses: T scalar losses, or one tensor ``[T]`` or ``[T, 1]``.
         layer: W.
         create_graph: make the norms differentiable.
+        mean: what is made of each gradient first, the mean over processes; None: nothing.
     """
     norms = []
     for t, root in enumerate(_roots(losses)):
         one = torch.ones_like(losses[t])
         grads = torch.autograd.grad(root, layer, one, retain_graph=True, create_graph=create_graph, allow_unused=True)
         parts = [
-            torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+            torch.linalg.vector_norm(
+                grad if mean is None else mean(grad), dtype=torch.promote_types(grad.dtype, torch.float32)
+            )
             for grad in grads
             if grad is not None
         ]

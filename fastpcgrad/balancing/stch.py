@@ -18,7 +18,7 @@ class STCH(Balancer):
     losses should be of comparable size; logarithms of losses over a reference may be given instead of the losses.
 
     Args:
-        num_tasks: T.
+        num_tasks, process_group: see ``Balancer``.
         mu: μ > 0, in the unit of the losses times λ.
         preference: λ, T numbers > 0; None: 1/T each.
         ideal: z, T numbers: the best loss that each task could reach; None: zeros.
@@ -44,8 +44,10 @@ class STCH(Balancer):
         mu: float,
         preference: Iterable[float] | Tensor | None = None,
         ideal: Iterable[float] | Tensor | None = None,
+        *,
+        process_group: object = "auto",
     ) -> None:
-        super().__init__(num_tasks)
+        super().__init__(num_tasks, process_group)
         if not 0 < mu < float("inf"):
             raise ValueError(f"mu must be a finite number > 0; found {mu!r}")
         chosen = [1 / num_tasks] * num_tasks if preference is None else preference

@@ -18,7 +18,7 @@ class UncertaintyWeighting(Balancer):
     vector s, and surgery that spans it would let other tasks' gradients scale or mix into what belongs to one task.
 
     Args:
-        num_tasks: T.
+        num_tasks, process_group: see ``Balancer``.
     Attributes:
         log_variance: s, a parameter ``[T]``.
         weights: ½ e^(−s), detached.
@@ -35,8 +35,8 @@ class UncertaintyWeighting(Balancer):
         tensor([0.1000, 0.0000])
     """
 
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__(num_tasks)
+    def __init__(self, num_tasks: int, *, process_group: object = "auto") -> None:
+        super().__init__(num_tasks, process_group)
         self.log_variance = nn.Parameter(torch.zeros(num_tasks))
 
     @property

@@ -20,6 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._graph import leaves
 from .._warnings import warn_once
+from .links import groups_of
+from .local_tensors import is_dtensor
 
 Choice = Literal["auto", "local"]
 
@@ -27,16 +29,20 @@ Replicas = frozenset["weakref.ref[Any]"]
 """Modules that average the gradient of a parameter over processes."""
 
 _REPLICA = "DistributedDataParallel"
-_SHARDERS = {"FSDPParam": "fully_shard", "DeepSpeedEngine": "DeepSpeed"}
+_SHARDERS = {
+    "FSDPParam": "fully_shard, which a forward pass has gathered: take the parameters that the optimizer has, those of "
+    "the model before its forward pass",
+    "DeepSpeedEngine": "DeepSpeed",
+    "_PipelineStageBase": "torch.distributed.pipelining, which runs the backward passes itself",
+}
 """Who holds parameters of which a process has a part only, at least between the steps.
 
 All by the names of their classes: these move from module to module, are imported late, or belong to other packages.
 """
 
 _REMEDY = (
-    "gradient surgery of sharded parameters is not covered by this version. Keep the parameters whole in each process, "
-    "as DistributedDataParallel does, with process_group='local' and a forward of its own for each task inside "
-    "'with surgery.task(t)'"
+    "gradient surgery covers the DTensors of fully_shard, distribute_module and parallelize_module, by "
+    "PCGrad.pc_backward, inside 'with surgery.task(t)' of GradientSurgery and by surgery.backward; no others"
 )
 
 _OF_ROWS = (
@@ -80,6 +86,23 @@ def check_process_group(value: object) -> Choice:
     raise ValueError(f"process_group must be 'auto' or 'local'; found {value!r}")
 
 
+def check_groups(value: object) -> Choice | list[Any]:
+    """Whose batches form one: ``auto`` and ``local`` as in ``check_process_group``, or groups.
+
+    Args:
+        value: those two, None for ``auto``, a process group or a device mesh, whose dimensions all count.
+    Raises:
+        TypeError, ValueError: anything else; the message shows what was found.
+    """
+    distributed = torch.distributed
+    if isinstance(value, getattr(distributed, "DeviceMesh", ())):
+        return groups_of(value)
+    if isinstance(value, getattr(distributed, "ProcessGroup", ())):
+        assert isinstance(value, distributed.ProcessGroup)
+        return [value] if distributed.get_world_size(value) > 1 else []
+    return check_process_group(value)
+
+
 class Processes:
     """What an object that takes rows from ``.grad`` in many rounds knows about the processes it runs in.
 
@@ -111,10 +134,11 @@ class Processes:
         ready = _is_initialized()
         if self._checked[0] is parameters and self._checked[1] is ready and not _is_stale(self._replicas):
             return
-        _refuse_sharded(parameters)
-        self._replicas = _no_replicas.union(*_look_up(parameters)) if ready else _no_replicas
+        plain = [p for p in parameters if not is_dtensor(p)]
+        _refuse_sharded(plain)
+        self._replicas = _no_replicas.union(*_look_up(plain)) if ready and plain else _no_replicas
         if ready:
-            _check_replicas(self._replicas, self.process_group)
+            _check_replicas(self._replicas, self.process_group, is_warned=len(plain) == len(parameters))
         if moved and (module := _blamed(self._replicas, _averages)):
             raise NotImplementedError(
                 f"{_name(module)} averages gradients that have left for their rows by then, so that these would be of "
@@ -169,30 +193,54 @@ def check_layer(layer: Sequence[Tensor], process_group: object) -> None:
         see ``check_graph``.
     """
     choice = check_process_group(process_group)
-    check_behind([z for z in layer if not z.is_leaf], choice, _OF_NORMS)
+    features = [z for z in layer if not z.is_leaf]
+    if features and _is_initialized():
+        _check_replicas(_found_behind(features), choice, _OF_NORMS)
     check_graph(layer, choice, _OF_NORMS)
 
 
-def check_behind(features: Sequence[Tensor], process_group: Choice, remedy: str = _OF_ROWS) -> None:
-    """Before the gradients at ``features`` are merged, for all parameters that these depend on.
+def groups_behind(features: Sequence[Tensor], chosen: Choice | list[Any]) -> list[Any]:
+    """The groups over which the gradients of all parameters are averaged that ``features`` depend on.
+
+    Args:
+        chosen: see ``check_groups``: groups are those, and with ``local`` there are none.
+    Raises:
+        NotImplementedError: sharded parameters, or several modules that average over different groups.
+    Warns:
+        FastPCGradWarning: see ``Processes.check``.
+    """
+    if isinstance(chosen, list) or not _is_initialized():
+        return chosen if isinstance(chosen, list) else []
+    replicas = _found_behind(features)
+    if chosen == "local":
+        return []
+    _blamed(replicas, _averages)  # which collects modules that are gone
+    averaging = [module for reference in replicas if (module := reference()) is not None and _averages(module)]
+    groups = {id(group): group for group in map(_group, averaging)}
+    if len(groups) > 1:
+        raise NotImplementedError(
+            f"parameters are averaged over {len(groups)} different process groups: pass the one of the batch as "
+            "process_group"
+        )
+    if not groups:
+        _check_replicas(replicas, chosen)
+    return list(groups.values())
+
+
+def _found_behind(features: Sequence[Tensor]) -> Replicas:
+    """The replicas of all parameters that ``features`` depend on; NotImplementedError for sharded ones.
 
     In a training loop they are other tensors in each step. As long as the parameter nearest to each is the same, they
     are taken to depend on the same others: the graph is walked in the first step only.
-
-    Raises, Warns:
-        see ``Processes.check``.
     """
-    if not features or not _is_initialized():
-        return
     nearest = [next((p for p in leaves([z], hidden=True) if isinstance(p, Parameter)), None) for z in features]
     if all(p is not None and not _is_stale(_replicas_behind.get(p)) for p in nearest):
-        replicas = _no_replicas.union(*map(_replicas_behind.__getitem__, nearest))
-    else:
-        behind = list(leaves(features, hidden=True))
-        _refuse_sharded([*features, *behind])
-        replicas = _remembered(behind)
-        _replicas_behind.update((p, replicas) for p in nearest if p is not None)
-    _check_replicas(replicas, process_group, remedy)
+        return _no_replicas.union(*map(_replicas_behind.__getitem__, nearest))
+    behind = list(leaves(features, hidden=True))
+    _refuse_sharded([*features, *behind])
+    replicas = _remembered(behind)
+    _replicas_behind.update((p, replicas) for p in nearest if p is not None)
+    return replicas
 
 
 def _is_initialized() -> bool:
@@ -201,13 +249,11 @@ def _is_initialized() -> bool:
 
 def _refuse_sharded(tensors: Iterable[Tensor]) -> None:
     """NotImplementedError for what says itself that this process has a part of it only."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None and not _is_initialized():  # no shards without either
+    if "torch.distributed.tensor" not in sys.modules and not _is_initialized():  # no shards without either
         return
-    distributed = getattr(module, "DTensor", ())
     for tensor in tensors:
         shape = list(tensor.shape)
-        if isinstance(tensor, distributed):
+        if is_dtensor(tensor):
             placed: Any = tensor
             raise NotImplementedError(
                 f"found a DTensor {shape} with placements {placed.placements} on {placed.device_mesh}: {_REMEDY}"
@@ -218,7 +264,7 @@ def _refuse_sharded(tensors: Iterable[Tensor]) -> None:
             raise NotImplementedError(f"found a parameter {shape} of FullyShardedDataParallel: {_REMEDY}")
 
 
-def _check_replicas(replicas: Replicas, choice: Choice, remedy: str = _OF_ROWS) -> None:
+def _check_replicas(replicas: Replicas, choice: Choice, remedy: str = _OF_ROWS, *, is_warned: bool = True) -> None:
     """With ``auto``, that no module averages the gradients; a warning where there are several processes without one."""
     if choice == "local":
         return
@@ -228,7 +274,7 @@ def _check_replicas(replicas: Replicas, choice: Choice, remedy: str = _OF_ROWS) 
             f"version does not reduce task gradients. {remedy}"
         )
     processes = torch.distributed.get_world_size()
-    if processes > 1:
+    if processes > 1 and is_warned:
         warn_once(
             f"each of the {processes} processes takes the task gradients of its own batch by itself, and no "
             "DistributedDataParallel holds these parameters: wrap the model before its first round, or pass "
@@ -258,7 +304,9 @@ def _look_up(parameters: Sequence[Tensor]) -> list[Replicas]:
     """
     owners: dict[int, set[weakref.ref[Any]]] = {id(p): set() for p in parameters}
     for name, holder in _holders():
-        held = holder.parameters() if isinstance(holder, torch.nn.Module) else vars(holder).values()
+        values = list(vars(holder).values())
+        modules = [module for module in (holder, *values) if isinstance(module, torch.nn.Module)]
+        held = [*values, *(p for module in modules for p in module.parameters())]
         for p in held:
             if id(p) not in owners:
                 continue
@@ -299,8 +347,12 @@ def _averages(module: Any) -> bool:
 
 def _processes(module: Any) -> int:
     """How many processes a replica averages over."""
+    return torch.distributed.get_world_size(_group(module))
+
+
+def _group(module: Any) -> Any:
     group = getattr(module, "process_group", None)
-    return torch.distributed.get_world_size() if group is None else int(group.size())
+    return torch.distributed.group.WORLD if group is None else group
 
 
 def _name(module: Any) -> str:

@@ -15,7 +15,6 @@ from .._graph import check_kept, explain
 from .._losses import check_losses, check_tensors
 from .._modes import is_fake
 from .._ops import Figures
-from ..backends import kernels
 from ..methods import Elementwise, Method
 from ..rows.parameters import UNDIVIDED, Division
 from ..rows.task_gradients import Row, TaskGradients
@@ -174,7 +173,7 @@ def _add_products(grams: Tensor, parameters: Sequence[Tensor], rows: Sequence[Ro
             grads = TaskGradients([parameters[index] for index in chosen], dtype)
             for t, row in enumerate(rows):
                 grads.put(t, [row[index] for index in chosen])
-            grams += kernels.gram_blocks(grads.blocks(), [places[index] for index in chosen], len(grams))
+            grams += grads.columns().gram([places[index] for index in chosen], len(grams))
 
 
 def _weighted_backward(

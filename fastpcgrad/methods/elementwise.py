@@ -20,6 +20,9 @@ class Elementwise(Method):
     A subclass gives ``merge_rows``.
     """
 
+    draws: bool = False
+    """Whether it draws from its generator."""
+
     def aggregate(self, rows: Tensor) -> Tensor:
         """The merged gradient of packed task gradients.
 

@@ -45,6 +45,7 @@ class GradDrop(Elementwise):
     """
 
     generator: torch.Generator | None
+    draws = True
 
     def __init__(
         self,

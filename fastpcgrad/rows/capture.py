@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from operator import attrgetter
+from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
-from .._gradients import as_real
+from .forms import Form
 from .moved import MovedGradients
 from .task_gradients import Row, TaskGradients
 
@@ -28,12 +28,14 @@ class Capture:
 
     Args:
         parameters: leaves, each once.
-        rows: made for them, see ``as_real``.
+        rows: made for them.
+        forms: by its index, of each parameter whose gradient a row does not hold as it is.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], rows: TaskGradients) -> None:
-        self.parameters, self.rows = parameters, rows
-        self._complex = {index for index, p in enumerate(parameters) if p.is_complex()}
+    def __init__(
+        self, parameters: Sequence[Tensor], rows: TaskGradients, forms: Mapping[int, Form] = MappingProxyType({})
+    ) -> None:
+        self.parameters, self.rows, self.forms = parameters, rows, forms
         self.task = -1
         """The open task; -1: none."""
         self._merged: Row = []
@@ -63,8 +65,8 @@ class Capture:
         """What there is of the open task's gradients is its row."""
         row = list(map(_GRAD, self.parameters))
         self._clear()
-        for index in self._complex:
-            row[index] = as_real(row[index])
+        for index in self.forms:
+            row[index] = self._into_row(index, row[index])
         self.rows.keep(self.task, row)
         self.task = -1
 
@@ -97,11 +99,14 @@ class Capture:
             p.grad = None
 
     def _as_they_are(self, row: Row) -> Row:
-        """The row with complex gradients of complex parameters, in the same memory."""
-        return [self._as_it_is(index, grad) for index, grad in enumerate(row)] if self._complex else row
+        """The row with the gradients that parameters have, in the same memory."""
+        return [self._as_it_is(index, grad) for index, grad in enumerate(row)] if self.forms else row
 
-    def _as_it_is(self, index: int, grad: Tensor | None) -> Tensor | None:
-        return torch.view_as_complex(grad) if grad is not None and index in self._complex else grad
+    def _as_it_is(self, index: int, own: Tensor | None) -> Tensor | None:
+        return self.forms[index].out_of_row(own) if own is not None and index in self.forms else own
+
+    def _into_row(self, index: int, grad: Tensor | None) -> Tensor | None:
+        return self.forms[index].into_row(grad) if grad is not None and index in self.forms else grad
 
 
 class MovedCapture(Capture):
@@ -113,8 +118,10 @@ class MovedCapture(Capture):
 
     rows: MovedGradients
 
-    def __init__(self, parameters: Sequence[Tensor], rows: MovedGradients) -> None:
-        super().__init__(parameters, rows)
+    def __init__(
+        self, parameters: Sequence[Tensor], rows: MovedGradients, forms: Mapping[int, Form] = MappingProxyType({})
+    ) -> None:
+        super().__init__(parameters, rows, forms)
         self._given: list[weakref.ref[Tensor] | None] = []
 
     def enter(self) -> None:
@@ -161,7 +168,9 @@ class MovedCapture(Capture):
         """A parameter's gradient, if a task is open and there is one, to its place in the row."""
         p = self.parameters[index]
         if self.task >= 0 and p.grad is not None:
-            self.rows.add(index, as_real(p.grad))
+            own = self._into_row(index, p.grad)
+            assert own is not None
+            self.rows.add(index, own)
             p.grad = None
 
     def last_merged(self) -> Iterable[Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -107,6 +107,14 @@ def copies_for(device: torch.device, row_device: torch.device | str | None) -> C
         f"row_device must be None, the parameters' own device, or 'cpu' for parameters on a CUDA device; "
         f"found {str(wanted)!r} for parameters on {str(device)!r}"
     )
+
+
+def check_one_kind(devices: Collection[torch.device], dtypes: Collection[torch.dtype]) -> None:
+    """ValueError unless all rows that are to lie in host memory come from one device and have one dtype."""
+    for name, found, remedy in (("devices", devices, ""), ("dtypes", dtypes, ": choose one with row_dtype")):
+        if len(set(found)) > 1:
+            listed = ", ".join(sorted(set(map(str, found))))
+            raise ValueError(f"row_device must be None for rows of several {name}{remedy}; found {listed}")
 
 
 class _Place(NamedTuple):

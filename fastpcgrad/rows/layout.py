@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .._gradients import as_real, gradient_dtype
+from .._gradients import gradient_dtype
+from ..distributed.exchange import Exchange
+from ..distributed.local_tensors import LocalTensor, is_dtensor
 from . import host
 from .capture import Capture, MovedCapture
+from .forms import Complex, Form
 from .moved import MovedGradients, check_accumulate_dtype
 from .parameters import (
     CheckedGranularity,
@@ -35,6 +38,7 @@ class Layout(NamedTuple):
         kinds: dtype, device, shape and dtype of the gradient of each; None for one that is lazy.
         division: which of the different ones form one problem.
         capture: their rows.
+        exchange: with the processes that have other parts of them; None: there are none.
         lazy: whether some have no shape yet, and no row.
     """
 
@@ -42,6 +46,7 @@ class Layout(NamedTuple):
     kinds: Sequence[tuple[Any, ...] | None]
     division: Division
     capture: Capture
+    exchange: Exchange | None
     lazy: bool
 
 
@@ -96,27 +101,32 @@ class Layouts:
 
     def _laid_out(self, found: list[Tensor]) -> Layout:
         parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
-        check_parameters(parameters, self._shared, self._rows.dtype)
+        check_parameters(parameters, self._shared)
         division = Division(
             shared=None if self._shared is None else are_among(parameters, self._shared),
             groups=problem_of_each(parameters, self._granularity, self._source.param_groups, self._shared),
         )
         lazy = any(map(is_lazy, found))
-        return Layout(found, _kinds(found), division, self._capture_for(parameters), lazy)
+        capture = self._capture_for(parameters)
+        return Layout(found, _kinds(found), division, capture, _exchange_for(capture), lazy)
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
-        real = as_rows_see(parameters)
-        plain = TaskGradients(real, self._rows.dtype)
-        copies = host.copies_for(plain.device, self._rows.device)
-        sums = self._rows.accumulate_dtype
+        dtype, device, sums = self._rows
+        forms = _forms_of(parameters)
+        own = as_rows_see(parameters, forms)
+        plain = TaskGradients(own, dtype)
+        dtypes = set(plain.dtypes)
+        if device is not None:
+            host.check_one_kind(plain.devices, dtypes)
+        copies = host.copies_for(plain.devices[0] if own else torch.device("cpu"), device)
         if sums is not None:
-            check_accumulate_dtype(sums, plain.dtype)
-            if sums == plain.dtype and copies is None:  # the rows themselves will do
+            check_accumulate_dtype(sums, dtypes)
+            if dtypes == {sums} and copies is None:  # the rows themselves will do
                 sums = None
-        if copies is None and sums is None and all(gradient_dtype(p) == plain.dtype for p in real):
-            return Capture(parameters, plain)
-        return MovedCapture(parameters, MovedGradients(real, plain.dtype, sums, copies))
+        if copies is None and sums is None and plain.dtypes == list(map(gradient_dtype, own)):
+            return Capture(parameters, plain, forms)
+        return MovedCapture(parameters, MovedGradients(own, dtype, sums, copies), forms)
 
     def snapshot(self) -> dict[str, Any]:
         """What a copy of this object needs to go on with the round, see ``restored``."""
@@ -135,9 +145,29 @@ class Layouts:
         return layouts
 
 
-def as_rows_see(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """With the shapes, strides and dtypes that their rows have: complex ones as pairs of real numbers."""
-    return [as_real(p.detach()) if p.is_complex() else p for p in parameters]
+def as_rows_see(parameters: Sequence[Tensor], forms: Mapping[int, Form]) -> Sequence[Tensor]:
+    """With the shapes, strides and dtypes that their rows have."""
+    if not forms:
+        return parameters
+    return [forms[index].like_row() if index in forms else p for index, p in enumerate(parameters)]
+
+
+def _forms_of(parameters: Sequence[Tensor]) -> dict[int, Form]:
+    """How rows hold the gradients of DTensors and of complex parameters, by index."""
+    forms: dict[int, Form] = {}
+    for index, p in enumerate(parameters):
+        if is_dtensor(p):
+            forms[index] = LocalTensor(p)
+        elif p.is_complex():
+            forms[index] = Complex(p)
+    return forms
+
+
+def _exchange_for(capture: Capture) -> Exchange | None:
+    """With all that have parts or replicas of the parameters."""
+    forms = map(capture.forms.get, range(len(capture.parameters)))
+    places = [form if isinstance(form, LocalTensor) else None for form in forms]
+    return Exchange(places) if any(places) else None
 
 
 def _kinds(found: Sequence[Tensor]) -> Sequence[tuple[Any, ...] | None]:

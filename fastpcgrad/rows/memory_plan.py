@@ -78,12 +78,14 @@ class MemoryPlan:
     solve a problem for itself.
 
     Attributes:
-        device: of the parameters' device.
+        device: of the parameters' device; of the first one, where there are several.
         host: of host memory, where the rows lie there and the parameters do not; else None.
+        others: of the parameters' other devices.
     """
 
     device: MemoryUse
     host: MemoryUse | None = None
+    others: tuple[MemoryUse, ...] = ()
 
     @property
     def total(self) -> int:
@@ -98,7 +100,7 @@ class MemoryPlan:
 
     @property
     def _uses(self) -> list[MemoryUse]:
-        return [self.device] if self.host is None else [self.device, self.host]
+        return [self.device, *self.others, *(() if self.host is None else (self.host,))]
 
     def __str__(self) -> str:
         return "\n".join(map(str, self._uses))
@@ -107,7 +109,7 @@ class MemoryPlan:
 def plan_memory(
     tasks: int,
     parameters: Sequence[Tensor],
-    row_dtype: torch.dtype,
+    row_dtypes: Sequence[torch.dtype],
     *,
     moved: bool,
     accumulate_dtype: torch.dtype | None,
@@ -117,25 +119,38 @@ def plan_memory(
     """The plan for T rows.
 
     Args:
+        row_dtypes: of each parameter's rows.
         moved: whether rows are copies (``moved_gradients``), not what autograd left.
         accumulate_dtype: see ``MovedGradients``.
         on_host: whether they lie in host memory and the parameters do not.
         problems: how many are solved.
     """
-    device = _device_of(parameters)
+    first, *others = dict.fromkeys(p.device for p in parameters) or [torch.device("cpu")]
+    if others:
+        uses = []
+        for device in (first, *others):
+            own = [(p, dtype) for p, dtype in zip(parameters, row_dtypes, strict=True) if p.device == device]
+            some, dtypes = zip(*own, strict=True)
+            plan = plan_memory(
+                tasks, some, dtypes, moved=moved, accumulate_dtype=accumulate_dtype, on_host=on_host, problems=problems
+            )
+            uses.append(plan.device)
+        return MemoryPlan(uses[0], others=tuple(uses[1:]))
+    device = first
     widths, use = [p.numel() for p in parameters], partial(MemoryUse, device, free_memory(device))
     if not widths:
         return MemoryPlan(use())
-    row, host = sum(widths) * row_dtype.itemsize, torch.device("cpu")
+    stored = [width * dtype.itemsize for width, dtype in zip(widths, row_dtypes, strict=True)]
+    row, host = sum(stored), torch.device("cpu")
     figures = _matrices_nbytes(device, tasks, _MATRICES * problems)
-    workspace = figures + _kernels_nbytes(host if on_host else device, tasks, widths, row_dtype, problems)
+    workspace = figures + _kernels_nbytes(host if on_host else device, tasks, widths, row_dtypes, problems)
     if not moved:
         return MemoryPlan(use(rows=tasks * row, workspace=workspace))
-    largest, largest_stored = max(gradient_nbytes(p) for p in parameters), max(widths) * row_dtype.itemsize
+    largest, largest_stored = max(gradient_nbytes(p) for p in parameters), max(stored)
     sums = 0 if accumulate_dtype is None else sum(widths) * accumulate_dtype.itemsize
     if not on_host:
         filled, beside = ((tasks - 1) * row, max(largest, largest_stored)) if sums else (tasks * row, largest)
-        rows_left, merged = _giving(tasks, parameters, row_dtype)
+        rows_left, merged = _giving(tasks, parameters, row_dtypes)
         return MemoryPlan(
             _most(
                 use(rows=filled, accumulation=sums, transient=beside),
@@ -143,6 +158,7 @@ def plan_memory(
                 use(rows=rows_left, merged=merged, workspace=figures),
             )
         )
+    row_dtype = row_dtypes[0]  # rows in host memory have one
     converted = any(gradient_dtype(p) != row_dtype for p in parameters)
     waiting = min(row, IN_FLIGHT + largest_stored)
     sending = use(accumulation=sums, transient=waiting + (largest if converted or sums else 0))
@@ -173,9 +189,9 @@ def plan_two_phase(tasks: int, parameters: Sequence[Tensor]) -> MemoryPlan:
         _most(
             use(
                 rows=max(size, tasks * largest),
-                workspace=figures + _kernels_nbytes(device, tasks, widths, dtype, _GRAMS_OF_PIECE),
+                workspace=figures + _kernels_nbytes(device, tasks, widths, [dtype] * len(widths), _GRAMS_OF_PIECE),
             ),
-            use(merged=size, workspace=figures + _kernels_nbytes(device, 1, widths, dtype, grams)),
+            use(merged=size, workspace=figures + _kernels_nbytes(device, 1, widths, [dtype] * len(widths), grams)),
         )
     )
 
@@ -192,19 +208,23 @@ def _matrices_nbytes(device: torch.device, tasks: int, count: int) -> int:
     return 0 if device.type == "meta" else 8 * count * tasks * tasks
 
 
-def _kernels_nbytes(device: torch.device, tasks: int, widths: Sequence[int], dtype: torch.dtype, problems: int) -> int:
-    """What the backend that will run there takes at most."""
+def _kernels_nbytes(
+    device: torch.device, tasks: int, widths: Sequence[int], dtypes: Sequence[torch.dtype], problems: int
+) -> int:
+    """What the backend that will run there takes at most: it has the blocks of one dtype after those of another."""
     if device.type == "meta":
         return 0
     backend = backends.for_tasks(backends.select(device.type), tasks)
-    return backend.workspace_nbytes(tasks, widths, dtype, problems)
+    each = [[w for w, own in zip(widths, dtypes, strict=True) if own == dtype] for dtype in dict.fromkeys(dtypes)]
+    pairs = zip(each, dict.fromkeys(dtypes), strict=True)
+    return max(backend.workspace_nbytes(tasks, own, dtype, problems) for own, dtype in pairs)
 
 
-def _giving(tasks: int, parameters: Sequence[Tensor], row_dtype: torch.dtype) -> tuple[int, int]:
+def _giving(tasks: int, parameters: Sequence[Tensor], row_dtypes: Sequence[torch.dtype]) -> tuple[int, int]:
     """Rows and merged gradient where they are most while this one replaces those, parameter by parameter."""
-    rows, merged = tasks * sum(p.numel() for p in parameters) * row_dtype.itemsize, 0
+    rows, merged = tasks * sum(p.numel() * own.itemsize for p, own in zip(parameters, row_dtypes, strict=True)), 0
     most = (rows, merged)
-    for p in parameters:
+    for p, row_dtype in zip(parameters, row_dtypes, strict=True):
         row = p.numel() * row_dtype.itemsize
         rows -= (tasks - 1) * row
         if gradient_dtype(p) != row_dtype:

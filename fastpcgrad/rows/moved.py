@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._blocks import Blocks, addresses
+from .._blocks import addresses
 from .._gradients import dense, gradient_dtype
 from ..functional import ROW_DTYPES
+from .columns import Columns
 from .host import Copies, HostRows
 from .task_gradients import Row, TaskGradients
 
@@ -20,10 +21,10 @@ class MovedGradients(TaskGradients):
 
     Args:
         parameters: see ``TaskGradients``.
-        dtype: of the rows; None: that of the parameters.
+        dtype: of the rows; None: those of the parameters' gradients.
         accumulate_dtype: in which the gradients of one stay in a task add up, on the parameters' device, before they
             are rounded to the rows' dtype; None: in the rows themselves.
-        copies: brings rows to host memory; None: they lie where the parameters are.
+        copies: brings rows of one dtype from one device to host memory; None: they lie where the parameters are.
     Raises:
         TypeError: a dtype that gradients or rows cannot have.
         ValueError: ``accumulate_dtype`` does not hold every value of the rows' dtype; see ``TaskGradients``.
@@ -41,8 +42,9 @@ class MovedGradients(TaskGradients):
         self._dtypes = list(map(gradient_dtype, parameters))
         self._host: HostRows | None = None
         if copies is not None:
-            self.device = torch.device("cpu")
-            self._host = HostRows(parameters, self._strides, self.dtype, copies)
+            self.devices = [torch.device("cpu")] * len(parameters)
+            row_dtype = self.dtypes[0] if self.dtypes else torch.float32
+            self._host = HostRows(parameters, self._strides, row_dtype, copies)
         self._task = -1
         self._row: Row = []
         self._sums: Row = []
@@ -75,7 +77,7 @@ class MovedGradients(TaskGradients):
         elif there is None:
             self._row[index] = self._store(index, grad)
         elif self._host is None:
-            there.add_(grad.to(self.dtype))  # a sum of two dtypes would take two copies on the CPU
+            there.add_(grad.to(there.dtype))  # a sum of two dtypes would take two copies on the CPU
         else:
             self._host.add(there, grad)
 
@@ -117,14 +119,14 @@ class MovedGradients(TaskGradients):
         """See ``TaskGradients``; every row is a copy, and so nobody else's."""
         self.put(task, row)
 
-    def blocks(self) -> Blocks:
+    def columns(self) -> Columns:
         """J. Every row is a copy, and so dense and alone in its memory."""
         self._check_whole()
         if self._host is not None:
             self._host.wait()
         tensors = [self._rows[task] for task in self.tasks]
         pointers = [addresses(row) for row in tensors]
-        return Blocks(tensors, pointers, self.widths, self.dtype, self.device)
+        return self._columns(tensors, pointers)
 
     def give(self, merged: Row) -> Iterator[Tensor | None]:
         """The merged gradient as the parameters have it; the rows of each are freed before that of the next is made.
@@ -157,15 +159,16 @@ class MovedGradients(TaskGradients):
     def _store(self, index: int, grad: Tensor) -> Tensor:
         if self._host is not None:
             return self._host.copy(self._task, index, grad)
-        return self._copy(index, grad, self.dtype)
+        return self._copy(index, grad, self.dtypes[index])
 
     def _copy(self, index: int, grad: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(grad.shape, self._strides[index], dtype=dtype, device=grad.device).copy_(grad)
 
 
-def check_accumulate_dtype(accumulate_dtype: torch.dtype, row_dtype: torch.dtype) -> None:
-    """TypeError or ValueError where sums in one dtype cannot become rows of the other."""
+def check_accumulate_dtype(accumulate_dtype: torch.dtype, row_dtypes: Iterable[torch.dtype]) -> None:
+    """TypeError or ValueError where sums in one dtype cannot become rows of the others."""
     if accumulate_dtype not in ROW_DTYPES:
         raise TypeError(f"accumulate_dtype must be float16, bfloat16, float32 or float64; found {accumulate_dtype}")
-    if torch.promote_types(accumulate_dtype, row_dtype) != accumulate_dtype:
-        raise ValueError(f"accumulate_dtype must hold every value of the rows' {row_dtype}; found {accumulate_dtype}")
+    for dtype in row_dtypes:
+        if torch.promote_types(accumulate_dtype, dtype) != accumulate_dtype:
+            raise ValueError(f"accumulate_dtype must hold every value of the rows' {dtype}; found {accumulate_dtype}")

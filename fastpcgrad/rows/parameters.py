@@ -6,10 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import Any, Literal, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from .._gradients import as_real, gradient_dtype
 from .._losses import check_tensors
 
 Granularity = Literal["model", "group", "parameter"] | Sequence[Iterable[Tensor]]
@@ -83,17 +81,10 @@ def are_among(tensors: Sequence[Tensor], chosen: Iterable[Tensor]) -> list[bool]
     return [id(tensor) in known for tensor in tensors]
 
 
-def check_parameters(
-    parameters: Sequence[Tensor], shared: Sequence[Tensor] | None, row_dtype: torch.dtype | None
-) -> None:
+def check_parameters(parameters: Sequence[Tensor], shared: Sequence[Tensor] | None) -> None:
     for p in parameters:
         if not p.is_leaf:
             raise ValueError(f"parameters must be leaves of the graph; found {list(p.shape)} with {p.grad_fn}")
-    dtypes = sorted({str(gradient_dtype(as_real(p))) for p in parameters})
-    if len(dtypes) > 1 and row_dtype is None:
-        raise ValueError(
-            f"parameters have gradients of several dtypes ({', '.join(dtypes)}); choose one for the rows with row_dtype"
-        )
     trainable = [p for p in shared or () if p.requires_grad]
     for p, known in zip(trainable, are_among(trainable, parameters), strict=True):
         if not known:

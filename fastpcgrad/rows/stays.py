@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from .._graph import explain
+from ..distributed.exchange import OutOfStep
 from ..distributed.processes import Processes
 from .capture import Capture, MovedCapture
 from .layout import Layouts
@@ -28,10 +29,28 @@ class Stays:
                 "has cut it off, call discard()"
             )
 
-    def end(self) -> None:
-        """End the open one, if there is any."""
+    def meet(self, point: str, *details: object) -> None:
+        """Wait for those who have other parts of the parameters, if any. Where they are elsewhere, the round ends."""
+        exchange = self.layouts.current.exchange
+        if exchange is not None:
+            try:
+                exchange.rounds.arrive(point, *details)
+            except BaseException:
+                self.discard()
+                raise
+
+    def discard(self) -> None:
+        """End the open one, if there is any, and the round."""
         if self.open is not None:
             self.open.leave()
+        self.end_round()
+
+    def end_round(self) -> None:
+        """Forget the rows."""
+        layout = self.layouts.current
+        layout.capture.rows.clear()
+        if layout.exchange is not None:
+            layout.exchange.rounds.restart()
 
 
 class Stay:
@@ -68,6 +87,10 @@ class Stay:
     ) -> None:
         if self._stays.open is self:
             self.leave()
+        exchange = self._stays.layouts.current.exchange
+        if exchange is not None and isinstance(error, Exception) and not isinstance(error, OutOfStep):
+            exchange.rounds.fail()
+            self._stays.discard()
         if error is not None:
             explain(error)
 
@@ -88,6 +111,7 @@ class Task(Stay):
         self._stays.check_outside(f"task({self._index})")
         capture = super().__enter__()
         try:
+            self._stays.meet("task", self._index)
             capture.open(self._index)
         except BaseException as error:
             super().__exit__(type(error), error, error.__traceback__)
@@ -102,5 +126,8 @@ class Task(Stay):
         try:
             if kind is None:
                 self._capture.close()
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
             super().__exit__(kind, error, trace)

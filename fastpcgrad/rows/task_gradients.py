@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Sequence
 from itertools import chain, compress
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from .._blocks import Blocks, addresses
+from .._blocks import addresses
 from .._gradients import dense, gradient_dtype
-from .._memory import are_alone
+from .._memory import are_alone, views_alone
 from ..functional import ROW_DTYPES
+from .columns import Columns
 
 _DTYPE = attrgetter("dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -33,22 +35,27 @@ class TaskGradients:
     gradients then take over its memory, still mapped, instead of faulting in fresh pages.
 
     Args:
-        parameters: tensors with the shapes, strides, dtype and device of the gradients; each once.
-        dtype: of the rows; None: that of the parameters.
+        parameters: tensors with the shapes, strides, dtypes and devices of the gradients; each once.
+        dtype: of the rows; None: those of the parameters' gradients.
     Raises:
         TypeError: a dtype that gradients or rows cannot have.
-        ValueError: parameters on several devices, or of several dtypes without ``dtype``.
+        ValueError: some parameters are on the meta device and some are not.
     """
 
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype or _common_dtype(parameters)
-        self.device = _common_device(parameters)
-        for found in (self.dtype, *map(gradient_dtype, parameters)):
+        dtypes = list(map(gradient_dtype, parameters))
+        for found in dtypes if dtype is None else (dtype, *dtypes):
             if found not in ROW_DTYPES:
                 raise TypeError(f"gradients must be float16, bfloat16, float32 or float64; found {found}")
+        self.dtypes = dtypes if dtype is None else [dtype] * len(dtypes)
+        self.devices = [p.device for p in parameters]
+        found_on = set(self.devices)
+        if len(found_on) > 1 and any(device.type == "meta" for device in found_on):
+            listed = ", ".join(sorted(map(str, found_on)))
+            raise ValueError(f"tensors on the meta device have no memory, and the others have; found {listed}")
         self.widths = array("q", (p.numel() for p in parameters))
         self._strides = [_gradient_stride(p) for p in parameters]
-        self._sizes = [width * self.dtype.itemsize for width in self.widths]
+        self._sizes = [width * own.itemsize for width, own in zip(self.widths, self.dtypes, strict=True)]
         self._rows: dict[int, Row] = {}
         self._own: set[int] = set()  # tasks whose row is known to be dense and nobody else's
         self._spent: list[Row] = []
@@ -60,7 +67,7 @@ class TaskGradients:
     @property
     def row_nbytes(self) -> int:
         """Bytes of one row."""
-        return sum(self.widths) * self.dtype.itemsize
+        return sum(self._sizes)
 
     @property
     def tasks(self) -> list[int]:
@@ -101,7 +108,7 @@ class TaskGradients:
         """
         try:
             # Of a row without gaps, the common case, nothing is put together anew.
-            own = self._may_stay(row, self._sizes, self._strides, True)
+            own = self._may_stay(row, self._sizes, self._strides, self.dtypes, True)
         except (AttributeError, TypeError):  # a None
             own = False
         self._rows[task] = row if own else self._settled(_detached(row), alone=True)
@@ -120,7 +127,7 @@ class TaskGradients:
         self._averaged = True
         self.at_risk = False
 
-    def blocks(self) -> Blocks:
+    def columns(self) -> Columns:
         """J. Looked at here, all at once: right after a backward pass this code would find the caches cold.
 
         Raises:
@@ -135,7 +142,16 @@ class TaskGradients:
             pointers = [addresses(row) for row in rows]
             _check_apart(tasks, pointers)
         self._rows = dict(zip(tasks, rows, strict=True))
-        return Blocks(rows, pointers, self.widths, self.dtype, self.device)
+        return self._columns(rows, pointers)
+
+    def _columns(self, rows: Sequence[Row], pointers: Sequence[Sequence[int]]) -> Columns:
+        return Columns(rows, pointers, self.widths, self.dtypes, self.devices)
+
+    def summary(self) -> str:
+        """A digest of what must be alike in all processes that have parts of the rows: stays, and where there are
+        gradients."""
+        there = [bytes(grad is not None for grad in self._rows[task]) for task in self.tasks]
+        return hashlib.blake2b(repr((sorted(self._stays.items()), there)).encode(), digest_size=4).hexdigest()
 
     def snapshot(self) -> dict[str, Any]:
         """What a copy of this object needs to go on with the round, see ``restore``."""
@@ -151,7 +167,8 @@ class TaskGradients:
     def clear(self) -> None:
         """Forget all rows."""
         if self._rows:
-            self._spent = [self._rows[t] for t in self.tasks] if self.device.type == "cpu" else []
+            on_host = all(device.type == "cpu" for device in self.devices)
+            self._spent = [self._rows[t] for t in self.tasks] if on_host else []
         self._forget()
 
     def free(self) -> None:
@@ -174,29 +191,54 @@ class TaskGradients:
         Args:
             alone: copies also of what somebody else holds; the list is used up, for its references would count.
         """
-        sizes, strides = self._sizes, self._strides
+        sizes, strides, dtypes = self._sizes, self._strides, self.dtypes
         present = [grad is not None for grad in row]
         there = [grad for grad in row if grad is not None]
         if len(there) < len(row):
             sizes, strides = list(compress(sizes, present)), list(compress(strides, present))
+            dtypes = list(compress(dtypes, present))
         if alone:
             row.clear()
-        if not self._may_stay(there, sizes, strides, alone):
+        if not self._may_stay(there, sizes, strides, dtypes, alone):
+            # What came out of one collective shares memory, and may go on doing so.
+            views = self._views(there, strides, dtypes) if alone else set()
             there.reverse()
-            there = [self._settled_one([there.pop()], *kind, alone) for kind in zip(sizes, strides, strict=True)]
+            kinds = zip(sizes, strides, dtypes, strict=True)
+            there = [
+                there.pop() if place in views else self._settled_one([there.pop()], *kind, alone)
+                for place, kind in enumerate(kinds)
+            ]
         settled = iter(there)
         return [next(settled) if here else None for here in present]
 
-    def _settled_one(self, one: list[Tensor], size: int, stride: tuple[int, ...], alone: bool) -> Tensor:
-        if self._may_stay(one, [size], [stride], alone):
+    def _settled_one(
+        self, one: list[Tensor], size: int, stride: tuple[int, ...], dtype: torch.dtype, alone: bool
+    ) -> Tensor:
+        if self._may_stay(one, [size], [stride], [dtype], alone):
             return one[0]
         grad = dense(one[0])
-        return torch.empty_strided(grad.shape, stride, dtype=self.dtype, device=grad.device).copy_(grad)
+        return torch.empty_strided(grad.shape, stride, dtype=dtype, device=grad.device).copy_(grad)
+
+    def _views(
+        self, grads: Sequence[Tensor], strides: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
+    ) -> set[int]:
+        """The places of those that may stay, each in a part of memory that they alone share."""
+        if any(grad.layout != torch.strided or grad.requires_grad for grad in grads):
+            return set()
+        fit = [
+            g.stride() == stride and g.dtype == dtype for g, stride, dtype in zip(grads, strides, dtypes, strict=True)
+        ]
+        return {place for place in views_alone(grads) if fit[place]}
 
     def _may_stay(
-        self, grads: Sequence[Any], sizes: Sequence[int], strides: Sequence[tuple[int, ...]], alone: bool
+        self,
+        grads: Sequence[Any],
+        sizes: Sequence[int],
+        strides: Sequence[tuple[int, ...]],
+        dtypes: Sequence[torch.dtype],
+        alone: bool,
     ) -> bool:
-        """Whether all are strided, of the rows' dtype, without a graph, each fills a storage of so many bytes with
+        """Whether all are strided, of those dtypes, without a graph, each fills a storage of so many bytes with
         those strides, and if asked nobody else holds any."""
         try:
             storages = list(map(Tensor.untyped_storage, grads))
@@ -205,7 +247,7 @@ class TaskGradients:
         return (
             list(map(UntypedStorage.nbytes, storages)) == sizes
             and list(map(Tensor.stride, grads)) == strides
-            and set(map(_DTYPE, grads)) <= {self.dtype}
+            and list(map(_DTYPE, grads)) == dtypes
             and not any(map(_REQUIRES_GRAD, grads))
             and (not alone or are_alone(grads, storages))
         )
@@ -245,20 +287,6 @@ def _apart(row: Row) -> Row:
         result.append(grad.clone() if grad is not None and grad.numel() and address in seen else grad)
         seen.add(address)
     return result
-
-
-def _common_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
-    dtypes = set(map(gradient_dtype, parameters))
-    if len(dtypes) > 1:
-        raise ValueError(f"gradients of several dtypes cannot share a row; found {', '.join(sorted(map(str, dtypes)))}")
-    return dtypes.pop() if dtypes else torch.float32
-
-
-def _common_device(parameters: Sequence[Tensor]) -> torch.device:
-    devices = {p.device for p in parameters}
-    if len(devices) > 1:
-        raise ValueError(f"all parameters must be on one device; found {', '.join(sorted(map(str, devices)))}")
-    return devices.pop() if devices else torch.device("cpu")
 
 
 def _gradient_stride(parameter: Tensor) -> tuple[int, ...]:

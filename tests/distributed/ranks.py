@@ -13,8 +13,10 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COLLECTIVE_SECONDS = 15
+COLLECTIVE_SECONDS = 60
 """After so long without the others a collective is an error in the rank that waits."""
+DEVICE = os.environ.get("FASTPCGRAD_TEST_DEVICE", "cpu")
+"""``cuda``: scenarios of sharded models run on GPUs, one a rank, by NCCL."""
 
 
 def run(module, ranks, folder, seconds):
@@ -49,8 +51,10 @@ def _run_all(scenarios, rank, ranks, folder):
     import torch
 
     torch.set_num_threads(1)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,

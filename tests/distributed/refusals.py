@@ -14,7 +14,7 @@ from torch.distributed._composable.replicate import replicate
 from torch.distributed._composable.replicate_with_fsdp import replicate as replicate_with_fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -203,17 +203,21 @@ def sharded(reshard, layers=True):
     whole_model=lambda: sharded(True, layers=False),
     replicating=lambda: replicate_with_fsdp(Net(), mesh=mesh()),
 )
-def fully_sharded_parameters_are_refused_whatever_is_asked_for(make):
+def fully_sharded_parameters_are_refused_where_no_backward_pass_would_reduce_them(make):
     net = make()
     parameters = list(net.parameters())
     for choice in ("auto", "local"):
-        assert_refused(lambda c=choice: Processes(c).check(parameters), parameters, "DTensor", "DeviceMesh", "(2,)")
+        Processes(choice).check(parameters)
         for door in doors(net, parameters, own_batch(), choice).values():
             assert_refused(door, parameters, "surgery.task(t)", "found a")
             assert_ordinary_steps_are_right(net, parameters)
         # Between forward and backward the module's own parameters may be the gathered ones.
         left = losses(net, *own_batch())
-        assert_refused(lambda c=choice: Processes(c).check(list(net.parameters())), parameters, "found a")
+        seen = list(net.parameters())
+        if not all(isinstance(p, DTensor) for p in seen):
+            assert_refused(
+                lambda c=choice, s=seen: Processes(c).check(s), parameters, "fully_shard", "before its forward"
+            )
         sum(left).backward()
         assert_ordinary_steps_are_right(net, parameters)
 
@@ -240,14 +244,14 @@ def shared_features_refuse_a_trunk_that_is_fully_sharded():
 
 
 @each(auto="auto", local="local")
-def tensor_parallel_parameters_are_refused_with_their_placements(choice):
+def tensor_parallel_parameters_are_refused_by_functions_with_their_placements(choice):
     net = Net()
     parallelize_module(net, mesh(), {"trunk.0": ColwiseParallel(output_layouts=Replicate())})
     parameters, data = list(net.parameters()), batch()
     words = ("DTensor [8, 6]", "Shard(dim=0)", "DeviceMesh")
-    assert_refused(lambda: Processes(choice).check(parameters), parameters, *words)
+    Processes(choice).check(parameters)
     for door in doors(net, parameters, data, choice).values():
-        assert_refused(door, parameters, "DTensor", "Shard(dim=0)", "DeviceMesh")
+        assert_refused(door, parameters, *words)
         assert_ordinary_steps_are_right(net, parameters, data)
     net.between = lambda z: fastpcgrad.shared_features(z, TASKS, fixed_order(), process_group=choice)
     assert_refused(lambda: net(data[0]), parameters, "DTensor", "Shard(dim=0)", "DeviceMesh")
@@ -502,8 +506,7 @@ def a_module_that_takes_the_place_of_another_is_seen():
     second = DistributedDataParallel(net, gradient_as_bucket_view=True, static_graph=True)
     assert_refused(lambda: own.check(parameters, moved=True), parameters, "row_dtype")
     assert_refused(doors(second, parameters, own_batch(), "local")["backward"], parameters, "static_graph")
-    features = net.trunk(own_batch()[0])
-    assert_refused(lambda: fastpcgrad.shared_features(features, TASKS), parameters, "DistributedDataParallel")
+    assert processes.groups_behind([net.trunk(own_batch()[0])], "auto") == [dist.group.WORLD]
 
 
 @scenario
@@ -549,16 +552,11 @@ def shared_features_walk_the_graph_of_a_trunk_once():
 
 
 @scenario
-def shared_features_under_ddp_are_refused_and_locally_a_mean_of_surgeries():
-    options = {"process_group": "auto"}
+def shared_features_under_ddp_are_locally_a_mean_of_surgeries():
+    options = {"process_group": "local"}
     net = Net(lambda z: fastpcgrad.shared_features(z, TASKS, fixed_order(), **options))
     wrapped = DistributedDataParallel(net)
-    parameters, between = list(net.parameters()), net.between
-    for _ in range(2):
-        assert_refused(lambda: wrapped(own_batch()[0]), parameters, "DistributedDataParallel", "process_group='local'")
-    net.between = None
-    assert_ordinary_steps_are_right(wrapped, parameters)
-    net.between, options["process_group"] = between, "local"
+    parameters = list(net.parameters())
     for p in parameters:
         p.grad = None
     with no_warning():
@@ -574,34 +572,6 @@ def shared_features_under_ddp_are_refused_and_locally_a_mean_of_surgeries():
     assert_ordinary_steps_are_right(wrapped, parameters)
 
 
-LAYERS = {
-    "module": lambda net, x: net.trunk[2],
-    "features": lambda net, x: net.trunk[1](net.trunk[0](x)),
-}
-
-
-def through(net, features, x, y):
-    """The losses of the network; with ``features`` of its first layer, of what comes after these."""
-    z = net.trunk[3](net.trunk[2](features if isinstance(features, torch.Tensor) else net.trunk[:2](x)))
-    return [(output - y[:, t]).square().mean() for t, output in enumerate(net.head(z).unbind(dim=1))]
-
-
-@each(**LAYERS)
-def gradnorm_refuses_a_layer_that_ddp_averages(layer_of):
-    for configuration in CONFIGURATIONS.values():
-        net = Net()
-        wrapped = DistributedDataParallel(net, **configuration)
-        parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5).double()
-        layer = layer_of(net, own_batch()[0])
-        assert_refused(
-            lambda b=balancer, n=net, z=layer: b.note_gradients(through(n, z, *own_batch()), z),
-            parameters,
-            *("DistributedDataParallel", "2 processes", "note(task, loss, norm)", "process_group='local'"),
-        )
-        assert balancer._noted == [None] * TASKS
-        assert_ordinary_steps_are_right(wrapped, parameters)
-
-
 def norms_at_the_layer(x, y):
     layer = next(i for i, p in enumerate(Net().parameters()) if p.shape == (4, 8))
     return torch.stack([row[layer].norm() for row in rows(x, y)])
@@ -611,9 +581,9 @@ def norms_at_the_layer(x, y):
 def gradnorm_balances_locally_where_that_is_asked_for():
     net = Net()
     wrapped = DistributedDataParallel(net)
-    parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5).double()
+    parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5, process_group="local").double()
     with no_warning():
-        balancer.note_gradients(losses(wrapped, *own_batch()), net.trunk[2], process_group="local")
+        balancer.note_gradients(losses(wrapped, *own_batch()), net.trunk[2])
     found = torch.stack([norm for _, norm in balancer._noted])
     torch.testing.assert_close(found, norms_at_the_layer(*own_batch()))
     assert all(p.grad is None for p in parameters)
@@ -624,9 +594,9 @@ def gradnorm_balances_locally_where_that_is_asked_for():
 def gradnorm_with_a_static_graph_is_refused_also_locally():
     net = Net()
     wrapped = DistributedDataParallel(net, static_graph=True)
-    parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5).double()
+    parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5, process_group="local").double()
     assert_refused(
-        lambda: balancer.note_gradients(losses(wrapped, *own_batch()), net.trunk[2], process_group="local"),
+        lambda: balancer.note_gradients(losses(wrapped, *own_batch()), net.trunk[2]),
         parameters,
         "static_graph=False",
     )
@@ -664,10 +634,11 @@ def gradnorm_with_averaged_losses_and_norms_is_that_of_the_whole_batch():
 def gradnorm_refuses_a_sharded_layer(shard):
     for choice in ("auto", "local"):
         net = shard(Net())
-        parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5).double()
+        parameters = list(net.parameters())
+        balancer = balancing.GradNorm(TASKS, 0.5, process_group=choice).double()
         found = losses(net, *batch())
         assert_refused(
-            lambda b=balancer, f=found, n=net, c=choice: b.note_gradients(f, n.trunk[2], process_group=c),
+            lambda b=balancer, f=found, n=net: b.note_gradients(f, n.trunk[2]),
             parameters,
             "found a",
         )
@@ -702,14 +673,12 @@ def the_gradnorm_loop_refuses_ddp_and_is_local_where_that_is_asked_for():
 
 
 @scenario
-def groups_and_meshes_are_not_taken():
+def groups_and_meshes_are_not_taken_where_rows_are_reduced():
     x = torch.ones(2, requires_grad=True)
     for value, word in ((dist.group.WORLD, "ProcessGroup"), (mesh(), "DeviceMesh")):
         for call in (
             lambda v=value: Processes(v),
             lambda v=value: fastpcgrad.backward([x[0], x[1]], process_group=v),
             lambda v=value: fastpcgrad.grad([x[0], x[1]], [x], process_group=v),
-            lambda v=value: fastpcgrad.shared_features(x, 2, process_group=v),
-            lambda v=value: balancing.GradNorm(2, 0.5).note_gradients([x[0], x[1]], x, process_group=v),
         ):
             assert_refused(call, [x], "does not reduce", word, "'local'")

@@ -104,7 +104,7 @@ def in_blocks(rows, widths=(7, 0, 33)):
 def test_projections_by_one_kernel_are_solve_and_combine(variant, reduction):
     rows = task_gradients(5)
     grads = in_blocks(rows)
-    blocks = grads.blocks()
+    blocks = grads.columns().whole
     out = [torch.full_like(place, torch.nan) for place in blocks.tensors[0]]
     projections = methods.PCGrad(variant, reduction, random.Random(3)).projections(len(rows))
     found = kernels.pcgrad_blocks(blocks, *projections, out)()
@@ -118,7 +118,7 @@ def test_projections_by_one_kernel_are_solve_and_combine(variant, reduction):
 def test_projections_may_be_written_over_a_row():
     rows = task_gradients(5)
     grads = in_blocks(rows)
-    blocks = grads.blocks()
+    blocks = grads.columns().whole
     out = blocks.tensors[1]
     kernels.pcgrad_blocks(blocks, *methods.PCGrad("tensorflow").projections(5), out)
     torch.testing.assert_close(torch.cat(out), merged("tensorflow", rows, None, None))

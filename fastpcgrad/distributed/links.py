@@ -1,0 +1,60 @@
+"""Collectives over process groups, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Link:
+    """Collectives over groups, one after the other, which together reach everybody; counts the bytes of each.
+
+    Args:
+        groups: process groups, in the same order in all processes: those of a mesh's dimensions, say.
+    """
+
+    def __init__(self, groups: Sequence[Any]) -> None:
+        self.groups = groups
+        self.nbytes = 0
+        """What this process has handed to collectives so far."""
+
+    @property
+    def size(self) -> int:
+        """How many processes it reaches."""
+        size = 1
+        for group in self.groups:
+            size *= torch.distributed.get_world_size(group)
+        return size
+
+    def sum_(self, tensor: Tensor, groups: Sequence[Any] | None = None) -> Tensor:
+        """The sum over all processes, in place; over those of some groups, where told so."""
+        return self._reduce(tensor, self.groups if groups is None else groups, torch.distributed.ReduceOp.SUM)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes, of a tensor outside of any graph."""
+        return self.sum_(tensor.detach().clone(memory_format=torch.contiguous_format)).div_(self.size)
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """The largest over all processes, in place."""
+        return self._reduce(tensor, self.groups, torch.distributed.ReduceOp.MAX)
+
+    def from_root_(self, tensor: Tensor) -> Tensor:
+        """What the root has, in place."""
+        for group in self.groups:
+            self.nbytes += tensor.nbytes
+            torch.distributed.broadcast(tensor, group=group, group_src=0)
+        return tensor
+
+    def _reduce(self, tensor: Tensor, groups: Sequence[Any], op: Any) -> Tensor:
+        for group in groups:
+            self.nbytes += tensor.nbytes
+            torch.distributed.all_reduce(tensor, op=op, group=group)
+        return tensor
+
+
+def groups_of(mesh: Any) -> list[Any]:
+    """The process group of each dimension of a mesh, if there is somebody else along it."""
+    return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]

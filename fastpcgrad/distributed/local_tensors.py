@@ -1,0 +1,74 @@
+"""DTensors and what this process has of them: their rows are its local tensors, and of replicas one is counted."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._gradients import as_real, gradient_dtype
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether other processes have parts or replicas of it. There is none where its module was never imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+class LocalTensor:
+    """The gradient of a DTensor as rows hold it: the part of this process, placed as the parameter is.
+
+    A gradient that is placed otherwise, as a partial sum is, is redistributed first.
+
+    Args:
+        parameter: a DTensor.
+    Raises:
+        NotImplementedError: a parameter that is a partial sum, has gradients of another dtype, or lies on a mesh that
+            this process is no part of.
+    """
+
+    def __init__(self, parameter: Any) -> None:
+        self.mesh, self._placements = parameter.device_mesh, tuple(parameter.placements)
+        self._shape, self._stride = parameter.shape, parameter.stride()
+        self._parameter = parameter
+        found = f"found a DTensor {list(self._shape)} with placements {self._placements} on {self.mesh}"
+        coordinate = self.mesh.get_coordinate()
+        if coordinate is None:
+            raise NotImplementedError(f"the mesh of a parameter must hold this process; {found}")
+        if any(placement.is_partial() for placement in self._placements):
+            raise NotImplementedError(f"a parameter must not be a partial sum; {found}")
+        if gradient_dtype(parameter) != parameter.dtype:
+            raise NotImplementedError(f"the gradient of a DTensor must have its dtype; {found} and another grad_dtype")
+        along = list(zip(coordinate, self._placements, strict=True))
+        self.counts = all(own == 0 for own, placement in along if placement.is_replicate())
+        """Whether this process is the one of its replicas that counts in G."""
+        self.shard = tuple(own for own, placement in along if not placement.is_replicate())
+        """Which part it has: alike in all replicas of it."""
+
+    def like_row(self) -> Tensor:
+        return as_real(_local(self._parameter.detach()))
+
+    def into_row(self, grad: Any) -> Tensor:
+        if not is_dtensor(grad):
+            raise TypeError(f"the gradient of a DTensor must be one; found a {type(grad).__name__} {list(grad.shape)}")
+        if grad.device_mesh != self.mesh or tuple(grad.placements) != self._placements:
+            with torch.no_grad():
+                grad = grad.detach().redistribute(self.mesh, self._placements)
+        return as_real(_local(grad))
+
+    def out_of_row(self, own: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        local = torch.view_as_complex(own) if self._parameter.is_complex() else own
+        with torch.no_grad():
+            return DTensor.from_local(
+                local, self.mesh, self._placements, run_check=False, shape=self._shape, stride=self._stride
+            )
+
+
+@torch.no_grad()
+def _local(tensor: Any) -> Tensor:
+    local: Any = tensor.to_local()
+    return local.trigger_wait() if hasattr(local, "trigger_wait") else local  # it may still be on its way
