@@ -66,7 +66,7 @@ def check_loss(name: str, loss: Any) -> Tensor:
     if loss.numel() != 1:
         raise ValueError(f"{name} must be a scalar; found shape {list(loss.shape)}")
     if not loss.requires_grad:
-        raise ValueError(f"{name} has no grad: it depends on nothing that requires grad")
+        raise ValueError(f"{name} has no grad: it depends on nothing that requires grad (a task is absent by None)")
     return loss
 
 

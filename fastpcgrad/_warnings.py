@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sized
 from pathlib import Path
 
 import torch
@@ -35,3 +36,12 @@ def warn_of_one_loss(count: int) -> None:
     """Warn once where surgery was asked for and ``count``, the number of losses, leaves nothing to merge."""
     if count == 1:
         warn_once("one loss: nothing to merge; pass the task losses separately, not their sum")
+
+
+def warn_of_fewer_losses(losses: object, method: object, known: int) -> None:
+    """Warn once where losses are fewer than the ``known`` tasks for each of which ``method`` keeps something."""
+    if known and isinstance(losses, Sized) and len(losses) < known:
+        warn_once(
+            f"{len(losses)} losses, and {type(method).__name__} keeps something for each of {known} tasks by its place "
+            "in the list: give None in the place of a task that is absent, or call reset() when the tasks change"
+        )

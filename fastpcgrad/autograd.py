@@ -11,7 +11,7 @@ from torch import Tensor
 from . import methods
 from ._graph import check_kept, explain, leaves, unreached
 from ._losses import check_tensors, present_losses
-from ._warnings import warn_of_one_loss
+from ._warnings import warn_of_fewer_losses, warn_of_one_loss
 from .distributed.processes import check_graph
 from .merging.by_factors import planned
 from .merging.by_rows import merge
@@ -50,7 +50,8 @@ def grad(
         NotImplementedError: parameters that DistributedDataParallel averages, see ``process_group``, or does so with
             ``static_graph``; sharded ones, of FSDP, fully_shard or tensor parallelism. Nothing was run.
     Warns:
-        FastPCGradWarning: one loss, of which the merged gradient is its own; several processes (see above). Once.
+        FastPCGradWarning: one loss, of which the merged gradient is its own; fewer losses than tasks for which the
+            method keeps something; several processes (see above). Once.
     Memory: (T + 1)·N·itemsize bytes, allocated anew in each call; N·itemsize remain. A training loop is faster with
         ``GradientSurgery`` or ``PCGrad``, which keep their rows.
     Example:
@@ -61,7 +62,7 @@ def grad(
     found = present_losses(losses)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
     check_graph([*_leaves(found), *targets], process_group)
-    merged = _merged(found, targets, method, retain_graph, check_rows(rows))
+    merged = _merged(losses, found, targets, method, retain_graph, check_rows(rows))
     return tuple(merged[id(target)] for target in targets)
 
 
@@ -99,7 +100,7 @@ def backward(
         if not target.is_leaf:
             raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
     check_graph([*behind, *targets], process_group)
-    merged = _merged(found, targets, method, retain_graph, check_rows(rows))
+    merged = _merged(losses, found, targets, method, retain_graph, check_rows(rows))
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
             new, old = merged[id(target)], target.grad
@@ -109,6 +110,7 @@ def backward(
 
 
 def _merged(
+    given: object,
     losses: Mapping[int, Tensor],
     targets: Sequence[Tensor],
     method: methods.Method | None,
@@ -121,6 +123,7 @@ def _merged(
     grads = TaskGradients(inputs)
     _check_reached(losses, inputs)
     warn_of_one_loss(len(losses))
+    warn_of_fewer_losses(given, method, method.known_tasks)
     if retain_graph or len(losses) > 1:
         check_kept(list(losses.values()))
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import methods
 from ._losses import present_losses
-from ._warnings import warn, warn_of_one_loss
+from ._warnings import warn, warn_of_fewer_losses, warn_of_one_loss
 from .merging.report import ConflictReport
 from .rows.choice import Choice
 from .surgery import GradientSurgery
@@ -60,8 +60,9 @@ class PCGrad(torch.optim.Optimizer):
         ValueError: unknown variant, reduction or ``on_repeat``, or both ``method`` and a choice that belongs to a
             variant.
     Warns:
-        FastPCGradWarning: a single loss (once a process); a step with gradients before the first ``pc_backward``, and
-            gradients that were replaced before a step used them (once an object).
+        FastPCGradWarning: a single loss, or fewer losses than tasks for which the method keeps something (once a
+            process); a step with gradients before the first ``pc_backward``, and gradients that were replaced before a
+            step used them (once an object).
     Source: Yu et al. 2020, arXiv:2001.06782. Oracle: ``reference.merge``.
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -143,6 +144,7 @@ class PCGrad(torch.optim.Optimizer):
         surgery = self._surgery
         surgery.discard()
         warn_of_one_loss(len(losses))
+        warn_of_fewer_losses(objectives, surgery.method, surgery.method.known_tasks)
         self._look_for_repeat()
         surgery.num_tasks = max(surgery.num_tasks, 1 + max(losses))
         before = surgery._gradients() if self._on_repeat == "add" else []

@@ -1,6 +1,7 @@
 """Steps without surgery, single losses and repeated calls: what most likely was not meant is said once."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -125,6 +126,53 @@ def test_a_single_loss_is_summed_up_most_likely(model, monkeypatch):
     (message,) = caught(one)
     assert "one loss" in message
     assert caught(one) == []
+
+
+# Fewer losses than tasks.
+
+
+def three_losses(model):
+    left, right = losses_of(model)
+    return [left, right, left.square() + right]
+
+
+def gradvac_after(model, front_end, second):
+    """A front end that has merged three tasks with one GradVac, and what it then does with the second losses."""
+    method = fastpcgrad.methods.GradVac()
+    if front_end == "PCGrad":
+        optimizer = fastpcgrad.PCGrad(torch.optim.SGD(model.parameters(), lr=0.0), method=method, on_repeat="add")
+        run = optimizer.pc_backward
+    else:
+        run = functools.partial(fastpcgrad.backward, method=method)
+    run(three_losses(model))
+    return method, lambda: run(second(three_losses(model)))
+
+
+@pytest.mark.parametrize("front_end", ["PCGrad", "backward"])
+def test_a_list_without_its_absent_task_is_named(model, front_end, monkeypatch):
+    """What GradVac knows of tasks 0 and 1 would become that of 0 and 2; None in its place leaves it alone."""
+    monkeypatch.setattr(_warnings, "_said", set())
+    method, filtered = gradvac_after(model, front_end, lambda losses: [losses[0], losses[2]])
+    (message,) = caught(filtered)
+    assert all(word in message for word in ("2 losses", "GradVac", "3 tasks", "None", "reset()"))
+    assert caught(filtered) == []
+    method, absent = gradvac_after(model, front_end, lambda losses: [losses[0], None, losses[2]])
+    before = method.state_dict()["phi"]
+    monkeypatch.setattr(_warnings, "_said", set())
+    assert caught(absent) == []
+    after = method.state_dict()["phi"]
+    assert torch.equal(before[:, 1], after[:, 1]) and before[0, 2] != after[0, 2]
+
+
+@pytest.mark.parametrize("front_end", ["PCGrad", "backward"])
+@pytest.mark.parametrize("second", ["absent last", "after reset()"])
+def test_a_list_that_is_right_says_nothing(model, front_end, second, monkeypatch):
+    monkeypatch.setattr(_warnings, "_said", set())
+    cut = (lambda losses: [*losses[:2], None]) if second == "absent last" else (lambda losses: losses[:2])
+    method, run = gradvac_after(model, front_end, cut)
+    if second == "after reset()":
+        method.reset()
+    assert caught(run) == []
 
 
 # Repeated calls.

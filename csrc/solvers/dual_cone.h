@@ -45,16 +45,26 @@ FPG_HOST_DEVICE void sweep(const Group& group, const ActiveSet& p, int64_t tasks
   group.sync();
 }
 
+// On all of P, from K. To sweep a task out would leave behind what its small pivot has made large, and its rounding.
+template <class Group>
+FPG_HOST_DEVICE void sweep_anew(const Group& group, const ActiveSet& p, int64_t tasks) {
+  group.sync();
+  for_each(group, tasks * tasks, [&](int64_t k) { p.swept[k] = p.unit[k]; });
+  group.sync();
+  for (int64_t task = 0; task < tasks; ++task) {
+    if (p.inside[task] != 0) sweep(group, p, tasks, task, 1.0);
+  }
+}
+
 // With P empty.
 template <class Group>
 FPG_HOST_DEVICE void begin(const Group& group, const ActiveSet& p, int64_t tasks) {
   group.sync();
-  for_each(group, tasks * tasks, [&](int64_t k) { p.swept[k] = p.unit[k]; });
   for_each(group, tasks, [&](int64_t i) {
     p.values[i] = p.bound[i];
     p.inside[i] = 0;
   });
-  group.sync();
+  sweep_anew(group, p, tasks);
 }
 
 // gradient = K values; move: within P the step to the minimum, beside it what that step takes off the gradient.
@@ -145,7 +155,11 @@ FPG_HOST_DEVICE void activate(const Group& group, const ActiveSet& p, int64_t ta
       p.inside[task] = blocked ? 0.0 : 1.0;
     }
     group.sync();
-    sweep(group, p, tasks, task, blocked ? -1.0 : 1.0);
+    if (blocked) {
+      sweep_anew(group, p, tasks);
+    } else {
+      sweep(group, p, tasks, task, 1.0);
+    }
   }
 }
 

@@ -58,6 +58,11 @@ class Method(ABC):
     generator: Generator | None = None
     """What it draws from; None: nothing, or a global generator."""
 
+    @property
+    def known_tasks(self) -> int:
+        """How many tasks it keeps something for, each by its index."""
+        return 0
+
     @abstractmethod
     def solve(self, gram: Tensor) -> Solution:
         """Weights for G.

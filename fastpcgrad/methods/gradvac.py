@@ -67,6 +67,10 @@ class GradVac(Method):
         """Forget the targets φ̂."""
         self._phi: Tensor | None = None
 
+    @property
+    def known_tasks(self) -> int:
+        return 0 if self._phi is None else self._phi.shape[-1]
+
     def solve(self, gram: Tensor) -> Solution:
         check_gram(gram)
         if self._phi is not None and self._phi.shape != gram.shape:

@@ -62,6 +62,10 @@ class NashMTL(Method):
         self._step = 0
         self._weights: Array | None = None
 
+    @property
+    def known_tasks(self) -> int:
+        return 0 if self._weights is None else self._weights.shape[1]
+
     def solve(self, gram: Tensor) -> Solution:
         check_gram(gram)
         if not self._due and self._weights is not None and self._weights.shape[1] != gram.shape[-1]:

@@ -212,6 +212,17 @@ def test_more_segments_than_blocks() -> None:
     assert torch.allclose(combined(grads, weights, segments).double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("given", "taken"), [([0, 40, 900], [0, 40, 70]), ([0, 90, 70], [0, 70, 70]), ([-9, 40, 70], [0, 40, 70])]
+)
+def test_offsets_on_a_device_that_nobody_looked_at_reach_no_other_columns(given: list[int], taken: list[int]) -> None:
+    """To look at them would be to wait for the device; what is beyond a row would be another row's, or nobody's."""
+    wrong, right = torch.tensor(given, device=DEVICE), torch.tensor(taken, device=DEVICE)
+    grads, weights = random_rows(3, 1000)[:, :70], random_weights(2, 3)
+    assert torch.equal(backend.gram(grads, wrong), backend.gram(grads, right))
+    assert torch.equal(combined(grads, weights, wrong), combined(grads, weights, right))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_zero_rows_duplicates_and_opposites(dtype: torch.dtype) -> None:
     grads = random_rows(5, 1500, dtype)

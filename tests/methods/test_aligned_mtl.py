@@ -43,6 +43,15 @@ def test_two_tasks_by_hand(mode):
 
 
 @for_every_mode
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_what_is_orthogonal_and_equally_long_is_aligned_already(mode, tasks, solver):
+    """All eigenvalues are equal to the bit: one of them is the scale, not their sum, and not none."""
+    preference = torch.linspace(0.1, 2.0, tasks, dtype=torch.float64)
+    weights = AlignedMTL(preference, scale_mode=mode).weights(4.0 * torch.eye(tasks, dtype=torch.float64))
+    torch.testing.assert_close(weights, preference)
+
+
+@for_every_mode
 def test_no_gradients_at_all_give_the_preference(mode):
     nothing = torch.zeros(2, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(AlignedMTL(scale_mode=mode).weights(nothing), torch.full_like(nothing[0, :2], 1 / 3))

@@ -81,7 +81,7 @@ def test_task_gradients_that_are_almost_opposite(distance, project_each):
     assert violation(prepared(gram(rows), 1e-4), lower, regular) <= 1e-10
 
 
-@pytest.mark.parametrize(("tasks", "distance"), [(4, 1e-3), (4, 1e-5), (4, 1e-6), (7, 1e-2), (7, 1e-3)])
+@pytest.mark.parametrize(("tasks", "distance"), [(4, 1e-3), (4, 1e-6), (7, 1e-2), (7, 1e-4), (7, 1e-6), (12, 1e-6)])
 def test_task_gradients_that_almost_depend_on_each_other(tasks, distance, project_each):
     """What lies further than about 1e-7 from the span of others counts, and conflicts with no answer."""
     for seed in range(60):
@@ -91,7 +91,7 @@ def test_task_gradients_that_almost_depend_on_each_other(tasks, distance, projec
         rows[3] = rows[0] - rows[1] + distance * rows[3]
         matrix = gram(rows)
         values = project_each(matrix, 0.0)
-        assert violation(prepared(matrix, 0.0), torch.eye(tasks).double(), values) <= 1e-10, seed
+        assert violation(prepared(matrix, 0.0), torch.eye(tasks).double(), values) <= 1e-13, seed
 
 
 @for_both_methods

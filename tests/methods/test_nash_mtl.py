@@ -110,8 +110,11 @@ def test_it_resumes_from_its_state():
 def test_the_state_is_a_copy():
     method, matrix = NashMTL(update_weights_every=9), gram(jacobian("independent", 3, seed=0))
     expected = method.weights(matrix)
-    method.state_dict()["weights"].zero_()
+    state, other = method.state_dict(), NashMTL(update_weights_every=9)
+    other.load_state_dict(state)
+    state["weights"].zero_()
     assert torch.equal(method.weights(matrix), expected)
+    assert torch.equal(other.weights(matrix), expected)
 
 
 def test_reset_starts_over():

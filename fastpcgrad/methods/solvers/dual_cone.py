@@ -19,6 +19,7 @@ from ..._ops import to_device
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Places = npt.NDArray[np.intp]
 
 _EPS = float(np.finfo(np.float64).eps)
 # Squared distance of a unit gradient from the span of those in P, below which it is rounding.
@@ -162,7 +163,8 @@ class _ActiveSets:
         task = np.where(blocked, leaving, entering)
         self._values[rows[blocked], leaving[blocked]] = self._bound[rows[blocked], leaving[blocked]]
         self._inside[rows, task] = ~blocked
-        self._sweep(rows, task, np.where(blocked, -1.0, 1.0))
+        self._sweep(rows[~blocked], task[~blocked])
+        self._sweep_anew(rows[blocked])
 
     def _close(self, changes: Mask) -> None:
         """Put the problems that are solved aside."""
@@ -171,11 +173,20 @@ class _ActiveSets:
         self._matrices, self._swept = self._matrices[changes], self._swept[changes]
         self._bound, self._values, self._inside = self._bound[changes], self._values[changes], self._inside[changes]
 
-    def _sweep(self, rows: npt.NDArray[np.intp], task: npt.NDArray[np.intp], sign: Array) -> None:
-        """The symmetric sweep on one task of each problem: into P (sign 1) or out of it (−1)."""
-        column = self._swept[rows, task]
-        pivot = column[rows, task]
-        # With this entry one subtraction serves row and column of the task too, which become sign · column / pivot.
-        column[rows, task] = pivot - sign
-        self._swept -= column[:, :, None] * (column / pivot[:, None])[:, None, :]
-        self._swept[rows, task, task] = -1 / pivot
+    def _sweep(self, rows: Places, task: Places) -> None:
+        """The symmetric sweep on one task of each of these problems, into P."""
+        place, swept = np.arange(len(rows)), self._swept[rows]
+        column = swept[place, task]
+        pivot = column[place, task]
+        # With this entry one subtraction serves row and column of the task too, which become column / pivot.
+        column[place, task] = pivot - 1
+        swept -= column[:, :, None] * (column / pivot[:, None])[:, None, :]
+        swept[place, task, task] = -1 / pivot
+        self._swept[rows] = swept
+
+    def _sweep_anew(self, rows: Places) -> None:
+        """On all of P. To sweep a task out would leave behind what its small pivot has made large, and its rounding."""
+        self._swept[rows] = self._matrices[rows]
+        for task in range(self._inside.shape[1]):
+            some = rows[self._inside[rows, task]]
+            self._sweep(some, np.full_like(some, task))
