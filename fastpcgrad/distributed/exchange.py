@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -18,7 +17,7 @@ from torch import Tensor
 from .._blocks import Blocks
 from ..methods import Elementwise, Method, Solution
 from ..rows.columns import Columns
-from .links import Link, groups_of
+from .links import Link, groups_of, messenger
 from .local_tensors import LocalTensor
 
 PATIENCE = timedelta(seconds=10)
@@ -26,8 +25,6 @@ PATIENCE = timedelta(seconds=10)
 
 _SPREAD = 1e-3
 """By which part of the largest entry G may differ between processes that should have the same gradients."""
-
-_messengers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Rounds:
@@ -46,7 +43,7 @@ class Rounds:
 
     @cached_property
     def _link(self) -> Link:
-        return Link(list(map(_messenger, self._groups)))  # which all of them make together, in their first round
+        return Link(list(map(messenger, self._groups)))  # which all of them make together, in their first round
 
     @property
     def nbytes(self) -> int:
@@ -84,17 +81,6 @@ class Rounds:
     def restart(self) -> None:
         """A new round."""
         self._points = []
-
-
-def _messenger(group: Any) -> Any:
-    """A group of the same processes for messages on the host; made once for each, by all of its processes."""
-    if group not in _messengers:
-        distributed = torch.distributed
-        ranks, options = distributed.get_process_group_ranks(group), {}
-        with suppress(Exception):  # not told by every backend
-            options["timeout"] = group._get_backend(torch.device("cpu")).options._timeout
-        _messengers[group] = distributed.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
-    return _messengers[group]
 
 
 class OutOfStep(RuntimeError):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_messengers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Link:
@@ -45,16 +49,33 @@ class Link:
         """What the root has, in place."""
         for group in self.groups:
             self.nbytes += tensor.nbytes
-            torch.distributed.broadcast(tensor, group=group, group_src=0)
+            torch.distributed.broadcast(tensor, group=_carrier(group, tensor), group_src=0)
         return tensor
 
     def _reduce(self, tensor: Tensor, groups: Sequence[Any], op: Any) -> Tensor:
         for group in groups:
             self.nbytes += tensor.nbytes
-            torch.distributed.all_reduce(tensor, op=op, group=group)
+            torch.distributed.all_reduce(tensor, op=op, group=_carrier(group, tensor))
         return tensor
 
 
 def groups_of(mesh: Any) -> list[Any]:
     """The process group of each dimension of a mesh, if there is somebody else along it."""
     return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+
+
+def messenger(group: Any) -> Any:
+    """A group of the same processes for messages on the host; made once for each, by all of its processes."""
+    if group not in _messengers:
+        distributed = torch.distributed
+        ranks, options = distributed.get_process_group_ranks(group), {}
+        with suppress(Exception):  # not told by every backend
+            options["timeout"] = group._get_backend(torch.device("cpu")).options._timeout
+        _messengers[group] = distributed.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
+    return _messengers[group]
+
+
+def _carrier(group: Any, tensor: Tensor) -> Any:
+    """The group, or where its backend knows no tensors of that device, as NCCL none on the host, its messenger."""
+    known = torch.distributed.get_backend_config(group)  # such as cpu:gloo,cuda:nccl
+    return group if f"{tensor.device.type}:" in known else messenger(group)

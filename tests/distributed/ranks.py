@@ -71,7 +71,7 @@ def _run_all(scenarios, rank, ranks, folder):
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo",
+        "nccl" if DEVICE == "cuda" else "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,

@@ -88,8 +88,8 @@ def settings():
         found["sequence parallel"] = Setting(lambda net: sequence_parallel(net, mesh()), 1, 0)
     if ranks != 4:
         found["tensor parallel"] = Setting(lambda net: column_parallel(net, mesh()), 1, 0)
+    found["fully sharded, kept"] = Setting(lambda net: sharded(net, mesh(), reshard=False))
     if ranks < 3:
-        found["fully sharded, kept"] = Setting(lambda net: sharded(net, mesh(), reshard=False))
         found["replicated"] = Setting(lambda net: replicate(net, mesh=mesh()))
     if ranks == 4:
         found["hybrid"] = Setting(lambda net: sharded(net, mesh(2, 2)))
@@ -220,7 +220,8 @@ def train(setting, method, call=task_by_task, absent=(), unit=1e-6, **options):
     parameters = list(net.parameters())
     chosen = {name: make(parameters) if callable(make) else make for name, make in options.items()}
     surgery = fastpcgrad.GradientSurgery(parameters, TASKS, method(), **chosen)
-    options.pop("row_dtype", None)
+    for kept in ("row_dtype", "row_device"):
+        options.pop(kept, None)
     optimizer, twin = torch.optim.SGD(parameters, lr=0.05), Twin(method(), **options)
     for step in range(STEPS):
         present = [t for t in range(TASKS) if t not in absent or step != 1]
