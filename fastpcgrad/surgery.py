@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ._generators import global_states, set_global_states, set_state, state_of
-from ._graph import check_kept, run_backward
+from ._graph import check_kept
 from ._losses import Forward, check_loss, check_round, check_tensors
-from .distributed.processes import Processes
+from .distributed.groups import Processes
 from .merging.by_factors import planned
 from .merging.by_rows import merge
 from .merging.report import ConflictReport
@@ -26,6 +26,7 @@ from .rows.layout import Layouts, RowChoice, as_rows_see
 from .rows.memory_plan import MemoryPlan, plan_factored, plan_memory, plan_two_phase
 from .rows.moved import MovedGradients
 from .rows.parameters import Granularity, HasGroups, check_granularity, parameter_source
+from .rows.sharded import ShardedGradients
 from .rows.stays import Stay, Stays, Task
 
 _SMALL = RowsReport(dense={f"the model's matrices have less than {LEAST_ELEMENTS} elements": 1})
@@ -215,10 +216,13 @@ class GradientSurgery:
             >>> surgery.memory_plan().device.rows
             16016000
         """
-        layout = self._layouts.resolve()
+        layout = self._stays.resolve()
         parameters, kept = as_rows_see(layout.capture.parameters, layout.capture.forms), layout.capture.rows
         moved = kept if isinstance(kept, MovedGradients) else None
-        if two_phase:
+        problems = len(parameters if self.method.scope == "parameter" else set(layout.division.groups or [0]))
+        if isinstance(kept, ShardedGradients):
+            plan = kept.plan(self.num_tasks, parameters, problems)
+        elif two_phase:
             plan = plan_two_phase(self.num_tasks, parameters)
         elif check_rows(rows) == "factored" and moved is None:
             plan = plan_factored(self.num_tasks, parameters)
@@ -230,7 +234,7 @@ class GradientSurgery:
                 moved=moved is not None,
                 accumulate_dtype=None if moved is None else moved.accumulate_dtype,
                 on_host=moved is not None and moved.on_host,
-                problems=len(parameters if self.method.scope == "parameter" else set(layout.division.groups or [0])),
+                problems=problems,
             )
         plan.warn()
         return plan
@@ -323,7 +327,7 @@ class GradientSurgery:
 
     def __repr__(self) -> str:
         exchange = self._layouts.current.exchange
-        found = "" if exchange is None else f", DTensors on {exchange}"
+        found = "" if exchange is None else f", {exchange}"
         return (
             f"{type(self).__name__}(num_tasks={self.num_tasks}, method={self.method!r}, "
             f"process_group={self._stays.processes.process_group!r}{found})"
@@ -344,7 +348,7 @@ class GradientSurgery:
         left = len(losses)
         if left > 1 or retain_graph:
             check_kept(list(losses.values()))
-        with Stay(self._stays, shared_forward=left > 1) as capture:
+        with Stay(self._stays, losses=left) as capture:
             self._stays.meet("losses of tasks", *losses)
             factors = self._planned(losses, capture)
             if factors is not None:
@@ -354,7 +358,7 @@ class GradientSurgery:
                 left -= 1
                 self._stays.meet("task", index)
                 capture.open(index)
-                run_backward(loss, retain_graph or left > 0)
+                capture.run(loss, retain_graph or left > 0)
                 capture.close()
 
     def _planned(self, losses: Mapping[int, Tensor], capture: Capture) -> Factors | None:
@@ -378,12 +382,12 @@ class GradientSurgery:
             raise TypeError(f"two_phase needs losses, not functions; found functions for tasks {list(forwards)}")
         if self.granularity != "model":
             raise ValueError(f"two_phase solves one problem; found granularity={self.granularity!r}")
-        layout = self._layouts.resolve()
+        layout = self._stays.resolve()
         capture = layout.capture
         if layout.exchange is not None:
             raise NotImplementedError(
-                f"two_phase does not cover DTensors, here on {layout.exchange}, which have gradients only once a "
-                "backward pass has reduced them: leave it False"
+                f"two_phase has no gradients of several processes, here {layout.exchange}, before its last backward "
+                "pass: leave it False"
             )
         if isinstance(capture, MovedCapture):
             raise ValueError(
@@ -391,7 +395,7 @@ class GradientSurgery:
                 f"{self.row_dtype}, {self.row_device}, {self.accumulate_dtype}"
             )
         capture.rows.free()
-        with Stay(self._stays, shared_forward=True):
+        with Stay(self._stays, losses=len(losses)):
             report, merged = merge_in_two_phases(
                 list(losses.values()),
                 capture.parameters,
@@ -405,7 +409,7 @@ class GradientSurgery:
 
     def _run_forwards(self, forwards: dict[int, Forward], retain_graph: bool) -> None:
         """Each forward, and its loss backward, inside its task."""
-        with Stay(self._stays, forward=True) as capture:
+        with Stay(self._stays, forward=True, losses=len(forwards)) as capture:
             self._stays.meet("functions of tasks", *forwards)
             for index, forward in forwards.items():
                 self._stays.meet("task", index, *capture.rows.tasks)
@@ -418,6 +422,6 @@ class GradientSurgery:
                             "let it return the loss, without running it backward"
                         )
                     continue
-                run_backward(check_loss(f"losses[{index}]()", loss), retain_graph)
+                capture.run(check_loss(f"losses[{index}]()", loss), retain_graph)
                 del loss  # and with it the graph, before the next forward
                 capture.close()

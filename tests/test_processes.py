@@ -12,7 +12,8 @@ import fastpcgrad
 from fastpcgrad import FastPCGradWarning, gradNorm
 from fastpcgrad.balancing import GradNorm
 from fastpcgrad.distributed import processes
-from fastpcgrad.distributed.processes import Processes, check_process_group
+from fastpcgrad.distributed.groups import Processes
+from fastpcgrad.distributed.processes import check_process_group
 from tests.distributed import ranks, refusals
 
 

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
+def _first_of(*names: str) -> Any:
+    """By the newest name that this torch has for it; None without collectives at all."""
+    return next((found for name in names if (found := getattr(torch.distributed, name, None)) is not None), None)
+
+
 _messengers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+_scatter_sum: Any = _first_of("reduce_scatter_single", "reduce_scatter_tensor")
+_gather: Any = _first_of("all_gather_single", "all_gather_into_tensor")
 
 
 class Link:
@@ -23,7 +32,7 @@ class Link:
     def __init__(self, groups: Sequence[Any]) -> None:
         self.groups = groups
         self.nbytes = 0
-        """What this process has handed to collectives so far."""
+        """What this process has handed to collectives so far; where each gets a part, without its own."""
 
     @property
     def size(self) -> int:
@@ -51,6 +60,20 @@ class Link:
             self.nbytes += tensor.nbytes
             torch.distributed.broadcast(tensor, group=_carrier(group, tensor), group_src=0)
         return tensor
+
+    def scatter_sum(self, part: Tensor, whole: Tensor) -> Any:
+        """Of the sum over all processes of ``whole`` the part of this one, by its rank; over one group.
+
+        Returns:
+            what is to be waited for before ``part`` is read or ``whole`` is written.
+        """
+        self.nbytes += whole.nbytes * (self.size - 1) // self.size
+        return _scatter_sum(part, whole, group=_carrier(self.groups[0], whole), async_op=True)
+
+    def gather(self, whole: Tensor, part: Tensor) -> None:
+        """The parts of all processes one after the other, by rank, into ``whole``; over one group."""
+        self.nbytes += whole.nbytes * (self.size - 1) // self.size
+        _gather(whole, part, group=_carrier(self.groups[0], part))
 
     def _reduce(self, tensor: Tensor, groups: Sequence[Any], op: Any) -> Tensor:
         for group in groups:

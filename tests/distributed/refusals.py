@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastpcgrad
 from fastpcgrad import FastPCGradWarning, _warnings, balancing, methods, reference
 from fastpcgrad.distributed import processes
-from fastpcgrad.distributed.processes import Processes
+from fastpcgrad.distributed.groups import Processes
 
 TASKS, BATCH = 3, 4
 SCENARIOS: dict[str, Callable[[], None]] = {}

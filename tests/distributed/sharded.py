@@ -220,7 +220,7 @@ def train(setting, method, call=task_by_task, absent=(), unit=1e-6, **options):
     parameters = list(net.parameters())
     chosen = {name: make(parameters) if callable(make) else make for name, make in options.items()}
     surgery = fastpcgrad.GradientSurgery(parameters, TASKS, method(), **chosen)
-    for kept in ("row_dtype", "row_device"):
+    for kept in ("row_dtype", "row_device", "process_group"):
         options.pop(kept, None)
     optimizer, twin = torch.optim.SGD(parameters, lr=0.05), Twin(method(), **options)
     for step in range(STEPS):

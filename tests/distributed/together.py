@@ -212,9 +212,16 @@ def what_is_sent_does_not_depend_on_the_width():
     assert sent[0] == sent[1] <= 8 * (3 * TASKS**2 + TASKS) + 24 * (TASKS + 1)
 
 
-def peak(work):
-    """The most resident memory that a call takes beyond what is there before it, in bytes."""
-    ctypes.CDLL(None).malloc_trim(0)
+def most_memory(work):
+    """The most memory that a call takes beyond what is there before it, in bytes."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    library = ctypes.CDLL(None)
+    library.mallopt(-3, 1 << 16)  # what is freed goes back to the system at once
+    library.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     work()
@@ -229,8 +236,6 @@ def resident(name):
 @scenario
 def memory_is_that_of_the_plan():
     """Beyond what plain backward passes take, which leave one row: rows are what they left, and no copies."""
-    if DEVICE == "cpu":
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # what is freed goes back to the system at once
     tasks, width = 4, 512
     net = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False, device=DEVICE) for _ in range(12)))
     for part in (*net, net):
@@ -251,18 +256,10 @@ def memory_is_that_of_the_plan():
 
     plain()
     net.zero_grad()
-    most = peak if DEVICE == "cpu" else peak_on_gpu
-    without = most(plain)
+    without = most_memory(plain)
     net.zero_grad()
-    taken, plan = most(merged), surgery.memory_plan().device
+    taken, plan = most_memory(merged), surgery.memory_plan().device
     assert abs(without + plan.total - plan.rows // tasks - taken) <= 0.1 * plan.total, (without, taken, plan)
-
-
-def peak_on_gpu(work):
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    return torch.cuda.max_memory_allocated() - before
 
 
 @each(
