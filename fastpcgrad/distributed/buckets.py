@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -64,11 +65,11 @@ class Buckets:
                 )
                 for _ in range(min(IN_FLIGHT, self.count))
             ]
-        works: list[Any] = []
+        works: deque[Any] = deque()
         for number in range(self.count + len(self._waiting)):
             if number >= len(self._waiting):
                 done = number - len(self._waiting)
-                works[done].wait()
+                works.popleft().wait()  # and not held: gloo's holds a copy of what was sent
                 store(self._waiting[done % len(self._waiting)][1], done * self.part)
             if number < self.count:
                 bucket, part = self._waiting[number % len(self._waiting)]

@@ -40,7 +40,8 @@ def run(module, ranks, folder, seconds):
 @cache
 def _launcher():
     """The interpreter that forks all ranks: to import what they need takes longer than most scenarios."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    # What is freed goes back to the system at once, so that a rank's memory can be measured.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MALLOC_MMAP_THRESHOLD_": "65536"}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.distributed.ranks"],
         cwd=ROOT,

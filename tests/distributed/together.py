@@ -219,9 +219,7 @@ def most_memory(work):
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    library = ctypes.CDLL(None)
-    library.mallopt(-3, 1 << 16)  # what is freed goes back to the system at once
-    library.malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     work()
