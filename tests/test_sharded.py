@@ -7,8 +7,14 @@ import torch
 
 from tests.distributed import ranks
 
-MODULES = {"sharded": (2, 3, 4), "together": (2, 3), "replicated": (2, 3, 4), "parts_of_a_batch": (2, 3)}
-ON_GPUS = {"sharded": (1, 2, 3, 4), "together": (2, 3), "replicated": (2, 3, 4)}
+MODULES = {
+    "sharded": (2, 3, 4),
+    "together": (2, 3),
+    "replicated": (2, 3, 4),
+    "replicated_edges": (2, 3),
+    "parts_of_a_batch": (2, 3),
+}
+ON_GPUS = {"sharded": (1, 2, 3, 4), "together": (2, 3), "replicated": (2, 3, 4), "replicated_edges": (2, 3)}
 """With FASTPCGRAD_TEST_DEVICE=cuda, where there are so many."""
 SECONDS = 240
 

@@ -79,6 +79,8 @@ class Processes:
             refuse_sharded(plain)
             each = look_up(plain) if ready and plain else []
             self._replicas = NO_REPLICAS.union(*each)
+            if self._replicas:
+                gc.collect()  # modules that only a cycle of references keeps
             if ready:
                 self.group = _group(plain, each, self._replicas, self.process_group, len(parameters) - len(plain))
             self._checked = parameters, ready
