@@ -40,9 +40,10 @@ def grad(
         inputs: tensors that require grad; need not be leaves.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         retain_graph: keep the graphs for another backward pass; else the last pass frees them.
-        process_group: ``local``: where DistributedDataParallel holds parameters of the graph, or there are several
-            processes without it, each merges the gradients of its own batch, which are averaged with nobody's.
-            ``auto``: the former is an error, and the latter a warning, once.
+        process_group: over whose parts of a batch the task gradients are means. ``auto``: those processes over which
+            DistributedDataParallel averages the gradients of all inputs; where there is none in several processes,
+            each merges by itself, with one warning. A process group or a mesh of one dimension: that. ``local``: each
+            process merges by itself.
         rows: see ``GradientSurgery``.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
@@ -50,8 +51,9 @@ def grad(
         TypeError, ValueError: see ``functional.present_losses``; inputs without grad; a loss that depends
             on none of the inputs; another ``process_group``.
         RuntimeError: a reentrant checkpoint hides what lies behind it.
-        NotImplementedError: parameters that DistributedDataParallel averages, see ``process_group``, or does so with
-            ``static_graph``; sharded ones, of FSDP, fully_shard or tensor parallelism. Nothing was run.
+        NotImplementedError: DistributedDataParallel averages some of the inputs and not the others, or does so with
+            ``static_graph``; sharded parameters, of FSDP, fully_shard or tensor parallelism. Nothing was run.
+        RuntimeError: another process has failed in this call, or gave other losses. ``.grad`` is not changed.
     Warns:
         FastPCGradWarning: one loss, of which the merged gradient is its own; several processes (see above). Once.
     Memory: (T + 1)·N·itemsize bytes, allocated anew in each call; N·itemsize remain. A training loop is faster with

@@ -22,11 +22,9 @@ from .rows.capture import Capture, MovedCapture
 from .rows.choice import LEAST_ELEMENTS, Choice, RowsReport, check_rows
 from .rows.factored_round import run_factored
 from .rows.factors import Factors, all_dense
-from .rows.layout import Layouts, RowChoice, as_rows_see
-from .rows.memory_plan import MemoryPlan, plan_factored, plan_memory, plan_two_phase
-from .rows.moved import MovedGradients
+from .rows.layout import Layouts, RowChoice
+from .rows.memory_plan import MemoryPlan
 from .rows.parameters import Granularity, HasGroups, check_granularity, parameter_source
-from .rows.sharded import ShardedGradients
 from .rows.stays import Stay, Stays, Task
 
 _SMALL = RowsReport(dense={f"the model's matrices have less than {LEAST_ELEMENTS} elements": 1})
@@ -61,11 +59,12 @@ class GradientSurgery:
         granularity: ``model``: one surgery over all parameters. ``group`` or ``parameter``: one for each parameter
             group, or for each parameter. Collections of parameters, such as those of each layer: one for each, in
             one pass over all. A method whose original works on each parameter does so anyway.
-        process_group: parameters that are DTensors have the processes of their meshes: all of them must enter the same
-            tasks, and one that fails ends the round of all; see below. Of others, ``auto``: in a round with several
-            processes, parameters whose gradients a module averages over them are refused, and others get one warning.
-            ``local``: each process merges by itself; under DistributedDataParallel with one forward a task, inside
-            ``task(t)``, the rows are averaged.
+        process_group: whose parts of a batch, or of the parameters, form one; see docs/distributed.md. Parameters that
+            are DTensors have the processes of their meshes. Of others, ``auto``: rows are means over the processes
+            over which DistributedDataParallel averages the parameters' gradients, as it is found in the first round;
+            where there is none in several processes, each merges by itself, with one warning. A process group or a
+            mesh of one dimension: means over that. ``local``: each process merges by itself, what it finds in
+            ``.grad``.
         rows: how ``backward`` of losses that share a graph keeps the gradients of weights that matrix products alone
             use. ``factored``: of each task only what comes into the products, from which G and the merged gradient are
             made without the tasks' own. ``auto``: so where that takes less time, in models on a CPU with a million
@@ -79,9 +78,11 @@ class GradientSurgery:
         ``memory_plan`` tells the bytes beforehand.
     Numerics: G and merged gradients from factors have the rounding errors of matrix products, G in float64; their bits
         may differ from those with dense rows, and with the number of threads, as those of torch's products do.
-    Many processes: rows of DTensors are their local tensors, G is summed over their meshes, and the answer of the first
-        process counts; what is sent does not depend on N. Parameters beside them that are no DTensors must have the
-        same gradients in all processes. ``repr`` says which meshes there are.
+    Many processes: all must enter the same tasks in the same order, and one that fails ends the round of all. Rows of
+        DTensors are their local tensors. Rows that are means lie in shards, T·N/p elements in each of p processes; they
+        are reduced as each task is left, by (T + 1)·N·(p - 1)/p elements in all. G is summed, and the answer of the
+        first process counts. ``backward`` of losses passes by what watches a backward pass, such as hooks on ``.grad``.
+        Parameters beside DTensors must have the same gradients in all processes. ``repr`` says what was found.
     Raises:
         TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
         ValueError: no parameters, parameters that are no leaves; a parameter in two or in none of the collections of
@@ -216,26 +217,9 @@ class GradientSurgery:
             >>> surgery.memory_plan().device.rows
             16016000
         """
-        layout = self._stays.resolve()
-        parameters, kept = as_rows_see(layout.capture.parameters, layout.capture.forms), layout.capture.rows
-        moved = kept if isinstance(kept, MovedGradients) else None
-        problems = len(parameters if self.method.scope == "parameter" else set(layout.division.groups or [0]))
-        if isinstance(kept, ShardedGradients):
-            plan = kept.plan(self.num_tasks, parameters, problems)
-        elif two_phase:
-            plan = plan_two_phase(self.num_tasks, parameters)
-        elif check_rows(rows) == "factored" and moved is None:
-            plan = plan_factored(self.num_tasks, parameters)
-        else:
-            plan = plan_memory(
-                self.num_tasks,
-                parameters,
-                kept.dtypes,
-                moved=moved is not None,
-                accumulate_dtype=None if moved is None else moved.accumulate_dtype,
-                on_host=moved is not None and moved.on_host,
-                problems=problems,
-            )
+        plan = self._stays.resolve().memory_plan(
+            self.num_tasks, check_rows(rows), two_phase=two_phase, by_parameter=self.method.scope == "parameter"
+        )
         plan.warn()
         return plan
 

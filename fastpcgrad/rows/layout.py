@@ -15,8 +15,9 @@ from ..distributed.exchange import Exchange
 from ..distributed.local_tensors import LocalTensor, Part, is_dtensor
 from . import host
 from .capture import Capture, MovedCapture
-from .choice import is_large
+from .choice import Choice, is_large
 from .forms import Complex, Form
+from .memory_plan import MemoryPlan, plan_factored, plan_memory, plan_two_phase
 from .moved import MovedGradients, check_accumulate_dtype
 from .parameters import (
     CheckedGranularity,
@@ -52,6 +53,31 @@ class Layout(NamedTuple):
     exchange: Exchange | None
     lazy: bool
     is_large: bool
+
+    def memory_plan(self, tasks: int, rows: Choice, *, two_phase: bool, by_parameter: bool) -> MemoryPlan:
+        """Bytes of a round, see ``GradientSurgery.memory_plan``.
+
+        Args:
+            by_parameter: whether each parameter is a problem of its own.
+        """
+        parameters, kept = as_rows_see(self.capture.parameters, self.capture.forms), self.capture.rows
+        moved = kept if isinstance(kept, MovedGradients) else None
+        problems = len(parameters if by_parameter else set(self.division.groups or [0]))
+        if isinstance(kept, ShardedGradients):
+            return kept.plan(tasks, parameters, problems)
+        if two_phase:
+            return plan_two_phase(tasks, parameters)
+        if rows == "factored" and moved is None:
+            return plan_factored(tasks, parameters)
+        return plan_memory(
+            tasks,
+            parameters,
+            kept.dtypes,
+            moved=moved is not None,
+            accumulate_dtype=None if moved is None else moved.accumulate_dtype,
+            on_host=moved is not None and moved.on_host,
+            problems=problems,
+        )
 
 
 class RowChoice(NamedTuple):
