@@ -27,7 +27,7 @@ def cases():
         for count in counts:
             if not on_gpus or count <= torch.cuda.device_count():
                 for scenario in import_module(f"tests.distributed.{name}").SCENARIOS:
-                    yield pytest.param(name, count, scenario, id=f"{count} processes: {scenario}")
+                    yield pytest.param(name, count, scenario, id=f"{name}, {count} processes: {scenario}")
 
 
 @pytest.mark.parametrize(("name", "count", "scenario"), list(cases()))
