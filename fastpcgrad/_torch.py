@@ -68,6 +68,11 @@ nodes_made: Callable[[], int] = _private("_C._autograd._get_sequence_nr", lambda
 """The number of the next node of a graph that is made in this thread; where that is unknown, one that none reaches."""
 
 
+def is_joined(module: torch.nn.Module) -> bool:
+    """Whether a module that averages gradients is inside ``join()``: processes that have no more batches take part."""
+    return bool(getattr(getattr(module, "_join_config", None), "enable", False))
+
+
 # Memory and streams.
 
 storage_use_count: Callable[[int], int] | None = _private("_C._storage_Use_Count", None)

@@ -12,12 +12,15 @@ from . import methods
 from ._graph import check_kept, explain, leaves, unreached
 from ._losses import check_tensors, present_losses
 from ._warnings import warn_of_fewer_losses, warn_of_one_loss
-from .distributed.processes import check_graph
+from .distributed.exchange import Exchange, OutOfStep, Rounds
+from .distributed.groups import group_of_graph
+from .distributed.local_tensors import Part
 from .merging.by_factors import planned
 from .merging.by_rows import merge
 from .rows.choice import Choice, check_rows
 from .rows.factors import Factors
-from .rows.task_gradients import TaskGradients
+from .rows.sharded import ShardedGradients
+from .rows.task_gradients import Row, TaskGradients
 
 
 def grad(
@@ -37,9 +40,10 @@ def grad(
         inputs: tensors that require grad; need not be leaves.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         retain_graph: keep the graphs for another backward pass; else the last pass frees them.
-        process_group: ``local``: where DistributedDataParallel holds parameters of the graph, or there are several
-            processes without it, each merges the gradients of its own batch, which are averaged with nobody's.
-            ``auto``: the former is an error, and the latter a warning, once.
+        process_group: over whose parts of a batch the task gradients are means. ``auto``: those processes over which
+            DistributedDataParallel averages the gradients of all inputs; where there is none in several processes,
+            each merges by itself, with one warning. A process group or a mesh of one dimension: that. ``local``: each
+            process merges by itself.
         rows: see ``GradientSurgery``.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
@@ -47,8 +51,9 @@ def grad(
         TypeError, ValueError: see ``functional.present_losses``; inputs without grad; a loss that depends
             on none of the inputs; another ``process_group``.
         RuntimeError: a reentrant checkpoint hides what lies behind it.
-        NotImplementedError: parameters that DistributedDataParallel averages, see ``process_group``, or does so with
-            ``static_graph``; sharded ones, of FSDP, fully_shard or tensor parallelism. Nothing was run.
+        NotImplementedError: DistributedDataParallel averages some of the inputs and not the others, or does so with
+            ``static_graph``; sharded parameters, of FSDP, fully_shard or tensor parallelism. Nothing was run.
+        RuntimeError: another process has failed in this call, or gave other losses. ``.grad`` is not changed.
     Warns:
         FastPCGradWarning: one loss, of which the merged gradient is its own; fewer losses than tasks for which the
             method keeps something; several processes (see above). Once.
@@ -61,8 +66,8 @@ def grad(
     """
     found = present_losses(losses)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
-    check_graph([*_leaves(found), *targets], process_group)
-    merged = _merged(losses, found, targets, method, retain_graph, check_rows(rows))
+    group = group_of_graph(_leaves(found), targets, process_group)
+    merged = _merged(losses, found, targets, method, retain_graph, check_rows(rows), group)
     return tuple(merged[id(target)] for target in targets)
 
 
@@ -99,8 +104,8 @@ def backward(
     for target in targets:
         if not target.is_leaf:
             raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
-    check_graph([*behind, *targets], process_group)
-    merged = _merged(losses, found, targets, method, retain_graph, check_rows(rows))
+    group = group_of_graph(behind, targets, process_group)
+    merged = _merged(losses, found, targets, method, retain_graph, check_rows(rows), group)
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
             new, old = merged[id(target)], target.grad
@@ -116,16 +121,16 @@ def _merged(
     method: methods.Method | None,
     retain_graph: bool,
     rows: Choice,
+    group: Any,
 ) -> dict[int, Tensor | None]:
     """The merged gradient by the id of its input; an input that stands there twice counts once."""
     method = methods.check_method(method, methods.PCGrad)
-    inputs = list({id(target): target for target in targets}.values())
-    grads = TaskGradients(inputs)
-    _check_reached(losses, inputs)
-    warn_of_one_loss(len(losses))
     warn_of_fewer_losses(given, method, method.known_tasks)
-    if retain_graph or len(losses) > 1:
-        check_kept(list(losses.values()))
+    inputs = list({id(target): target for target in targets}.values())
+    if group is not None:
+        return dict(zip(map(id, inputs), _merged_over(group, losses, inputs, method, retain_graph), strict=True))
+    grads = TaskGradients(inputs)
+    _check_losses(losses, inputs, retain_graph)
     try:
         factors = planned(losses, inputs, method, rows)
         if isinstance(factors, Factors):
@@ -140,12 +145,47 @@ def _merged(
     return dict(zip(map(id, inputs), merged, strict=True))
 
 
-def _fill(grads: TaskGradients, losses: Mapping[int, Tensor], inputs: Sequence[Tensor], retain_graph: bool) -> None:
+def _merged_over(
+    group: Any, losses: Mapping[int, Tensor], inputs: Sequence[Tensor], method: methods.Method, retain_graph: bool
+) -> Row:
+    """The merged gradient of means over a process group; where one of its processes fails, all do."""
+    exchange = Exchange([Part(group) for _ in inputs])
+    grads, rounds = ShardedGradients(inputs, None, exchange.link), exchange.rounds
+    try:
+        _check_losses(losses, inputs, retain_graph)
+        rounds.arrive("losses", *losses, type(method).__name__, grads.digest)
+        _fill(grads, losses, inputs, retain_graph, rounds)
+        _, merged = merge(grads, method, in_place=True, exchange=exchange)
+        return grads.whole(merged)
+    except Exception as error:
+        if not isinstance(error, OutOfStep):
+            rounds.fail()
+        explain(error)
+        raise
+
+
+def _check_losses(losses: Mapping[int, Tensor], inputs: Sequence[Tensor], retain_graph: bool) -> None:
+    _check_reached(losses, inputs)
+    warn_of_one_loss(len(losses))
+    if retain_graph or len(losses) > 1:
+        check_kept(list(losses.values()))
+
+
+def _fill(
+    grads: TaskGradients,
+    losses: Mapping[int, Tensor],
+    inputs: Sequence[Tensor],
+    retain_graph: bool,
+    rounds: Rounds | None = None,
+) -> None:
     left = len(losses)
     for t, loss in losses.items():
         left -= 1
         keep = retain_graph or left > 0
-        grads.put(t, list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)))
+        row: Row = list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True))
+        if rounds is not None:
+            rounds.arrive("loss", t)
+        grads.put(t, row)
 
 
 def _fill_factored(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ._generators import global_states, set_global_states, set_state, state_of
-from ._graph import check_kept, run_backward
+from ._graph import check_kept
 from ._losses import Forward, check_loss, check_round, check_tensors
-from .distributed.processes import Processes
+from .distributed.groups import Processes
 from .merging.by_factors import planned
 from .merging.by_rows import merge
 from .merging.report import ConflictReport
@@ -23,9 +23,8 @@ from .rows.capture import Capture, MovedCapture
 from .rows.choice import LEAST_ELEMENTS, Choice, RowsReport, check_rows
 from .rows.factored_round import run_factored
 from .rows.factors import Factors, all_dense
-from .rows.layout import Layout, Layouts, RowChoice, as_rows_see
-from .rows.memory_plan import MemoryPlan, plan_factored, plan_memory, plan_two_phase
-from .rows.moved import MovedGradients
+from .rows.layout import Layout, Layouts, RowChoice
+from .rows.memory_plan import MemoryPlan
 from .rows.parameters import Granularity, HasGroups, check_granularity, parameter_source
 from .rows.stays import Stay, Stays, Task
 
@@ -61,11 +60,12 @@ class GradientSurgery:
         granularity: ``model``: one surgery over all parameters. ``group`` or ``parameter``: one for each parameter
             group, or for each parameter. Collections of parameters, such as those of each layer: one for each, in
             one pass over all. A method whose original works on each parameter does so anyway.
-        process_group: parameters that are DTensors have the processes of their meshes: all of them must enter the same
-            tasks, and one that fails ends the round of all; see below. Of others, ``auto``: in a round with several
-            processes, parameters whose gradients a module averages over them are refused, and others get one warning.
-            ``local``: each process merges by itself; under DistributedDataParallel with one forward a task, inside
-            ``task(t)``, the rows are averaged.
+        process_group: whose parts of a batch, or of the parameters, form one; see docs/distributed.md. Parameters that
+            are DTensors have the processes of their meshes. Of others, ``auto``: rows are means over the processes
+            over which DistributedDataParallel averages the parameters' gradients, as it is found in the first round;
+            where there is none in several processes, each merges by itself, with one warning. A process group or a
+            mesh of one dimension: means over that. ``local``: each process merges by itself, what it finds in
+            ``.grad``.
         rows: how ``backward`` of losses that share a graph keeps the gradients of weights that matrix products alone
             use. ``factored``: of each task only what comes into the products, from which G and the merged gradient are
             made without the tasks' own. ``auto``: so where that takes less time, in models on a CPU with a million
@@ -79,9 +79,11 @@ class GradientSurgery:
         ``memory_plan`` tells the bytes beforehand.
     Numerics: G and merged gradients from factors have the rounding errors of matrix products, G in float64; their bits
         may differ from those with dense rows, and with the number of threads, as those of torch's products do.
-    Many processes: rows of DTensors are their local tensors, G is summed over their meshes, and the answer of the first
-        process counts; what is sent does not depend on N. Parameters beside them that are no DTensors must have the
-        same gradients in all processes. ``repr`` says which meshes there are.
+    Many processes: all must enter the same tasks in the same order, and one that fails ends the round of all. Rows of
+        DTensors are their local tensors. Rows that are means lie in shards, T·N/p elements in each of p processes; they
+        are reduced as each task is left, by (T + 1)·N·(p - 1)/p elements in all. G is summed, and the answer of the
+        first process counts. ``backward`` of losses passes by what watches a backward pass, such as hooks on ``.grad``.
+        Parameters beside DTensors must have the same gradients in all processes. ``repr`` says what was found.
     Raises:
         TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
         ValueError: no parameters, parameters that are no leaves; a parameter in two or in none of the collections of
@@ -216,23 +218,9 @@ class GradientSurgery:
             >>> surgery.memory_plan().device.rows
             16016000
         """
-        layout = self._layouts.resolve()
-        parameters, kept = as_rows_see(layout.capture.parameters, layout.capture.forms), layout.capture.rows
-        moved = kept if isinstance(kept, MovedGradients) else None
-        if two_phase:
-            plan = plan_two_phase(self.num_tasks, parameters)
-        elif check_rows(rows) == "factored" and moved is None:
-            plan = plan_factored(self.num_tasks, parameters)
-        else:
-            plan = plan_memory(
-                self.num_tasks,
-                parameters,
-                kept.dtypes,
-                moved=moved is not None,
-                accumulate_dtype=None if moved is None else moved.accumulate_dtype,
-                on_host=moved is not None and moved.on_host,
-                problems=len(parameters if self.method.scope == "parameter" else set(layout.division.groups or [0])),
-            )
+        plan = self._stays.resolve().memory_plan(
+            self.num_tasks, check_rows(rows), two_phase=two_phase, by_parameter=self.method.scope == "parameter"
+        )
         plan.warn()
         return plan
 
@@ -324,7 +312,7 @@ class GradientSurgery:
 
     def __repr__(self) -> str:
         exchange = self._layouts.current.exchange
-        found = "" if exchange is None else f", DTensors on {exchange}"
+        found = "" if exchange is None else f", {exchange}"
         return (
             f"{type(self).__name__}(num_tasks={self.num_tasks}, method={self.method!r}, "
             f"process_group={self._stays.processes.process_group!r}{found})"
@@ -361,7 +349,7 @@ class GradientSurgery:
         left = len(losses)
         if left > 1 or retain_graph:
             check_kept(list(losses.values()))
-        with Stay(self._stays, shared_forward=left > 1) as capture:
+        with Stay(self._stays, losses=left) as capture:
             self._stays.meet("losses of tasks", *losses)
             factors = self._planned(losses, capture)
             if factors is not None:
@@ -371,7 +359,7 @@ class GradientSurgery:
                 left -= 1
                 self._stays.meet("task", index)
                 capture.open(index)
-                run_backward(loss, retain_graph or left > 0)
+                capture.run(loss, retain_graph or left > 0)
                 capture.close()
 
     def _planned(self, losses: Mapping[int, Tensor], capture: Capture) -> Factors | None:
@@ -395,12 +383,12 @@ class GradientSurgery:
             raise TypeError(f"two_phase needs losses, not functions; found functions for tasks {list(forwards)}")
         if self.granularity != "model":
             raise ValueError(f"two_phase solves one problem; found granularity={self.granularity!r}")
-        layout = self._layouts.resolve()
+        layout = self._stays.resolve()
         capture = layout.capture
         if layout.exchange is not None:
             raise NotImplementedError(
-                f"two_phase does not cover DTensors, here on {layout.exchange}, which have gradients only once a "
-                "backward pass has reduced them: leave it False"
+                f"two_phase has no gradients of several processes, here {layout.exchange}, before its last backward "
+                "pass: leave it False"
             )
         if isinstance(capture, MovedCapture):
             raise ValueError(
@@ -408,7 +396,7 @@ class GradientSurgery:
                 f"{self.row_dtype}, {self.row_device}, {self.accumulate_dtype}"
             )
         capture.rows.free()
-        with Stay(self._stays, shared_forward=True):
+        with Stay(self._stays, losses=len(losses)):
             report, merged = merge_in_two_phases(
                 list(losses.values()),
                 capture.parameters,
@@ -422,7 +410,7 @@ class GradientSurgery:
 
     def _run_forwards(self, forwards: dict[int, Forward], retain_graph: bool) -> None:
         """Each forward, and its loss backward, inside its task."""
-        with Stay(self._stays, forward=True) as capture:
+        with Stay(self._stays, forward=True, losses=len(forwards)) as capture:
             self._stays.meet("functions of tasks", *forwards)
             for index, forward in forwards.items():
                 self._stays.meet("task", index, *capture.rows.tasks)
@@ -435,6 +423,6 @@ class GradientSurgery:
                             "let it return the loss, without running it backward"
                         )
                     continue
-                run_backward(check_loss(f"losses[{index}]()", loss), retain_graph)
+                capture.run(check_loss(f"losses[{index}]()", loss), retain_graph)
                 del loss  # and with it the graph, before the next forward
                 capture.close()

@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 import fastpcgrad
 from fastpcgrad import FastPCGradWarning, gradNorm
 from fastpcgrad.balancing import GradNorm
-from fastpcgrad.distributed import processes
-from fastpcgrad.distributed.processes import Processes, check_process_group
+from fastpcgrad.distributed import groups, processes
+from fastpcgrad.distributed.groups import Processes
+from fastpcgrad.distributed.processes import check_process_group
 from tests.distributed import ranks, refusals
 
 
@@ -168,7 +169,7 @@ def test_parameters_are_looked_at_again_when_a_group_appears(monkeypatch):
     monkeypatch.setattr(processes, "_holders", lambda: calls.append(1) or iter(()))
     own.check(parameters)
     assert not calls
-    monkeypatch.setattr(processes, "is_initialized", lambda: True)
+    monkeypatch.setattr(groups, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     own.check(parameters)
     assert calls
@@ -208,6 +209,6 @@ def test_what_process_group_may_not_be(value, error, word):
         lambda: GradNorm(2, 0.5, process_group=value),
         lambda: gradNorm(torch.nn.Linear(1, 1), x, 0.5, [], 1, 0.1, 0.1, process_group=value),
     ):
-        with pytest.raises(error, match=f"process_group.*'auto' or 'local'; found .*{word}"):
+        with pytest.raises(error, match=f"process_group.*'auto' or 'local'.*; found .*{word}"):
             call()
     assert x.grad is None

@@ -7,8 +7,14 @@ import torch
 
 from tests.distributed import ranks
 
-MODULES = {"sharded": (2, 3, 4), "together": (2, 3), "parts_of_a_batch": (2, 3)}
-ON_GPUS = {"sharded": (1, 2, 3, 4), "together": (2, 3)}
+MODULES = {
+    "sharded": (2, 3, 4),
+    "together": (2, 3),
+    "replicated": (2, 3, 4),
+    "replicated_edges": (2, 3),
+    "parts_of_a_batch": (2, 3),
+}
+ON_GPUS = {"sharded": (1, 2, 3, 4), "together": (2, 3), "replicated": (2, 3, 4), "replicated_edges": (2, 3)}
 """With FASTPCGRAD_TEST_DEVICE=cuda, where there are so many."""
 SECONDS = 240
 
@@ -21,7 +27,7 @@ def cases():
         for count in counts:
             if not on_gpus or count <= torch.cuda.device_count():
                 for scenario in import_module(f"tests.distributed.{name}").SCENARIOS:
-                    yield pytest.param(name, count, scenario, id=f"{count} processes: {scenario}")
+                    yield pytest.param(name, count, scenario, id=f"{name}, {count} processes: {scenario}")
 
 
 @pytest.mark.parametrize(("name", "count", "scenario"), list(cases()))

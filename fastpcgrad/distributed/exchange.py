@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -18,16 +17,14 @@ from torch import Tensor
 from .._blocks import Blocks
 from ..methods import Elementwise, Method, Solution
 from ..rows.columns import Columns
-from .links import Link, groups_of
-from .local_tensors import LocalTensor
+from .links import Link, messenger
+from .local_tensors import Place
 
 PATIENCE = timedelta(seconds=10)
 """How long a process that has failed waits for the others to hear of it, before it raises what made it fail."""
 
 _SPREAD = 1e-3
 """By which part of the largest entry G may differ between processes that should have the same gradients."""
-
-_messengers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Rounds:
@@ -46,7 +43,7 @@ class Rounds:
 
     @cached_property
     def _link(self) -> Link:
-        return Link(list(map(_messenger, self._groups)))  # which all of them make together, in their first round
+        return Link(list(map(messenger, self._groups)))  # which all of them make together, in their first round
 
     @property
     def nbytes(self) -> int:
@@ -86,17 +83,6 @@ class Rounds:
         self._points = []
 
 
-def _messenger(group: Any) -> Any:
-    """A group of the same processes for messages on the host; made once for each, by all of its processes."""
-    if group not in _messengers:
-        distributed = torch.distributed
-        ranks, options = distributed.get_process_group_ranks(group), {}
-        with suppress(Exception):  # not told by every backend
-            options["timeout"] = group._get_backend(torch.device("cpu")).options._timeout
-        _messengers[group] = distributed.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
-    return _messengers[group]
-
-
 class OutOfStep(RuntimeError):
     """Another process has failed, or is somewhere else in its round."""
 
@@ -108,23 +94,22 @@ class Exchange:
         places: for each parameter what this process has of it; None: a plain tensor, alike in all processes.
     """
 
-    def __init__(self, places: Sequence[LocalTensor | None]) -> None:
+    def __init__(self, places: Sequence[Place | None]) -> None:
         self._places = places
-        self.meshes = list(dict.fromkeys(place.mesh for place in places if place is not None))
-        self._link = Link(list(dict.fromkeys(group for mesh in self.meshes for group in groups_of(mesh))))
-        self.rounds = Rounds(self._link.groups)
+        self.link = Link(list(dict.fromkeys(group for place in places if place for group in place.groups)))
+        self.rounds = Rounds(self.link.groups)
 
     @property
     def nbytes(self) -> int:
         """What this process has handed to collectives so far."""
-        return self._link.nbytes + self.rounds.nbytes
+        return self.link.nbytes + self.rounds.nbytes
 
     def __repr__(self) -> str:
-        return " and ".join(map(repr, self.meshes))
+        return " and ".join(dict.fromkeys(place.where for place in self._places if place is not None))
 
     def over(self, columns: Columns) -> Columns:
         """J, of which this process has these columns."""
-        return SharedColumns(columns, self._link, self._places, self.meshes)
+        return SharedColumns(columns, self.link, self._places)
 
 
 class JointColumns(Columns):
@@ -167,31 +152,30 @@ class JointColumns(Columns):
 
 
 class SharedColumns(JointColumns):
-    """Columns of DTensors: one pass sums G over all processes, the other needs nobody.
+    """Columns of which processes have parts: one pass sums G over all processes, the other needs nobody.
 
     Args:
         columns, link: see ``JointColumns``.
-        places, meshes: see ``Exchange``.
+        places: see ``Exchange``.
     """
 
-    def __init__(
-        self, columns: Columns, link: Link, places: Sequence[LocalTensor | None], meshes: Sequence[Any]
-    ) -> None:
+    def __init__(self, columns: Columns, link: Link, places: Sequence[Place | None]) -> None:
         super().__init__(columns, link)
-        self._places, self._meshes = places, meshes
+        self._places = places
 
     def gram(self, problem_of: Sequence[int] | None, problems: int) -> Tensor:
         """See ``Columns``. That of each mesh is summed over it; of the result all take the root's bits."""
+        meshes = list(dict.fromkeys(place.groups for place in self._places if place is not None))
         numbers = []
         for index, place in enumerate(self._places):
             problem = 0 if problem_of is None else problem_of[index]
             counts = problem >= 0 and (place is None or place.counts)
-            mesh = 0 if place is None else 1 + self._meshes.index(place.mesh)
+            mesh = 0 if place is None else 1 + meshes.index(place.groups)
             numbers.append(mesh * problems + problem if counts else -1)
         tasks = len(self.tensors)
-        each = super().gram(numbers, (1 + len(self._meshes)) * problems).view(-1, problems, tasks, tasks)
-        for own, mesh in zip(each[1:], self._meshes, strict=True):
-            self._link.sum_(own, groups_of(mesh))
+        each = super().gram(numbers, (1 + len(meshes)) * problems).view(-1, problems, tasks, tasks)
+        for own, groups in zip(each[1:], meshes, strict=True):
+            self._link.sum_(own, groups)
         if None in self._places:
             self._check_alike(each[0])
         return self._link.from_root_(each.sum(dim=0))

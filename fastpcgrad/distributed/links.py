@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _first_of(*names: str) -> Any:
+    """By the newest name that this torch has for it; None without collectives at all."""
+    return next((found for name in names if (found := getattr(torch.distributed, name, None)) is not None), None)
+
+
+_messengers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+_scatter_sum: Any = _first_of("reduce_scatter_single", "reduce_scatter_tensor")
+_gather: Any = _first_of("all_gather_single", "all_gather_into_tensor")
 
 
 class Link:
@@ -19,7 +32,7 @@ class Link:
     def __init__(self, groups: Sequence[Any]) -> None:
         self.groups = groups
         self.nbytes = 0
-        """What this process has handed to collectives so far."""
+        """What this process has handed to collectives so far; where each gets a part, without its own."""
 
     @property
     def size(self) -> int:
@@ -45,16 +58,47 @@ class Link:
         """What the root has, in place."""
         for group in self.groups:
             self.nbytes += tensor.nbytes
-            torch.distributed.broadcast(tensor, group=group, group_src=0)
+            torch.distributed.broadcast(tensor, group=_carrier(group, tensor), group_src=0)
         return tensor
+
+    def scatter_sum(self, part: Tensor, whole: Tensor) -> Any:
+        """Of the sum over all processes of ``whole`` the part of this one, by its rank; over one group.
+
+        Returns:
+            what is to be waited for before ``part`` is read or ``whole`` is written.
+        """
+        self.nbytes += whole.nbytes * (self.size - 1) // self.size
+        return _scatter_sum(part, whole, group=_carrier(self.groups[0], whole), async_op=True)
+
+    def gather(self, whole: Tensor, part: Tensor) -> None:
+        """The parts of all processes one after the other, by rank, into ``whole``; over one group."""
+        self.nbytes += whole.nbytes * (self.size - 1) // self.size
+        _gather(whole, part, group=_carrier(self.groups[0], part))
 
     def _reduce(self, tensor: Tensor, groups: Sequence[Any], op: Any) -> Tensor:
         for group in groups:
             self.nbytes += tensor.nbytes
-            torch.distributed.all_reduce(tensor, op=op, group=group)
+            torch.distributed.all_reduce(tensor, op=op, group=_carrier(group, tensor))
         return tensor
 
 
 def groups_of(mesh: Any) -> list[Any]:
     """The process group of each dimension of a mesh, if there is somebody else along it."""
     return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+
+
+def messenger(group: Any) -> Any:
+    """A group of the same processes for messages on the host; made once for each, by all of its processes."""
+    if group not in _messengers:
+        distributed = torch.distributed
+        ranks, options = distributed.get_process_group_ranks(group), {}
+        with suppress(Exception):  # not told by every backend
+            options["timeout"] = group._get_backend(torch.device("cpu")).options._timeout
+        _messengers[group] = distributed.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
+    return _messengers[group]
+
+
+def _carrier(group: Any, tensor: Tensor) -> Any:
+    """The group, or where its backend knows no tensors of that device, as NCCL none on the host, its messenger."""
+    known = torch.distributed.get_backend_config(group)  # such as cpu:gloo,cuda:nccl
+    return group if f"{tensor.device.type}:" in known else messenger(group)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .._gradients import as_real, gradient_dtype
+from .links import groups_of
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -17,8 +18,24 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+class Place(Protocol):
+    """Which part of a parameter's rows this process has.
+
+    Attributes:
+        groups: those who have the other parts, or replicas; one after the other they reach all.
+        counts: whether this process is the one of its replicas that counts in G.
+        shard: which part it has: alike in all replicas of it, and in no others.
+        where: in words, who else there is.
+    """
+
+    groups: tuple[Any, ...]
+    counts: bool
+    shard: tuple[int, ...]
+    where: str
+
+
 class LocalTensor:
-    """The gradient of a DTensor as rows hold it: the part of this process, placed as the parameter is.
+    """The gradient of a DTensor as rows hold it: the part of this process, placed as the parameter is. A ``Place``.
 
     A gradient that is placed otherwise, as a partial sum is, is redistributed first.
 
@@ -43,9 +60,9 @@ class LocalTensor:
             raise NotImplementedError(f"the gradient of a DTensor must have its dtype; {found} and another grad_dtype")
         along = list(zip(coordinate, self._placements, strict=True))
         self.counts = all(own == 0 for own, placement in along if placement.is_replicate())
-        """Whether this process is the one of its replicas that counts in G."""
         self.shard = tuple(own for own, placement in along if not placement.is_replicate())
-        """Which part it has: alike in all replicas of it."""
+        self.groups = tuple(groups_of(self.mesh))
+        self.where = f"DTensors on {self.mesh}"
 
     def like_row(self) -> Tensor:
         return as_real(_local(self._parameter.detach()))
@@ -66,6 +83,21 @@ class LocalTensor:
             return DTensor.from_local(
                 local, self.mesh, self._placements, run_check=False, shape=self._shape, stride=self._stride
             )
+
+
+class Part:
+    """What a process keeps of the rows of a parameter that it shares with the others of a group. A ``Place``.
+
+    Args:
+        group: of the processes.
+    """
+
+    counts = True
+
+    def __init__(self, group: Any) -> None:
+        self.groups: tuple[Any, ...] = (group,)
+        self.shard: tuple[int, ...] = (torch.distributed.get_rank(group),)
+        self.where = f"means over {torch.distributed.get_world_size(group)} processes"
 
 
 @torch.no_grad()

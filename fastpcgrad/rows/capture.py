@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from .._graph import run_backward
 from .forms import Form
 from .moved import MovedGradients
 from .task_gradients import Row, TaskGradients
@@ -60,6 +61,10 @@ class Capture:
         if row is not None:  # autograd adds to what is there
             for p, grad in zip(self.parameters, self._as_they_are(row), strict=True):
                 p.grad = grad
+
+    def run(self, loss: Tensor, retain_graph: bool) -> None:
+        """A loss of the open task backward, once in a stay."""
+        run_backward(loss, retain_graph)
 
     def close(self) -> None:
         """What there is of the open task's gradients is its row."""

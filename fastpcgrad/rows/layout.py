@@ -12,11 +12,12 @@ from torch.nn.parameter import is_lazy
 
 from .._gradients import gradient_dtype
 from ..distributed.exchange import Exchange
-from ..distributed.local_tensors import LocalTensor, is_dtensor
+from ..distributed.local_tensors import LocalTensor, Part, is_dtensor
 from . import host
 from .capture import Capture, MovedCapture
-from .choice import is_large
+from .choice import Choice, is_large
 from .forms import Complex, Form
+from .memory_plan import MemoryPlan, plan_factored, plan_memory, plan_two_phase
 from .moved import MovedGradients, check_accumulate_dtype
 from .parameters import (
     CheckedGranularity,
@@ -26,6 +27,7 @@ from .parameters import (
     check_parameters,
     problem_of_each,
 )
+from .sharded import ShardedCapture, ShardedGradients
 from .task_gradients import TaskGradients
 
 _KIND = attrgetter(*("dtype", "device", "shape"), *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
@@ -52,6 +54,31 @@ class Layout(NamedTuple):
     lazy: bool
     is_large: bool
 
+    def memory_plan(self, tasks: int, rows: Choice, *, two_phase: bool, by_parameter: bool) -> MemoryPlan:
+        """Bytes of a round, see ``GradientSurgery.memory_plan``.
+
+        Args:
+            by_parameter: whether each parameter is a problem of its own.
+        """
+        parameters, kept = as_rows_see(self.capture.parameters, self.capture.forms), self.capture.rows
+        moved = kept if isinstance(kept, MovedGradients) else None
+        problems = len(parameters if by_parameter else set(self.division.groups or [0]))
+        if isinstance(kept, ShardedGradients):
+            return kept.plan(tasks, parameters, problems)
+        if two_phase:
+            return plan_two_phase(tasks, parameters)
+        if rows == "factored" and moved is None:
+            return plan_factored(tasks, parameters)
+        return plan_memory(
+            tasks,
+            parameters,
+            kept.dtypes,
+            moved=moved is not None,
+            accumulate_dtype=None if moved is None else moved.accumulate_dtype,
+            on_host=moved is not None and moved.on_host,
+            problems=problems,
+        )
+
 
 class RowChoice(NamedTuple):
     """How a caller wants the rows, see ``GradientSurgery``; None: as the gradients come."""
@@ -77,6 +104,7 @@ class Layouts:
         self, source: HasGroups, shared: Sequence[Tensor] | None, granularity: CheckedGranularity, rows: RowChoice
     ) -> None:
         self._source, self._shared, self._granularity, self._rows = source, shared, granularity, rows
+        self._group: Any = None
         self.current = self._laid_out(self.trainable())
 
     def trainable(self) -> list[Tensor]:
@@ -106,16 +134,55 @@ class Layouts:
         found, layout = self.trainable(), self.current
         return _are_same(found, layout.found) and _kinds(found) == layout.kinds
 
-    def _laid_out(self, found: list[Tensor]) -> Layout:
-        parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
+    def over(self, group: Any) -> Layout:
+        """The same, but with rows that are means over a process group, of which this process has its part; None: with
+        rows of its own.
+
+        Raises:
+            NotImplementedError: a choice of rows that is not covered there.
+            RuntimeError: it is another group while rows are filled.
+        """
+        if group is not self._group:
+            layout = self.current
+            if filled := layout.capture.rows.tasks:
+                raise RuntimeError(f"the process group changed while rows of tasks {filled} are filled: call discard()")
+            before, self._group = self._group, group
+            try:
+                self.current = self._laid_out(layout.found, layout.capture.parameters)
+            except BaseException:
+                self._group = before
+                raise
+        return self.current
+
+    def _laid_out(self, found: list[Tensor], parameters: Sequence[Tensor] | None = None) -> Layout:
+        if parameters is None:
+            parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
         check_parameters(parameters, self._shared)
         division = Division(
             shared=None if self._shared is None else are_among(parameters, self._shared),
             groups=problem_of_each(parameters, self._granularity, self._source.param_groups, self._shared),
         )
         lazy = any(map(is_lazy, found))
+        capture, exchange = self._averaged(parameters) if self._group is not None else self._own(parameters)
+        return Layout(found, _kinds(found), division, capture, exchange, lazy, is_large(parameters))
+
+    def _own(self, parameters: Sequence[Tensor]) -> tuple[Capture, Exchange | None]:
         capture = self._capture_for(parameters)
-        return Layout(found, _kinds(found), division, capture, _exchange_for(capture), lazy, is_large(parameters))
+        return capture, _exchange_for(capture)
+
+    def _averaged(self, parameters: Sequence[Tensor]) -> tuple[Capture, Exchange]:
+        dtype, device, sums = self._rows
+        forms = _forms_of(parameters)
+        own = as_rows_see(parameters, forms)
+        exchange = Exchange([Part(self._group) for _ in own])
+        rows = ShardedGradients(own, dtype, exchange.link)
+        if device is not None and any(host.copies_for(found, device) is not None for found in set(rows.devices)):
+            raise NotImplementedError(f"rows that are {exchange} lie where the parameters do: leave row_device None")
+        if sums is not None and any(gradient_dtype(p) != sums for p in own):
+            raise NotImplementedError(
+                f"rows that are {exchange} are summed in their gradients' dtype: leave accumulate_dtype None"
+            )
+        return ShardedCapture(parameters, rows, exchange, forms), exchange
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
@@ -137,7 +204,7 @@ class Layouts:
 
     def snapshot(self) -> dict[str, Any]:
         """What a copy of this object needs to go on with the round, see ``restored``."""
-        state = {name: value for name, value in self.__dict__.items() if name != "current"}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("current", "_group")}
         return {**state, "rows_of_round": self.current.capture.rows.snapshot()}
 
     @classmethod
@@ -147,6 +214,7 @@ class Layouts:
         rows = snapshot.pop("rows_of_round")
         layouts = cls.__new__(cls)
         layouts.__dict__.update(snapshot)
+        layouts._group = None  # the copy's processes look for it
         layouts.current = layouts._laid_out(layouts.trainable())
         layouts.current.capture.rows.restore(rows)
         return layouts

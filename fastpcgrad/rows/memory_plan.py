@@ -175,6 +175,42 @@ def plan_memory(
     )
 
 
+def plan_sharded(
+    tasks: int,
+    parameters: Sequence[Tensor],
+    row_dtypes: Sequence[torch.dtype],
+    widths: Sequence[int],
+    *,
+    whole: int,
+    largest: int,
+    buckets: int,
+    problems: int,
+) -> MemoryPlan:
+    """The plan for the shards of T rows that are means over processes.
+
+    Args:
+        parameters: of one device.
+        row_dtypes: of each parameter's rows.
+        widths: the columns of each that this process has.
+        whole: bytes of one task's gradient before it is reduced, and of the merged one.
+        largest: bytes of the largest gradient, which is copied where it lies in another order than its parameter.
+        buckets: bytes of those that are on their way.
+        problems: how many are solved.
+    """
+    device = _device_of(parameters)
+    use = partial(MemoryUse, device, free_memory(device))
+    row = sum(width * dtype.itemsize for width, dtype in zip(widths, row_dtypes, strict=True))
+    figures = _matrices_nbytes(device, tasks, _MATRICES * problems)
+    workspace = figures + (_kernels_nbytes(device, tasks, widths, row_dtypes, problems) if widths else 0)
+    return MemoryPlan(
+        _most(
+            use(rows=tasks * row, transient=whole + largest + buckets),
+            use(rows=tasks * row, merged=whole, transient=buckets, workspace=figures),
+            use(rows=tasks * row, transient=buckets, workspace=workspace),
+        )
+    )
+
+
 def plan_two_phase(tasks: int, parameters: Sequence[Tensor]) -> MemoryPlan:
     """The plan for T pieces at a time, each of the size that ``two_phase`` aims at, and then the merged gradient."""
     device = _device_of(parameters)

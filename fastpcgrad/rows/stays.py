@@ -6,9 +6,9 @@ from types import TracebackType
 
 from .._graph import explain
 from ..distributed.exchange import OutOfStep
-from ..distributed.processes import Processes
+from ..distributed.groups import Processes
 from .capture import Capture, MovedCapture
-from .layout import Layouts
+from .layout import Layout, Layouts
 
 
 class Stays:
@@ -20,6 +20,16 @@ class Stays:
     def __init__(self, layouts: Layouts, processes: Processes) -> None:
         self.layouts, self.processes = layouts, processes
         self.open: Stay | None = None
+
+    def resolve(self) -> Layout:
+        """The layout of a round that begins now.
+
+        Raises:
+            NotImplementedError, RuntimeError: see ``Processes.check`` and ``Layouts``.
+        """
+        capture = self.layouts.resolve().capture
+        self.processes.check(capture.parameters, moved=isinstance(capture, MovedCapture))
+        return self.layouts.over(self.processes.group)
 
     def check_outside(self, what: str) -> None:
         """RuntimeError inside a task."""
@@ -59,23 +69,22 @@ class Stay:
     Args:
         stays: of the surgery.
         forward: whether forward passes run inside.
-        shared_forward: whether several backward passes do, maybe of one forward.
+        losses: of how many losses backward passes are run here, of one forward maybe; None: the caller runs them.
     """
 
-    def __init__(self, stays: Stays, *, forward: bool = False, shared_forward: bool = False) -> None:
-        self._stays, self._forward, self._shared_forward = stays, forward, shared_forward
+    def __init__(self, stays: Stays, *, forward: bool = False, losses: int | None = None) -> None:
+        self._stays, self._forward, self._losses = stays, forward, losses
 
     def __enter__(self) -> Capture:
-        layout, processes = self._stays.layouts.resolve(), self._stays.processes
+        layout = self._stays.resolve()
         if layout.lazy and self._forward:
             raise RuntimeError(
                 "a forward pass inside a task would give lazy parameters a shape, which then are in no row: run one "
                 "before the first task"
             )
         capture = layout.capture
-        processes.check(capture.parameters, moved=isinstance(capture, MovedCapture))
-        if self._shared_forward:
-            processes.check_shared_forward("a call with several losses")
+        if self._losses is not None:
+            self._stays.processes.check_passes(1 if self._forward else self._losses)
         self.begin(capture)
         return capture
 
@@ -92,8 +101,9 @@ class Stay:
         if self._stays.open is self:
             self.leave()
         exchange = self._stays.layouts.current.exchange
-        if exchange is not None and isinstance(error, Exception) and not isinstance(error, OutOfStep):
-            exchange.rounds.fail()
+        if exchange is not None and isinstance(error, Exception):
+            if not isinstance(error, OutOfStep):
+                exchange.rounds.fail()
             self._stays.discard()
         if error is not None:
             explain(error)

@@ -1,5 +1,6 @@
 """Runs scenarios on real processes: one interpreter imports torch and forks the ranks, which run them all in turn."""
 
+import atexit
 import contextlib
 import gc
 import json
@@ -7,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from datetime import timedelta
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -24,23 +27,38 @@ def run(module, ranks, folder, seconds):
 
     A module has its scenarios in a dict ``SCENARIOS``: functions without arguments, by their names.
     """
-    command = [sys.executable, "-m", "tests.distributed.ranks", module, str(ranks), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the ranks with it, if they hang
-            process.wait()
+    launcher = _launcher()
+    print(json.dumps([module, ranks, str(folder), seconds]), file=launcher.stdin, flush=True)
+    if not launcher.stdout.readline():  # it is gone
+        _launcher.cache_clear()
     said = [_read(folder / f"rank{rank}") for rank in range(ranks)]
-    lost = f"did not get here within {seconds} s:\n{(folder / 'log').read_text()[-2000:]}"
+    log = folder / "log"
+    lost = f"did not get here within {seconds} s:\n{log.read_text()[-2000:] if log.exists() else 'no rank was started'}"
     return {name: [rank.get(name, lost) for rank in said] for name in import_module(module).SCENARIOS}
+
+
+@cache
+def _launcher():
+    """The interpreter that forks all ranks: to import what they need takes longer than most scenarios."""
+    # What is freed goes back to the system at once, so that a rank's memory can be measured.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.ranks"],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    atexit.register(_end, process)
+    return process
+
+
+def _end(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks with it, if they hang
+    process.communicate()
 
 
 def _read(path):
@@ -54,7 +72,7 @@ def _run_all(scenarios, rank, ranks, folder):
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo",
+        "nccl" if DEVICE == "cuda" else "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,
@@ -70,24 +88,36 @@ def _run_all(scenarios, rank, ranks, folder):
             print(json.dumps([name, wrong]), file=said, flush=True)
 
 
-def _main(module, ranks, folder):
+def _launch(module, ranks, folder, seconds):
     scenarios = import_module(module).SCENARIOS
     gc.freeze()  # what is here now holds no scenario's parameters, and takes long to look through
-    children = []
-    for rank in range(int(ranks)):
-        child = os.fork()
-        if not child:
-            try:
-                _run_all(scenarios, rank, int(ranks), folder)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(0)  # nothing of the interpreter that was forked
-        children.append(child)
-    for child in children:
+    children = {rank: _fork(scenarios, rank, ranks, folder) for rank in range(ranks)}
+    until = time.monotonic() + seconds
+    while children and time.monotonic() < until:
+        time.sleep(0.02)
+        children = {rank: child for rank, child in children.items() if os.waitpid(child, os.WNOHANG) == (0, 0)}
+    for child in children.values():
+        os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
 
+def _fork(scenarios, rank, ranks, folder):
+    child = os.fork()
+    if child:
+        return child
+    try:
+        log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log, stream.fileno())
+        _run_all(scenarios, rank, ranks, folder)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)  # nothing of the interpreter that was forked
+
+
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    for line in sys.stdin:
+        _launch(*json.loads(line))
+        print("done", flush=True)

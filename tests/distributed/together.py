@@ -1,8 +1,10 @@
 """Rounds of several processes: agreement where they are not alike, and what ends a round everywhere."""
 
+import ctypes
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 import fastpcgrad
 from fastpcgrad import methods
 from fastpcgrad.distributed import exchange
+from fastpcgrad.rows import host
 from tests.distributed.ranks import DEVICE
 from tests.distributed.sharded import (
     TASKS,
@@ -28,6 +31,7 @@ from tests.distributed.sharded import (
     train,
     wholes,
 )
+from tests.late_copies import LateCopies
 
 SCENARIOS: dict[str, Callable[[], None]] = {}
 
@@ -208,6 +212,54 @@ def what_is_sent_does_not_depend_on_the_width():
     assert sent[0] == sent[1] <= 8 * (3 * TASKS**2 + TASKS) + 24 * (TASKS + 1)
 
 
+def most_memory(work):
+    """The most memory that a call takes beyond what is there before it, in bytes."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+@scenario
+def memory_is_that_of_the_plan():
+    """Beyond what plain backward passes take, which leave one row: rows are what they left, and no copies."""
+    tasks, width = 4, 512
+    net = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False, device=DEVICE) for _ in range(12)))
+    for part in (*net, net):
+        fully_shard(part, mesh=mesh())
+    surgery = fastpcgrad.GradientSurgery(net.parameters(), tasks, methods.UPGrad())
+    x = torch.ones(2, width, device=DEVICE)
+
+    def plain():
+        for _ in range(tasks):
+            net.zero_grad()
+            net(x).square().mean().backward()
+
+    def merged():
+        for t in range(tasks):
+            with surgery.task(t):
+                net(x).square().mean().backward()
+        surgery.merge()
+
+    plain()
+    net.zero_grad()
+    without = most_memory(plain)
+    net.zero_grad()
+    taken, plan = most_memory(merged), surgery.memory_plan().device
+    assert abs(without + plan.total - plan.rows // tasks - taken) <= 0.1 * plan.total, (without, taken, plan)
+
+
 @each(
     full={},
     shared={"shared": lambda ps: ps[:2]},
@@ -218,6 +270,18 @@ def choices_of_a_surgery(options):
     unit = 4e-3 if "row_dtype" in options else 1e-6
     for setting in (fully_sharded(), tensor_parallel()):
         train(setting, lambda: methods.PCGrad("tensorflow"), unit=unit, **options)
+
+
+@scenario
+def rows_in_host_memory():
+    """Where no GPU is, what stands in for its copies; and G goes through gloo, as NCCL takes nothing on the host."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(host, "copies_for", lambda device, chosen: LateCopies() if chosen else None)
+            patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+        for setting in (fully_sharded(), tensor_parallel()):
+            surgery = train(setting, lambda: methods.PCGrad("tensorflow"), row_device="cpu")
+            assert surgery._layouts.current.capture.rows.on_host
 
 
 @scenario

@@ -1,0 +1,247 @@
+"""Rows that are means over processes, of which each keeps a part."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._blocks import addresses
+from .._gradients import dense, gradient_dtype, gradient_nbytes
+from .._memory import prefer_huge_pages
+from .._ops import flat
+from ..distributed.buckets import Buckets
+from ..distributed.exchange import Exchange
+from ..distributed.links import Link
+from .capture import Capture
+from .columns import Columns
+from .forms import Form
+from .memory_plan import MemoryPlan, plan_sharded
+from .task_gradients import Row, TaskGradients
+
+
+class _Vector(NamedTuple):
+    """The gradients of one dtype on one device, one after the other.
+
+    Attributes:
+        indexes: of their parameters.
+        begins: where each begins, and where the last one ends.
+        buckets: how it is cut.
+    """
+
+    indexes: list[int]
+    begins: list[int]
+    buckets: Buckets
+
+
+class ShardedGradients(TaskGradients):
+    """Rows of which this process has its shard, of means over all processes: each is reduced once its task is left.
+
+    A parameter's part of a shard is an interval of its gradient as it lies in memory, and may be empty.
+
+    Args:
+        parameters, dtype: see ``TaskGradients``. Gradients are reduced in their own dtype.
+        link: to those who have the same parameters, over one group.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None, link: Link) -> None:
+        super().__init__(parameters, dtype)
+        self._link, self._shapes = link, [p.shape for p in parameters]
+        alike = repr((list(map(tuple, self._shapes)), self._strides, self.dtypes))
+        self.digest = hashlib.blake2b(alike.encode(), digest_size=4).hexdigest()
+        """Of what must be alike in all processes."""
+        self._vectors: list[_Vector] = []
+        kinds = list(zip(map(gradient_dtype, parameters), self.devices, strict=True))
+        for kind in dict.fromkeys(kinds):
+            indexes = [index for index, own in enumerate(kinds) if own == kind]
+            begins = [0, *accumulate(self.widths[index] for index in indexes)]
+            self._vectors.append(_Vector(indexes, begins, Buckets(begins[-1], *kind, link)))
+        self.widths = array("q", self.widths)  # from here on those of this process' part
+        for vector in self._vectors:
+            ends = list(map(vector.buckets.before, vector.begins))
+            for index, begin, end in zip(vector.indexes, ends, ends[1:], strict=False):
+                self.widths[index] = end - begin
+        self._sizes = [width * own.itemsize for width, own in zip(self.widths, self.dtypes, strict=True)]
+        self._shards: dict[int, list[Tensor]] = {}
+        self._there: dict[int, list[bool]] = {}
+        self._free: list[list[Tensor]] = []
+        self._before: tuple[list[Tensor], list[bool]] | None = None  # of a task that was entered again
+
+    def plan(self, tasks: int, parameters: Sequence[Tensor], problems: int) -> MemoryPlan:
+        """Bytes of a round, see ``plan_sharded``; on all devices together."""
+        whole, largest = sum(map(gradient_nbytes, parameters)), max(map(gradient_nbytes, parameters), default=0)
+        waiting = sum(vector.buckets.nbytes for vector in self._vectors)
+        return plan_sharded(
+            tasks,
+            parameters,
+            self.dtypes,
+            self.widths,
+            whole=whole,
+            largest=largest,
+            buckets=waiting,
+            problems=problems,
+        )
+
+    def take(self, task: int) -> Row | None:
+        """See ``TaskGradients``; a row that is there stays here, and what the stay brings is added to it."""
+        self._before = None
+        if super().take(task) is not None:
+            self._before = self._shards.pop(task), self._there.pop(task)
+        return None
+
+    def put(self, task: int, row: Row) -> None:
+        """See ``keep``."""
+        self.keep(task, row)
+
+    def keep(self, task: int, row: Row) -> None:
+        """Reduce a task's gradients, together with all processes. They are read, and not held."""
+        there, adds = [grad is not None for grad in row], self._before is not None
+        if self._before is not None:
+            (shards, before), self._before = self._before, None
+            there = [a or b for a, b in zip(there, before, strict=True)]
+        else:
+            shards = self._free.pop() if self._free else self._new_shards()
+        for vector, shard in zip(self._vectors, shards, strict=True):
+            self._reduce(row, vector, shard, adds)
+        self._shards[task], self._there[task] = shards, there
+        self._rows[task] = self._pieces(shards)
+        self._own.add(task)
+
+    def columns(self) -> Columns:
+        """J, of which this process has a part; a gradient that any process has is there in all."""
+        self._check_whole()
+        tasks = self.tasks
+        there = torch.tensor([self._there[task] for task in tasks], dtype=torch.uint8)
+        present = self._link.max_(there).bool().tolist()
+        rows: list[Row] = [
+            [piece if here else None for piece, here in zip(self._rows[task], own, strict=True)]
+            for task, own in zip(tasks, present, strict=True)
+        ]
+        return self._columns(rows, list(map(addresses, rows)))
+
+    def whole(self, merged: Row) -> Row:
+        """The merged gradient, of which each process has its part in the memory of its rows, all of it in all."""
+        first = self.tasks[0]
+        for own, new in zip(self._rows[first], merged, strict=True):
+            if own is not None and new is not None and new is not own:
+                own.copy_(new)
+        result: Row = [None] * len(merged)
+        for vector, shard in zip(self._vectors, self._shards[first], strict=True):
+            whole = prefer_huge_pages(vector.buckets.whole(shard.to(vector.buckets.dtype)))
+            for index, begin in zip(vector.indexes, vector.begins, strict=False):
+                if merged[index] is not None:
+                    result[index] = whole.as_strided(self._shapes[index], self._strides[index], begin)
+        return result
+
+    def summary(self) -> str:
+        """See ``TaskGradients``; where there are gradients may differ."""
+        return repr(sorted(self._stays.items()))
+
+    def snapshot(self) -> dict[str, Any]:
+        """See ``TaskGradients``."""
+        if self._rows:
+            raise RuntimeError("rows that several processes share cannot be copied within a round: merge or discard")
+        return super().snapshot()
+
+    def _forget(self) -> None:
+        self._free += self._shards.values()
+        self._shards, self._there, self._before = {}, {}, None
+        super()._forget()
+
+    def clear(self) -> None:
+        """Forget all rows; their memory is for those of the next round."""
+        self._forget()
+
+    def free(self) -> None:
+        """See ``TaskGradients``."""
+        super().free()
+        self._free = []
+
+    def _new_shards(self) -> list[Tensor]:
+        return [vector.buckets.new_shard(self.dtypes[vector.indexes[0]]) for vector in self._vectors]
+
+    def _reduce(self, row: Row, vector: _Vector, shard: Tensor, adds: bool) -> None:
+        """The mean of one vector into its shard, or added to it."""
+
+        @lru_cache(maxsize=1)  # a copy, where it is one, of one gradient at a time
+        def columns_of(index: int) -> Tensor:
+            return self._in_order(index, row[index])
+
+        def write(bucket: Tensor, first: int) -> None:
+            last = first + len(bucket)
+            for index, begin, end in zip(vector.indexes, vector.begins, vector.begins[1:], strict=False):
+                low, high = max(begin, first), min(end, last)
+                if low < high:
+                    place = bucket[low - first : high - first]
+                    if row[index] is None:
+                        place.zero_()
+                    else:
+                        torch.div(columns_of(index)[low - begin : high - begin], self._link.size, out=place)
+
+        def store(part: Tensor, first: int) -> None:
+            place = shard[first : first + len(part)]
+            place.add_(part) if adds else place.copy_(part)
+
+        vector.buckets.mean(write, store)
+
+    def _in_order(self, index: int, grad: Any) -> Tensor:
+        """A gradient's elements in the order of its parameter's memory."""
+        grad, stride = dense(grad), self._strides[index]
+        if grad.stride() != stride:
+            grad = torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+        return flat(grad)
+
+    def _pieces(self, shards: Sequence[Tensor]) -> Row:
+        """For each parameter its part of a shard."""
+        row: Row = [None] * len(self.widths)
+        for vector, shard in zip(self._vectors, shards, strict=True):
+            begin = 0
+            for index in vector.indexes:
+                row[index] = shard[begin : begin + self.widths[index]]
+                begin += self.widths[index]
+        return row
+
+
+class ShardedCapture(Capture):
+    """Rows that are reduced once their task is left, from what this process' part of the batch has left in ``.grad``.
+
+    What DistributedDataParallel has averaged by then stays as it is: a mean of equal numbers.
+
+    Args:
+        parameters, rows, forms: see ``Capture``.
+        exchange: with those who have the other parts.
+    """
+
+    rows: ShardedGradients
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        rows: ShardedGradients,
+        exchange: Exchange,
+        forms: Mapping[int, Form] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(parameters, rows, forms)
+        self._exchange = exchange
+
+    def run(self, loss: Tensor, retain_graph: bool) -> None:
+        """See ``Capture``. Nothing accumulates, so that no module takes it for its one backward pass a forward."""
+        grads = torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, allow_unused=True)
+        for p, grad in zip(self.parameters, grads, strict=True):
+            p.grad = grad
+
+    def close(self) -> None:
+        """See ``Capture``. All meet first: who has failed would leave the others waiting for its part."""
+        self._exchange.rounds.arrive("end of task", self.task, self.rows.digest)
+        super().close()
+
+    def give(self, merged: Row) -> None:
+        """See ``Capture``: of all processes' parts."""
+        super().give(self.rows.whole(merged))
