@@ -41,7 +41,7 @@ def run(module, ranks, folder, seconds):
 def _launcher():
     """The interpreter that forks all ranks: to import what they need takes longer than most scenarios."""
     # What is freed goes back to the system at once, so that a rank's memory can be measured.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MALLOC_MMAP_THRESHOLD_": "262144"}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.distributed.ranks"],
         cwd=ROOT,
