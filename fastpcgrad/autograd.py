@@ -155,7 +155,7 @@ def _fill_factored(
         for slot, (t, loss) in enumerate(losses.items()):
             left -= 1
             factors.begin(slot)
-            asked = [n for n in range(len(inputs)) if n not in factors.weights or n in factors.unknown]
+            asked = list(filter(factors.needs, range(len(inputs))))
             wanted: Any = [*edges, *(inputs[n] for n in asked)]
             found = torch.autograd.grad(loss, wanted, retain_graph=retain_graph or left > 0, allow_unused=True)
             factors.note_captured(found[: len(edges)])

@@ -83,10 +83,11 @@ def settled(grads: TaskGradients, method: Method) -> Settled:
     kept: Settled = {}
     assert grads.factors is not None
     for index, weight in list(grads.factors.weights.items()):
-        gram, is_exact = _gram(weight)
-        if is_exact and not isinstance(method, Elementwise) and not grads.has_rows_of(index):
-            kept[index] = weight, gram
-            continue
+        if not isinstance(method, Elementwise) and not grads.has_rows_of(index):
+            gram, is_exact = _gram(weight)
+            if is_exact:
+                kept[index] = weight, gram
+                continue
         for task, reached, delta in zip(grads.tasks, weight.reached, weight.delta, strict=True):
             if reached:
                 grads.add_to(task, index, weight.product(delta).to(grads.dtypes[index]))

@@ -20,7 +20,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from .._torch import DispatchMode
 from .choice import stacking_pays
-from .factors import Factors, Row, are_without_hooks, has_hooks, register
+from .factors import Factors, Row
+from .hooks import are_without_hooks, has_hooks, register
 
 _BATCHED = {
     *(
@@ -287,7 +288,7 @@ def may_stack(factors: Factors, trunk: Trunk) -> str | None:
         return "a hook on a leaf, an activation that retains its gradient, or stacked gradients that were others"
     if not factors.known.stacked or not factors.known.right.issuperset(factors.weights):
         return "the first two steps of the graph, or since somebody has registered a hook"
-    if not are_without_hooks(trunk.nodes):
+    if factors.unsure or not are_without_hooks(trunk.nodes):
         return "the graph is older than the last hook that somebody has registered"
     return None
 
