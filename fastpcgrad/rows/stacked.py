@@ -237,14 +237,16 @@ class Trial:
         Args:
             rows: of all tasks but the last.
         """
+        self._factors.known.stacked = self._gives_the_same(rows)
+
+    def _gives_the_same(self, rows: Sequence[Sequence[Tensor | None]]) -> bool | None:
         factors, trunk = self._factors, self._trunk
-        factors.known.stacked = False
         if self._clones.count or len(self._seeds) != len(rows) or any(map(has_hooks, factors.graph.leaves)):
-            return
+            return False
         try:
             deltas, leaves = trunk.run(torch.cat(self._seeds))
         except RuntimeError:  # of a formula that does not take stacked gradients; nothing was changed by then
-            return
+            return False
         pairs = [
             (deltas[node][slot], weight.delta[slot, first : first + deltas[node].shape[1]])
             for weight, node, first in factors.uses
@@ -254,7 +256,7 @@ class Trial:
         for node, index in trunk.leaves.items():
             there = [(leaves[node][slot], row[index]) for slot, row in enumerate(rows)]
             pairs += [(own, other) for own, other in there if other is not None]
-        factors.known.stacked = _are_alike(pairs)
+        return _are_alike(pairs)
 
 
 def _are_alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool | None:
