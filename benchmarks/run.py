@@ -7,6 +7,7 @@ Parts, each with the minutes that it may take; without ``--only`` the first thre
 - *memory*: their peaks in fresh processes (``benchmarks.memory``).
 - *method*: every method against TorchJD's, by pytest-benchmark (``benchmarks/test_methods.py``).
 - *gradnorm*: a step of GradNorm (``benchmarks.gradnorm``).
+- *factored*: steps and a peak with factored rows, where they pay and where they do not.
 - *large*: steps and peaks of a GPT-style transformer of 1 M to 1 G parameters in every mode of the library. What is
   predicted not to fit is skipped, and its row says so.
 
@@ -82,12 +83,18 @@ def large(run: Run) -> None:
     memory.measure(run, cases.large_memory_cases(run.quick))
 
 
+def factored(run: Run) -> None:
+    steps.measure(run, cases.factored_cases(run.quick))
+    memory.measure(run, cases.factored_memory_cases(run.quick))
+
+
 PARTS = {
     "kernel": Part("cpu", 6.0, calls("test_kernels.py")),
     "step": Part("cpu", 3.5, here(lambda run: steps.measure(run, cases.step_cases(run.quick)))),
     "memory": Part("cpu", 2.5, here(lambda run: memory.measure(run, cases.memory_cases(run.quick)))),
     "method": Part("methods", 7.0, calls("test_methods.py")),
     "gradnorm": Part("gradnorm", 2.0, here(lambda run: gradnorm.measure(run, gradnorm.cases(run.quick)))),
+    "factored": Part("factored", 5.0, here(factored)),
     "large": Part("large", 8.5, here(large)),
 }
 DEFAULT = ("kernel", "step", "memory")
@@ -98,9 +105,9 @@ def show(run: Run) -> None:
     of_methods = [row for row in run.rows if row.kind == "method"]
     others = [row for row in run.rows if row.kind != "method"]
     shown = [tables.readme(others)] if others else []
-    shown += [tables.gradnorm(others), tables.large_steps(others)]
+    shown += [tables.gradnorm(others), tables.factored(others), tables.large_steps(others)]
     shown += [tables.methods(of_methods)] if of_methods else []
-    shown.append(tables.target_table(run.rows, (*targets.LARGE, *targets.GRADNORM)))
+    shown.append(tables.target_table(run.rows, (*targets.LARGE, *targets.FACTORED, *targets.GRADNORM)))
     print("\n" + "\n\n".join(part for part in shown if part) + "\n")
     run.show_failures()
 

@@ -6,6 +6,7 @@ same rounds. ``p50_ms`` is of a phase of it:
 - *step*: T backward passes and surgery on given losses, after gradients were set to None: for ``plain`` T times
   (gradients to None, ``loss.backward(retain_graph=not last)``), for the others the call that ends with the merged
   gradient in ``.grad``, their own T backward passes included. ``ratios`` are of this phase.
+- *factored*: the same of the library's ways to keep rows; the first steps of each are not among those that are timed.
 - *large*: ``GradientSurgery.merge()`` where the mode calls it by itself; ``ratios["whole step"]`` is its share.
 """
 
@@ -102,7 +103,7 @@ def timed(run: Run, case: StepCase, chosen: list[Mode], refused: dict[str, str],
 def _with_numbers(row: Row, times: Times) -> Row:
     wholes = {name: total(phases.values()) for name, phases in times.items()}
     own = wholes[row.subject]
-    if row.op == "step":
+    if row.op != "large":
         merges: dict[str, Samples] = {name: phases[BACKWARDS] for name, phases in times.items()}
         row = dataclasses.replace(with_times(row, merges[row.subject]), ratios=ratios(row.subject, merges))
     elif MERGE in times[row.subject]:

@@ -128,11 +128,11 @@ class Features:
 
 
 class LikeAutograd(Features):
-    options = {}  # noqa: RUF012
+    rows = "dense"
 
     def round(self):
         self.model.zero_grad()
-        fastpcgrad.backward(losses_of(self.model), method=methods.PCGrad(FIXED), **self.options)
+        fastpcgrad.backward(losses_of(self.model), method=methods.PCGrad(FIXED), rows=self.rows)
 
 
 class FactoredLikeAutograd(LikeAutograd):
