@@ -13,8 +13,8 @@ from ._graph import check_kept, explain, leaves, unreached
 from ._losses import check_tensors, present_losses
 from ._warnings import warn_of_one_loss
 from .distributed.processes import check_graph
-from .merging.by_factors import planned
-from .merging.by_rows import merge
+from .merging.by_factors import NOTHING, Settled, planned, sampled
+from .merging.by_rows import gram, merge
 from .rows.choice import Choice, check_rows
 from .rows.factors import Factors
 from .rows.task_gradients import TaskGradients
@@ -28,6 +28,7 @@ def grad(
     retain_graph: bool = False,
     process_group: object = "auto",
     rows: Choice = "auto",
+    batch_dim: int | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The merged gradient of several task losses with respect to ``inputs``; no ``.grad`` is touched.
 
@@ -41,11 +42,14 @@ def grad(
             processes without it, each merges the gradients of its own batch, which are averaged with nobody's.
             ``auto``: the former is an error, and the latter a warning, once.
         rows: see ``GradientSurgery``.
+        batch_dim: 0: ``losses`` is one tensor with a loss for each sample of a batch, and T is the batch size. Weights
+            of linear layers and their biases then take two backward passes for all samples together, with any method
+            that needs G alone; all other parameters one for each. No loss may depend on another's sample.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
         TypeError, ValueError: see ``functional.present_losses``; inputs without grad; a loss that depends
-            on none of the inputs; another ``process_group``.
+            on none of the inputs; another ``process_group``; another ``batch_dim``, or samples that mix.
         RuntimeError: a reentrant checkpoint hides what lies behind it.
         NotImplementedError: parameters that DistributedDataParallel averages, see ``process_group``, or does so with
             ``static_graph``; sharded ones, of FSDP, fully_shard or tensor parallelism. Nothing was run.
@@ -61,7 +65,7 @@ def grad(
     found = present_losses(losses)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
     check_graph([*_leaves(found), *targets], process_group)
-    merged = _merged(found, targets, method, retain_graph, check_rows(rows))
+    merged = _merged(_Losses(losses, found, batch_dim), targets, method, retain_graph, check_rows(rows))
     return tuple(merged[id(target)] for target in targets)
 
 
@@ -73,6 +77,7 @@ def backward(
     retain_graph: bool = False,
     process_group: object = "auto",
     rows: Choice = "auto",
+    batch_dim: int | None = None,
 ) -> None:
     """Add the merged gradient of several task losses to ``.grad``, as ``torch.autograd.backward`` adds.
 
@@ -80,7 +85,7 @@ def backward(
         losses: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may share a
             graph.
         inputs: leaves that require grad; None: all leaves of the graphs.
-        method, retain_graph, process_group, rows: see ``grad``.
+        method, retain_graph, process_group, rows, batch_dim: see ``grad``.
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: see ``grad``; inputs that are no leaves. ``.grad`` is
             not changed.
@@ -99,7 +104,7 @@ def backward(
         if not target.is_leaf:
             raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
     check_graph([*behind, *targets], process_group)
-    merged = _merged(found, targets, method, retain_graph, check_rows(rows))
+    merged = _merged(_Losses(losses, found, batch_dim), targets, method, retain_graph, check_rows(rows))
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
             new, old = merged[id(target)], target.grad
@@ -108,41 +113,110 @@ def backward(
             target.grad = old if new is None else new
 
 
+def gramian(
+    losses: Sequence[Tensor | None] | Tensor,
+    params: Sequence[Tensor] | Tensor | None = None,
+    *,
+    batch_dim: int | None = None,
+    retain_graph: bool = False,
+    process_group: object = "auto",
+    rows: Choice = "auto",
+) -> Tensor:
+    """The Gram matrix of the task gradients alone: G_ts = ⟨g_t, g_s⟩. No ``.grad`` is touched.
+
+    Args:
+        losses: see ``grad``; of tasks that are absent there is neither row nor column.
+        params: with respect to which the gradients are; None: all leaves of the graphs.
+        batch_dim, retain_graph, process_group, rows: see ``grad``.
+    Returns:
+        ``[T, T]`` float64.
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: see ``grad``.
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> fastpcgrad.gramian([x[0] - x[1], x[1]])
+        tensor([[ 2., -1.],
+                [-1.,  1.]], dtype=torch.float64)
+    """
+    found = present_losses(losses)
+    behind = _leaves(found)
+    targets = behind if params is None else _check_inputs([params] if isinstance(params, Tensor) else params)
+    check_graph([*behind, *targets], process_group)
+    inputs = list({id(target): target for target in targets}.values())
+    method = methods.Mean()
+    rows_and_factors = _filled(_Losses(losses, found, batch_dim), inputs, method, retain_graph, check_rows(rows))
+    return gram(rows_and_factors[0], method, rows_and_factors[1])
+
+
+class _Losses:
+    """Task losses, and where they are those of the samples of a batch their tensor.
+
+    Raises:
+        ValueError: a ``batch_dim`` that losses cannot have.
+    """
+
+    def __init__(self, given: Any, present: dict[int, Tensor], batch_dim: int | None) -> None:
+        if batch_dim is not None and (batch_dim != 0 or isinstance(batch_dim, bool)):
+            raise ValueError(f"batch_dim must be 0 or None; found {batch_dim!r}")
+        if batch_dim is not None and not isinstance(given, Tensor):
+            raise ValueError(f"batch_dim=0 needs one tensor [B] with the losses; found {type(given).__name__}")
+        self.each = present
+        self.of_samples: Tensor | None = None if batch_dim is None else given.flatten()
+
+
 def _merged(
-    losses: Mapping[int, Tensor],
-    targets: Sequence[Tensor],
-    method: methods.Method | None,
-    retain_graph: bool,
-    rows: Choice,
+    losses: _Losses, targets: Sequence[Tensor], method: methods.Method | None, retain_graph: bool, rows: Choice
 ) -> dict[int, Tensor | None]:
     """The merged gradient by the id of its input; an input that stands there twice counts once."""
     method = methods.check_method(method, methods.PCGrad)
     inputs = list({id(target): target for target in targets}.values())
-    grads = TaskGradients(inputs)
-    _check_reached(losses, inputs)
-    warn_of_one_loss(len(losses))
-    if retain_graph or len(losses) > 1:
-        check_kept(list(losses.values()))
-    try:
-        factors = planned(losses, inputs, method, rows)
-        if isinstance(factors, Factors):
-            _fill_factored(grads, losses, inputs, factors, retain_graph)
-        else:
-            _fill(grads, losses, inputs, retain_graph)
-    except RuntimeError as error:
-        explain(error)
-        raise
+    warn_of_one_loss(len(losses.each))
+    grads, samples = _filled(losses, inputs, method, retain_graph, rows)
     # Not in place: what autograd.grad returns may be a tensor of the graph's own.
-    _, merged = merge(grads, method, in_place=False)
+    _, merged = merge(grads, method, in_place=False, samples=samples)
     return dict(zip(map(id, inputs), merged, strict=True))
 
 
-def _fill(grads: TaskGradients, losses: Mapping[int, Tensor], inputs: Sequence[Tensor], retain_graph: bool) -> None:
-    left = len(losses)
+def _filled(
+    losses: _Losses, inputs: Sequence[Tensor], method: methods.Method, retain_graph: bool, rows: Choice
+) -> tuple[TaskGradients, Settled]:
+    """The rows of all losses, and what is in none of them: see ``by_factors.sampled``."""
+    grads = TaskGradients(inputs)
+    _check_reached(losses.each, inputs)
+    if retain_graph or len(losses.each) > 1:
+        check_kept(list(losses.each.values()))
+    try:
+        if losses.of_samples is not None:
+            samples = sampled(losses.of_samples, inputs, method, rows)
+            _fill(grads, losses.each, inputs, retain_graph, samples)
+            return grads, samples
+        factors = planned(losses.each, inputs, method, rows)
+        if isinstance(factors, Factors):
+            _fill_factored(grads, losses.each, inputs, factors, retain_graph)
+        else:
+            _fill(grads, losses.each, inputs, retain_graph)
+    except RuntimeError as error:
+        explain(error)
+        raise
+    return grads, NOTHING
+
+
+def _fill(
+    grads: TaskGradients,
+    losses: Mapping[int, Tensor],
+    inputs: Sequence[Tensor],
+    retain_graph: bool,
+    samples: Settled = NOTHING,
+) -> None:
+    """One backward pass a loss, to everything but ``samples``; the last one frees the graph."""
+    left, asked = len(losses), [n for n in range(len(inputs)) if n not in samples]
+    wanted = [inputs[n] for n in asked]
     for t, loss in losses.items():
         left -= 1
-        keep = retain_graph or left > 0
-        grads.put(t, list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)))
+        keep, row = retain_graph or left > 0, dict.fromkeys(range(len(inputs)))
+        if asked:
+            row |= zip(asked, torch.autograd.grad(loss, wanted, retain_graph=keep, allow_unused=True), strict=True)
+        grads.put(t, list(row.values()))
 
 
 def _fill_factored(

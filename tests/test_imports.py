@@ -24,6 +24,7 @@ FLOORS = (
     {"rows.choice", "rows.hooks"},
     {"rows.products"},
     {"rows.factors"},
+    {"rows.samples"},
     {"rows.stacked"},
     {"rows.columns", "rows.forms", "rows.host", "rows.parameters"},
     {"rows.task_gradients", "rows.memory_plan", "distributed.exchange", "merging.report", "merging.problems"},

@@ -16,7 +16,7 @@ from ..methods import Elementwise, Method
 from ..rows.columns import Columns, Tensors
 from ..rows.parameters import UNDIVIDED, Division
 from ..rows.task_gradients import Row, TaskGradients
-from .by_factors import Settled, merged_factor, settled
+from .by_factors import NOTHING, Settled, settled
 from .problems import SUMMED, Problems, weights_table
 from .report import ConflictReport
 
@@ -30,6 +30,7 @@ def merge(
     *,
     in_place: bool,
     exchange: Exchange | Averaging | None = None,
+    samples: Settled = NOTHING,
 ) -> tuple[ConflictReport, Row]:
     """Merge all rows.
 
@@ -40,12 +41,13 @@ def merge(
         in_place: write the merged gradient over that of the first task that has one, for each parameter; else to
             fresh memory.
         exchange: with the processes that have other columns of J; None: nobody has.
+        samples: parameters of which no row holds anything, since all their gradients are factors.
     Returns:
         the report, and for each parameter its merged gradient, None where it has none.
     Raises:
         Whatever the method raises. Where rows have been written by then, and after an interrupt, ``grads`` is at risk.
     """
-    factors = settled(grads, method) if grads.factors else {}
+    factors = settled(grads, method) if grads.factors else samples
     columns = grads.columns() if exchange is None else exchange.over(grads.columns())
     complete = not any(0 in row for row in columns.pointers)
     whole = [True] * len(columns.widths) if complete else _everywhere(columns.tensors)
@@ -63,6 +65,14 @@ def merge(
     except Exception:
         grads.at_risk = _versions(out) != before
         raise
+
+
+def gram(grads: TaskGradients, method: Method, samples: Settled = NOTHING) -> torch.Tensor:
+    """G alone, ``[T, T]`` float64; see ``merge``."""
+    factors = settled(grads, method) if grads.factors else samples
+    columns = grads.columns()
+    found = columns.only([index not in factors for index in range(len(columns.widths))]).gram(None, 1)[0]
+    return sum((own.to(found.device) for _, own in factors.values()), found)
 
 
 def _versions(out: Row) -> list[int]:
@@ -108,7 +118,7 @@ def _merge_by_weights(
     table = solution.weights[None] if is_one and not factors else weights_table(method, solution.weights)
     columns.combine(table, row_of_each if len(table) > 1 else None, rest)
     for index, (weight, _) in factors.items():
-        out[index] = merged_factor(weight, table[problems.row_of_each[index]], dtypes[index])
+        out[index] = weight.merged(table[problems.row_of_each[index]], dtypes[index])
 
     def figures() -> Figures:
         return Figures(grams.sum(dim=0), *solution, grams) if problems.are_many else Figures(gram, *solution)

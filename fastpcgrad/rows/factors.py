@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from .._memory import prefer_huge_pages
+from .._ops import to_device
+from ..backends import kernels
 from . import hooks
 from .choice import LEAST_ELEMENTS, Choice, RowsReport
 from .products import SAVED, Finder, Graph
@@ -45,7 +47,7 @@ class Factored:
 
     def __init__(self, index: int, nodes: Sequence[Node], tasks: int, transposed: bool) -> None:
         self.index, self.transposed = index, transposed
-        saved: list[Tensor] = [getattr(node, f"_saved_{SAVED[node.name()]}").detach() for node in nodes]
+        saved = list(map(self.of_input, nodes))
         self.left = saved[0] if len(saved) == 1 else torch.cat(saved)
         ends = [0]
         for a in saved:
@@ -55,6 +57,11 @@ class Factored:
         dtype = torch.float64 if meta.dtype == torch.float64 else torch.float32
         self.delta = torch.zeros(tasks, ends[-1], meta.shape[1], dtype=dtype, device=saved[0].device)
         self.reached = [False] * tasks
+
+    def of_input(self, node: Any) -> Tensor:
+        """What a product has saved of what went in, ``[M, in]``."""
+        saved: Tensor = getattr(node, f"_saved_{SAVED[node.name()]}")
+        return saved.detach()
 
     @property
     def whole(self) -> bool:
@@ -66,13 +73,24 @@ class Factored:
         self.delta[slot, first : first + grad.shape[0]].add_(grad)
         self.reached[slot] = True
 
-    def product(self, delta: Tensor) -> Tensor:
-        """δᵀ a, in the shape of the weight and the dtype of δ, for any ``[M, out]``."""
-        left = self.left.to(delta.dtype)
+    def product(self, delta: Tensor, left: Tensor | None = None) -> Tensor:
+        """δᵀ a, in the shape of the weight and the dtype of δ, for any ``[M, out]``, and a in any order."""
+        left = (self.left if left is None else left).to(delta.dtype)
         first, second = (left.T, delta) if self.transposed else (delta.T, left)
         out = prefer_huge_pages(delta.new_empty(first.shape[0], second.shape[1]))
         with exact_dtypes(delta.device):
             return torch.mm(first, second, out=out)
+
+    def merged(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """(Σ_t w_t δ_t)ᵀ a, in memory of its own.
+
+        Args:
+            weights: w, ``[T]`` float64.
+            dtype: of the gradient.
+        """
+        weights = to_device(weights, self.delta.device)
+        combined = kernels.combine(self.delta.flatten(1), weights).view(self.delta.shape[1:])
+        return self.product(combined).to(dtype)
 
 
 class Factors:
@@ -114,7 +132,8 @@ class Factors:
         self._place = {id(p): index for index, p in enumerate(parameters)}
         self._why_dense = why_dense
         self.unsure = unsure
-        self._stopped: dict[int, str] = {}
+        self.stopped: dict[int, str] = {}
+        """Weights of which gradients are kept as they are from some task on, and why."""
         self.why_looped: str | None = None
         self._slot = 0
         self._noted: set[Node] = set()
@@ -163,7 +182,7 @@ class Factors:
     def _note(self, weight: Factored, node: Node, first: int) -> Callable[[tuple[Tensor | None, ...]], None]:
         def note(grads: tuple[Tensor | None, ...]) -> None:
             self._noted.add(node)
-            if grads[0] is not None and weight.index not in self._stopped:
+            if grads[0] is not None and weight.index not in self.stopped:
                 weight.add(self._slot, first, grads[0])
 
         return note
@@ -173,12 +192,12 @@ class Factors:
         self._slot = slot
         self._noted.clear()
         unknown = self.unsure.union(index for index in self.weights if index not in self.known.right)
-        self.unknown = sorted(unknown.difference(self._stopped))
+        self.unknown = sorted(unknown.difference(self.stopped))
         return [*self.edges, *self._leaves, *(self._parameters[index] for index in self.unknown)]
 
     def needs(self, index: int) -> bool:
         """Whether the pass that was begun is to make the gradient of a parameter."""
-        return index not in self.weights or index in self._stopped or index in self.unknown
+        return index not in self.weights or index in self.stopped or index in self.unknown
 
     def note_captured(self, gradients: Sequence[Tensor | None]) -> None:
         """Note what ``torch.autograd.grad`` found at the edges, of nodes that it did not have to run.
@@ -186,7 +205,7 @@ class Factors:
         At those that it ran it has looked before the hooks on the activation; a prehook looks after them.
         """
         for (weight, node, first), grad in zip(self.uses, gradients, strict=True):
-            if grad is not None and node not in self._noted and weight.index not in self._stopped:
+            if grad is not None and node not in self._noted and weight.index not in self.stopped:
                 weight.add(self._slot, first, grad)
 
     def compare(self, gradients: Sequence[Tensor | None]) -> list[int]:
@@ -214,14 +233,14 @@ class Factors:
             if grad is None or bool(grad.isfinite().all()):
                 self.known.wrong[index] = reason
             weight.reached[self._slot] = False
-            self._stopped[index] = reason
+            self.stopped[index] = reason
             self._leaves.append(self._parameters[index])
         return alike
 
     def leave_out(self, index: int, reason: str) -> None:
         """Keep no factors of a weight after all."""
         del self.weights[index]
-        self._why_dense[self._stopped.get(index, reason)] += 1
+        self._why_dense[self.stopped.get(index, reason)] += 1
 
 
 def _is_product(grad: Tensor, weight: Factored, slot: int) -> bool:

@@ -135,6 +135,27 @@ class Finder:
                     strays.add(index)
         return {index: nodes for index, nodes in uses.items() if index not in strays}
 
+    def biases(self) -> dict[int, list[Node]]:
+        """By the index of a parameter the products that it is added to, where that is all that is done with it."""
+        graph, place = self._graph, {id(p): index for index, p in enumerate(self._parameters)}
+        owner = {node: place[id(leaf)] for node, leaf in graph.leaves.items() if id(leaf) in place and leaf.dim() == 1}
+        uses: dict[int, list[Node]] = {}
+        strays = set[int]()
+        ways = {index: [node] for node, index in owner.items()}
+        for node, name in graph.order.items():
+            for slot, (child, _) in enumerate(graph.children[node]):
+                index = None if child is None else owner.get(child)
+                if index is None:
+                    continue
+                if name == "ToCopyBackward0":
+                    owner[node] = index
+                    ways[index].append(node)
+                elif name == "AddmmBackward0" and slot == 0 and _adds(node, self._parameters[index]):
+                    uses.setdefault(index, []).append(node)
+                else:
+                    strays.add(index)
+        return {index: nodes for index, nodes in uses.items() if index not in strays and _are_bare(ways[index], nodes)}
+
     def _why_not(self, p: Tensor, nodes: Sequence[Node], rows: Choice, tasks: int) -> str | None:
         """The reason that a weight is not to be factored."""
         if type(p) not in _PLAIN or p.dtype not in _DTYPES or gradient_dtype(p) != p.dtype or not p.is_contiguous():
@@ -185,6 +206,18 @@ class Finder:
     def refuse_all(self, reason: str) -> None:
         self.why[reason] += len(self.found)
         self.found = {}
+
+
+def _are_bare(way: Sequence[Node], products: Sequence[Node]) -> bool:
+    """Whether there is no hook between a parameter and its products."""
+    return not any(map(has_hooks, way)) and not any(map(has_post_hooks, products)) and are_without_hooks(way)
+
+
+def _adds(node: Any, p: Tensor) -> bool:
+    """Whether a product adds a parameter to each row, as it is, and no hook on the parameter looks at its gradient."""
+    meta = node._input_metadata[0]
+    is_plain = type(p) in _PLAIN and gradient_dtype(p) == p.dtype and not p._backward_hooks
+    return is_plain and node._saved_beta == 1 and meta.shape[1] == p.numel() and meta.dtype in _DTYPES
 
 
 def _is_plain(node: Any) -> bool:
