@@ -10,12 +10,13 @@ from torch import Tensor
 
 from . import methods
 from ._graph import check_kept, explain, leaves, unreached
-from ._losses import check_tensors, present_losses
+from ._losses import check_losses_of_samples, check_tensors, present_losses
 from ._warnings import warn_of_one_loss
 from .distributed.processes import check_graph
-from .merging.by_factors import NOTHING, Settled, planned, sampled
-from .merging.by_rows import gram, merge
+from .merging.by_factors import NOTHING, Settled, planned, sampled, settled
+from .merging.by_rows import gram, merge_apart
 from .rows.choice import Choice, check_rows
+from .rows.columns import Columns
 from .rows.factors import Factors
 from .rows.task_gradients import TaskGradients
 
@@ -62,10 +63,10 @@ def grad(
         >>> fastpcgrad.grad([x[0] - x[1], x[1]], [x])
         (tensor([1.5000, 0.5000]),)
     """
-    found = present_losses(losses)
+    found = _Losses(losses, batch_dim)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
-    check_graph([*_leaves(found), *targets], process_group)
-    merged = _merged(_Losses(losses, found, batch_dim), targets, method, retain_graph, check_rows(rows))
+    check_graph([*found.leaves(), *targets], process_group)
+    merged = _merged(found, targets, method, retain_graph, check_rows(rows))
     return tuple(merged[id(target)] for target in targets)
 
 
@@ -97,14 +98,14 @@ def backward(
         >>> x.grad
         tensor([1.5000, 0.5000])
     """
-    found = present_losses(losses)
-    behind = _leaves(found)
+    found = _Losses(losses, batch_dim)
+    behind = found.leaves()
     targets = behind if inputs is None else _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
     for target in targets:
         if not target.is_leaf:
             raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
     check_graph([*behind, *targets], process_group)
-    merged = _merged(_Losses(losses, found, batch_dim), targets, method, retain_graph, check_rows(rows))
+    merged = _merged(found, targets, method, retain_graph, check_rows(rows))
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
             new, old = merged[id(target)], target.grad
@@ -138,30 +139,33 @@ def gramian(
         tensor([[ 2., -1.],
                 [-1.,  1.]], dtype=torch.float64)
     """
-    found = present_losses(losses)
-    behind = _leaves(found)
+    found = _Losses(losses, batch_dim)
+    behind = found.leaves()
     targets = behind if params is None else _check_inputs([params] if isinstance(params, Tensor) else params)
     check_graph([*behind, *targets], process_group)
     inputs = list({id(target): target for target in targets}.values())
-    method = methods.Mean()
-    rows_and_factors = _filled(_Losses(losses, found, batch_dim), inputs, method, retain_graph, check_rows(rows))
-    return gram(rows_and_factors[0], method, rows_and_factors[1])
+    return gram(*_filled(found, inputs, methods.Mean(), retain_graph, check_rows(rows)))
 
 
 class _Losses:
-    """Task losses, and where they are those of the samples of a batch their tensor.
+    """Task losses, by the index of the task or as one tensor with a loss for each sample of a batch.
 
     Raises:
-        ValueError: a ``batch_dim`` that losses cannot have.
+        TypeError, ValueError: see ``present_losses`` and ``check_losses_of_samples``.
     """
 
-    def __init__(self, given: Any, present: dict[int, Tensor], batch_dim: int | None) -> None:
-        if batch_dim is not None and (batch_dim != 0 or isinstance(batch_dim, bool)):
-            raise ValueError(f"batch_dim must be 0 or None; found {batch_dim!r}")
-        if batch_dim is not None and not isinstance(given, Tensor):
-            raise ValueError(f"batch_dim=0 needs one tensor [B] with the losses; found {type(given).__name__}")
-        self.each = present
-        self.of_samples: Tensor | None = None if batch_dim is None else given.flatten()
+    def __init__(self, given: Sequence[Tensor | None] | Tensor, batch_dim: int | None) -> None:
+        self.of_samples = None if batch_dim is None else check_losses_of_samples(given, batch_dim)
+        self.tensors = present_losses(given) if self.of_samples is None else {0: self.of_samples}
+        self.tasks = tuple(self.tensors) if self.of_samples is None else tuple(range(len(self.of_samples)))
+
+    def each(self) -> Mapping[int, Tensor]:
+        """By the index of the task."""
+        return self.tensors if self.of_samples is None else dict(enumerate(self.of_samples.unbind()))
+
+    def leaves(self) -> list[Tensor]:
+        """Each leaf that the losses depend on, once."""
+        return list({id(leaf): leaf for leaf in leaves(list(self.tensors.values()))}.values())
 
 
 def _merged(
@@ -170,35 +174,49 @@ def _merged(
     """The merged gradient by the id of its input; an input that stands there twice counts once."""
     method = methods.check_method(method, methods.PCGrad)
     inputs = list({id(target): target for target in targets}.values())
-    warn_of_one_loss(len(losses.each))
-    grads, samples = _filled(losses, inputs, method, retain_graph, rows)
+    warn_of_one_loss(len(losses.tasks))
     # Not in place: what autograd.grad returns may be a tensor of the graph's own.
-    _, merged = merge(grads, method, in_place=False, samples=samples)
+    _, merged = merge_apart(*_filled(losses, inputs, method, retain_graph, rows), losses.tasks, method)
     return dict(zip(map(id, inputs), merged, strict=True))
 
 
 def _filled(
     losses: _Losses, inputs: Sequence[Tensor], method: methods.Method, retain_graph: bool, rows: Choice
-) -> tuple[TaskGradients, Settled]:
-    """The rows of all losses, and what is in none of them: see ``by_factors.sampled``."""
+) -> tuple[Columns, Settled]:
+    """J of all losses, and the parameters that are factors instead."""
     grads = TaskGradients(inputs)
-    _check_reached(losses.each, inputs)
-    if retain_graph or len(losses.each) > 1:
-        check_kept(list(losses.each.values()))
+    _check_reached(losses.tensors, inputs)
+    if retain_graph or len(losses.tasks) > 1:
+        check_kept(list(losses.tensors.values()))
     try:
         if losses.of_samples is not None:
-            samples = sampled(losses.of_samples, inputs, method, rows)
-            _fill(grads, losses.each, inputs, retain_graph, samples)
-            return grads, samples
-        factors = planned(losses.each, inputs, method, rows)
+            return _filled_of_samples(grads, losses, inputs, method, retain_graph, rows)
+        factors = planned(losses.tensors, inputs, method, rows)
         if isinstance(factors, Factors):
-            _fill_factored(grads, losses.each, inputs, factors, retain_graph)
-        else:
-            _fill(grads, losses.each, inputs, retain_graph)
+            _fill_factored(grads, losses.tensors, inputs, factors, retain_graph)
+            return grads.columns(), settled(grads, method)
+        _fill(grads, losses.tensors, inputs, retain_graph, range(len(inputs)))
     except RuntimeError as error:
         explain(error)
         raise
-    return grads, NOTHING
+    return grads.columns(), NOTHING
+
+
+def _filled_of_samples(
+    grads: TaskGradients,
+    losses: _Losses,
+    inputs: Sequence[Tensor],
+    method: methods.Method,
+    retain_graph: bool,
+    rows: Choice,
+) -> tuple[Columns, Settled]:
+    assert losses.of_samples is not None
+    samples = sampled(losses.of_samples, inputs, method, retain_graph, rows)
+    others = [n for n in range(len(inputs)) if n not in samples]
+    if not others:
+        return grads.nothing(len(losses.tasks)), samples
+    _fill(grads, losses.each(), inputs, retain_graph, others)
+    return grads.columns(), samples
 
 
 def _fill(
@@ -206,17 +224,15 @@ def _fill(
     losses: Mapping[int, Tensor],
     inputs: Sequence[Tensor],
     retain_graph: bool,
-    samples: Settled = NOTHING,
+    asked: Sequence[int],
 ) -> None:
-    """One backward pass a loss, to everything but ``samples``; the last one frees the graph."""
-    left, asked = len(losses), [n for n in range(len(inputs)) if n not in samples]
-    wanted = [inputs[n] for n in asked]
+    """One backward pass a loss, to some of the inputs; the last one frees the graph."""
+    left, wanted = len(losses), [inputs[n] for n in asked]
     for t, loss in losses.items():
         left -= 1
-        keep, row = retain_graph or left > 0, dict.fromkeys(range(len(inputs)))
-        if asked:
-            row |= zip(asked, torch.autograd.grad(loss, wanted, retain_graph=keep, allow_unused=True), strict=True)
-        grads.put(t, list(row.values()))
+        found = torch.autograd.grad(loss, wanted, retain_graph=retain_graph or left > 0, allow_unused=True)
+        row = dict(zip(asked, found, strict=True))
+        grads.put(t, [row.get(n) for n in range(len(inputs))])
 
 
 def _fill_factored(
@@ -273,8 +289,3 @@ def _check_inputs(inputs: Iterable[Any]) -> list[Tensor]:
         if not value.requires_grad:
             raise ValueError(f"inputs[{i}] does not require grad")
     return found
-
-
-def _leaves(losses: Mapping[int, Tensor]) -> list[Tensor]:
-    """Each leaf that the losses depend on, once."""
-    return list({id(leaf): leaf for leaf in leaves(list(losses.values()))}.values())

@@ -41,8 +41,8 @@ def factored(monkeypatch):
     shapes = []
     find = samples.find_samples
 
-    def noting(losses, parameters):
-        found = find(losses, parameters)
+    def noting(losses, parameters, retain_graph):
+        found = find(losses, parameters, retain_graph)
         shapes[:] = [tuple(parameters[index].shape) for index in found]
         return found
 
@@ -85,7 +85,7 @@ class Sequence(nn.Module):
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_several_rows_a_sample(batch_first, by_pairs, factored, monkeypatch):
     if not by_pairs:
-        monkeypatch.setattr(samples.Samples, "_gram_by_pairs", lambda self: (torch.full((), torch.nan), False))
+        monkeypatch.setattr(samples.Samples, "_gram_by_pairs", lambda self, left: (torch.full((), torch.nan), False))
     monkeypatch.setattr(samples, "_AT_ONCE", 100)
     torch.manual_seed(0)
     net = Sequence(batch_first).double()
@@ -233,8 +233,10 @@ def test_backward_adds_to_what_is_there(shape):
         torch.testing.assert_close(p.grad, own + new, rtol=1e-10, atol=1e-12)
 
 
-def test_graphs_are_kept_where_that_is_asked_for():
-    net = nn.Sequential(mlp(), nn.LayerNorm(5).double())
+@pytest.mark.parametrize("norm", [True, False])
+def test_graphs_are_kept_where_that_is_asked_for(norm):
+    net = nn.Sequential(mlp(), nn.LayerNorm(5).double()) if norm else mlp()
+    fastpcgrad.gramian(losses_of(net, torch.randn(BATCH, 8, dtype=torch.float64))(), batch_dim=0)
     graph = losses_of(net, torch.randn(BATCH, 8, dtype=torch.float64))()
     parameters = list(net.parameters())
     first = fastpcgrad.gramian(graph, parameters, batch_dim=0, retain_graph=True)
@@ -283,5 +285,5 @@ class TestGramian:
 
     def test_of_a_list_of_samples_is_refused(self):
         losses = list(losses_of(mlp(), torch.randn(BATCH, 8).double())())
-        with pytest.raises(ValueError, match=r"batch_dim=0 needs one tensor \[B\] with the losses; found list"):
+        with pytest.raises(TypeError, match=r"batch_dim=0 needs one tensor \[B\] with the losses; found list"):
             fastpcgrad.grad(losses, list(mlp().parameters()), batch_dim=0)

@@ -82,11 +82,12 @@ def _why_not(losses: Sequence[Tensor], parameters: Sequence[Tensor], method: Met
     return None
 
 
-def sampled(losses: Tensor, parameters: Sequence[Tensor], method: Method, rows: Choice) -> Settled:
+def sampled(losses: Tensor, parameters: Sequence[Tensor], method: Method, retain_graph: bool, rows: Choice) -> Settled:
     """Parameters of which the gradients of one loss a sample are factors; of all others there are to be rows.
 
     Args:
-        losses: ``[B]``. Their graph is kept.
+        losses: ``[B]``.
+        retain_graph: keep their graph also where no rows are to be made.
         parameters, method, rows: see ``planned``. A backward pass a sample is what factors save, so that ``auto``
             always takes them.
     Raises:
@@ -94,7 +95,7 @@ def sampled(losses: Tensor, parameters: Sequence[Tensor], method: Method, rows: 
     """
     if in_force(rows) == "dense" or _why_not([losses], parameters, method, "factored"):
         return NOTHING
-    return {index: (found, found.gram()) for index, found in find_samples(losses, parameters).items()}
+    return {index: (found, found.gram()) for index, found in find_samples(losses, parameters, retain_graph).items()}
 
 
 def settled(grads: TaskGradients, method: Method) -> Settled:

@@ -30,7 +30,6 @@ def merge(
     *,
     in_place: bool,
     exchange: Exchange | Averaging | None = None,
-    samples: Settled = NOTHING,
 ) -> tuple[ConflictReport, Row]:
     """Merge all rows.
 
@@ -41,23 +40,16 @@ def merge(
         in_place: write the merged gradient over that of the first task that has one, for each parameter; else to
             fresh memory.
         exchange: with the processes that have other columns of J; None: nobody has.
-        samples: parameters of which no row holds anything, since all their gradients are factors.
     Returns:
         the report, and for each parameter its merged gradient, None where it has none.
     Raises:
         Whatever the method raises. Where rows have been written by then, and after an interrupt, ``grads`` is at risk.
     """
-    factors = settled(grads, method) if grads.factors else samples
+    factors = settled(grads, method) if grads.factors else NOTHING
     columns = grads.columns() if exchange is None else exchange.over(grads.columns())
-    complete = not any(0 in row for row in columns.pointers)
-    whole = [True] * len(columns.widths) if complete else _everywhere(columns.tensors)
-    for index, (weight, _) in factors.items():
-        whole[index] = weight.whole
-    problems = Problems.made(method, whole, division)
-    out = list(columns.tensors[0]) if complete else _first_of_each(columns.tensors)
     if not in_place:
-        out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-        return _merge(columns, factors, tuple(grads.tasks), method, problems, out)
+        return merge_apart(columns, factors, tuple(grads.tasks), method, division)
+    out, problems = _prepared(columns, factors, method, division)
     before = _versions(out)
     grads.at_risk = True
     try:
@@ -67,10 +59,27 @@ def merge(
         raise
 
 
-def gram(grads: TaskGradients, method: Method, samples: Settled = NOTHING) -> torch.Tensor:
-    """G alone, ``[T, T]`` float64; see ``merge``."""
-    factors = settled(grads, method) if grads.factors else samples
-    columns = grads.columns()
+def merge_apart(
+    columns: Columns, factors: Settled, tasks: tuple[int, ...], method: Method, division: Division = UNDIVIDED
+) -> tuple[ConflictReport, Row]:
+    """Into fresh memory, see ``merge``."""
+    out, problems = _prepared(columns, factors, method, division)
+    out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
+    return _merge(columns, factors, tasks, method, problems, out)
+
+
+def _prepared(columns: Columns, factors: Settled, method: Method, division: Division) -> tuple[Row, Problems]:
+    """Of each parameter a gradient that is there, and the problems."""
+    complete = not any(0 in row for row in columns.pointers)
+    whole = [True] * len(columns.widths) if complete else _everywhere(columns.tensors)
+    for index, (weight, _) in factors.items():
+        whole[index] = weight.whole
+    out = list(columns.tensors[0]) if complete else _first_of_each(columns.tensors)
+    return out, Problems.made(method, whole, division)
+
+
+def gram(columns: Columns, factors: Settled) -> torch.Tensor:
+    """G alone, ``[T, T]`` float64."""
     found = columns.only([index not in factors for index in range(len(columns.widths))]).gram(None, 1)[0]
     return sum((own.to(found.device) for _, own in factors.values()), found)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,34 +29,62 @@ _AT_ONCE = 1 << 22
 """Elements of what G is summed from."""
 
 
+class Deltas:
+    """δ of some products, ``[B, S, out]``: S rows a sample."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @cached_property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """See ``_pairs``, for S = 1."""
+        return _pairs(self.tensor[:, 0])
+
+
+def _pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """x xᵀ of rows that are scaled, so that it stays in the range of their dtype, and the scales, float64."""
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    scaled = rows / torch.where(largest == 0, 1, largest)
+    with exact_dtypes(rows.device):
+        return scaled @ scaled.T, largest.double()
+
+
 class Samples:
     """The gradients of one parameter, one a sample.
 
     Attributes:
-        left: a, ``[B, S, in]``: S rows a sample.
-        delta: δ, ``[B, S, out]``.
+        left: a, ``[B, S, in]``; None: ones, of what is added to products.
+        delta: δ.
         whole: every sample has one.
     """
 
     whole = True
 
-    def __init__(self, factored: Factored, left: Tensor, delta: Tensor) -> None:
+    def __init__(self, factored: Factored, left: Tensor | None, delta: Deltas) -> None:
         self.left, self.delta = left, delta
         self._product = factored.product
 
     def gram(self) -> Tensor:
         """G, ``[B, B]`` float64: of a aᵀ and δ δᵀ, or where these take longer or are not exact, of gradients."""
-        samples, rows, inner = self.left.shape
-        outer = self.delta.shape[2]
-        by_pairs = (samples * rows) ** 2 * (inner + outer) if rows > 1 else 0
-        if by_pairs <= samples * inner * outer * (rows + samples):
-            gram, is_exact = self._gram_by_pairs()
+        samples, rows, outer = self.delta.tensor.shape
+        if rows == 1:
+            gram, largest = self.delta.pairs
+            gram, scales = gram.double(), largest * largest.T
+            if self.left is not None:
+                of_left, largest = _pairs(self.left[:, 0].to(self.delta.tensor.dtype))
+                gram, scales = gram * of_left, scales * (largest * largest.T)
+            return torch.where(gram == 0, gram, gram * scales)
+        if self.left is None:
+            return kernels.gram(self.delta.tensor.sum(dim=1))
+        inner = self.left.shape[2]
+        if rows * samples * rows * (inner + outer) <= inner * outer * (rows + samples):
+            gram, is_exact = self._gram_by_pairs(self.left)
             if is_exact:
                 return gram
-        return self._gram_by_rows()
+        return self._gram_by_rows(self.left)
 
-    def _gram_by_pairs(self) -> tuple[Tensor, bool]:
-        a, delta = self.left.double(), self.delta.double()
+    def _gram_by_pairs(self, left: Tensor) -> tuple[Tensor, bool]:
+        a, delta = left.double(), self.delta.tensor.double()
         samples, rows, _ = a.shape
         every_a, every_delta = a.flatten(0, 1), delta.flatten(0, 1)
         step = max(1, _AT_ONCE // (rows * rows * samples))
@@ -64,23 +93,23 @@ class Samples:
             for first in range(0, samples, step):
                 own_a, own_delta = (each[first : first + step].flatten(0, 1) for each in (a, delta))
                 pairs = (own_a @ every_a.T).mul_(own_delta @ every_delta.T)
-                parts.append(pairs if rows == 1 else pairs.view(-1, rows, samples, rows).sum(dim=(1, 3)))
+                parts.append(pairs.view(-1, rows, samples, rows).sum(dim=(1, 3)))
         gram = torch.cat(parts)
         gram = (gram + gram.T) / 2
         bound = a.square().sum(dim=(1, 2)) * delta.square().sum(dim=(1, 2))
         error = torch.finfo(torch.float64).eps * bound
-        largest = 1e-12 if self.delta.dtype == torch.float64 else 1e-8
+        largest = 1e-12 if self.delta.tensor.dtype == torch.float64 else 1e-8
         is_zero = (delta == 0).all(dim=2).all(dim=1) | (a == 0).all(dim=2).all(dim=1)
         is_exact = is_zero | ((error <= largest * gram.diagonal()) & (bound >= _LEAST_PRODUCT))
         return gram, bool((is_exact & gram.isfinite().all()).all())
 
-    def _gram_by_rows(self) -> Tensor:
-        samples, _, inner = self.left.shape
-        left = self.left.to(self.delta.dtype)
+    def _gram_by_rows(self, left: Tensor) -> Tensor:
+        samples, _, inner = left.shape
+        left = left.to(self.delta.tensor.dtype)
         step = max(1, _AT_ONCE // (samples * inner))
         grams = []
         with exact_dtypes(left.device):
-            for own in self.delta.split(step, dim=2):
+            for own in self.delta.tensor.split(step, dim=2):
                 grams.append(kernels.gram(torch.bmm(own.transpose(1, 2), left).flatten(1)))
         return torch.stack(grams).sum(dim=0)
 
@@ -91,8 +120,10 @@ class Samples:
             weights: w, ``[B]`` float64.
             dtype: of the gradient.
         """
-        own = weights.to(self.delta.device, self.delta.dtype)
-        return self._product((self.delta * own[:, None, None]).flatten(0, 1), self.left.flatten(0, 1)).to(dtype)
+        delta = self.delta.tensor
+        own = weights.to(delta.device, delta.dtype)
+        left = None if self.left is None else self.left.flatten(0, 1)
+        return self._product((delta * own[:, None, None]).flatten(0, 1), left).to(dtype)
 
 
 class _Bias(Factored):
@@ -106,12 +137,13 @@ class _Bias(Factored):
         return delta.sum(dim=0)
 
 
-def find_samples(losses: Tensor, parameters: Sequence[Tensor]) -> dict[int, Samples]:
+def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: bool) -> dict[int, Samples]:
     """The gradients of those parameters that are weights of matrix products alone, or added to these alone.
 
     Args:
-        losses: ``[B]``, one a sample. Their graph is kept.
+        losses: ``[B]``, one a sample.
         parameters: each once.
+        retain_graph: keep the graph also where this finds all parameters.
     Returns:
         by the index of the parameter. Of the others the gradients have to be made.
     Raises:
@@ -131,15 +163,15 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor]) -> dict[int, Samp
     with factors.noting():
         for slot, scale in enumerate((torch.ones_like(losses), scales)):
             factors.begin(slot)
+            # A parameter that was compared with its factors and is none of them needs rows after all.
+            is_last = slot == 1 and len(weights) == len(parameters) and not factors.unknown
+            keep = retain_graph or not is_last or bool(factors.stopped)
             asked: Any = [*factors.edges, *(parameters[index] for index in factors.unknown)]
-            found = torch.autograd.grad(losses, asked, scale, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(losses, asked, scale, retain_graph=keep, allow_unused=True)
             factors.note_captured(found[: len(factors.edges)])
             factors.compare(found[len(factors.edges) :])
-    return {
-        weight.index: _by_sample(weight, scales, parameters[weight.index])
-        for weight in weights
-        if weight.index not in factors.stopped
-    }
+    right = [weight for weight in weights if weight.index not in factors.stopped]
+    return _by_sample(right, scales, parameters)
 
 
 def _have_rows_for(samples: int, weight: Factored) -> bool:
@@ -157,20 +189,29 @@ def _scales(losses: Tensor) -> Tensor:
 _random = torch.Generator()
 
 
-def _by_sample(weight: Factored, scales: Tensor, parameter: Tensor) -> Samples:
-    lefts, deltas = [], []
-    ends = [first for _, first in weight.nodes[1:]] + [weight.left.shape[0]]
-    for (_, first), end in zip(weight.nodes, ends, strict=True):
-        own, scaled = weight.delta[0, first:end], weight.delta[1, first:end]
-        view = _view_by_sample(own, scaled, scales.to(own.dtype), parameter)
-        lefts.append(view(weight.left[first:end]))
-        deltas.append(view(own))
-    if len(lefts) == 1:
-        return Samples(weight, lefts[0], deltas[0])
-    return Samples(weight, torch.cat(lefts, dim=1), torch.cat(deltas, dim=1))
+def _by_sample(weights: Sequence[Factored], scales: Tensor, parameters: Sequence[Tensor]) -> dict[int, Samples]:
+    """Each with its rows by sample; those of the same products, as a weight and its bias are, share δ."""
+    seen: dict[tuple[Any, ...], tuple[Deltas, list[Callable[[Tensor], Tensor]]]] = {}
+    found = {}
+    for weight in weights:
+        starts = [first for _, first in weight.nodes]
+        spans = [slice(*ends) for ends in zip(starts, [*starts[1:], weight.left.shape[0]], strict=True)]
+        if tuple(weight.nodes) not in seen:
+            own, scaled = weight.delta
+            shape = parameters[weight.index].shape
+            views = [_view_by_sample(own[span], scaled[span], scales.to(own.dtype), shape) for span in spans]
+            deltas = [view(own[span]) for view, span in zip(views, spans, strict=True)]
+            seen[tuple(weight.nodes)] = Deltas(torch.cat(deltas, dim=1) if len(deltas) > 1 else deltas[0]), views
+        delta, views = seen[tuple(weight.nodes)]
+        left = None
+        if not isinstance(weight, _Bias):
+            lefts = [view(weight.left[span]) for view, span in zip(views, spans, strict=True)]
+            left = torch.cat(lefts, dim=1) if len(lefts) > 1 else lefts[0]
+        found[weight.index] = Samples(weight, left, delta)
+    return found
 
 
-def _view_by_sample(own: Tensor, scaled: Tensor, scales: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor]:
+def _view_by_sample(own: Tensor, scaled: Tensor, scales: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
     """How rows are seen as ``[B, S, ...]``: those of a sample are neighbours, or the first ones of all come first."""
     samples = len(scales)
 
@@ -181,14 +222,20 @@ def _view_by_sample(own: Tensor, scaled: Tensor, scales: Tensor, parameter: Tens
         return rows.view(-1, samples, rows.shape[1]).transpose(0, 1)
 
     for view in (one_below_the_other, first_of_all):
-        expected = view(own) * scales[:, None, None]
-        is_finite = expected.isfinite() & view(scaled).isfinite()  # a loss that is not shows in its own rows
-        error = torch.where(is_finite, view(scaled) - expected, 0).double()
-        length = torch.where(is_finite, expected, 0).double()
-        if bool(error.norm() <= 8 * torch.finfo(own.dtype).eps * length.norm()):
+        if _are_alike(view(scaled), view(own) * scales[:, None, None]):
             return view
     raise ValueError(
         "batch_dim=0 needs losses that depend on their own sample alone; found one that reaches rows of others, at a "
-        f"parameter of shape {list(parameter.shape)}, as batch normalisation in training mode makes it. Leave "
-        "batch_dim None: a backward pass for each loss assumes nothing"
+        f"parameter of shape {list(shape)}, as batch normalisation in training mode makes it. Leave batch_dim None: a "
+        "backward pass for each loss assumes nothing"
     )
+
+
+def _are_alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether a pass gave what was expected, where that is finite: a loss that is not shows in its own rows."""
+    tolerance = 8 * torch.finfo(expected.dtype).eps
+    if bool(torch.linalg.vector_norm(found - expected) <= tolerance * torch.linalg.vector_norm(expected)):
+        return True
+    are_finite = expected.isfinite() & found.isfinite()
+    error, expected = (torch.where(are_finite, each, 0).double() for each in (found - expected, expected))
+    return bool(error.norm() <= tolerance * expected.norm())
