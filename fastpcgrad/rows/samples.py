@@ -69,11 +69,10 @@ class Samples:
         samples, rows, outer = self.delta.tensor.shape
         if rows == 1:
             gram, largest = self.delta.pairs
-            gram, scales = gram.double(), largest * largest.T
             if self.left is not None:
-                of_left, largest = _pairs(self.left[:, 0].to(self.delta.tensor.dtype))
-                gram, scales = gram * of_left, scales * (largest * largest.T)
-            return torch.where(gram == 0, gram, gram * scales)
+                of_left, largest_of_left = _pairs(self.left[:, 0].to(self.delta.tensor.dtype))
+                gram, largest = gram * of_left, largest * largest_of_left
+            return gram.double().mul_(largest).mul_(largest.T)
         if self.left is None:
             return kernels.gram(self.delta.tensor.sum(dim=1))
         inner = self.left.shape[2]
