@@ -25,7 +25,7 @@ from benchmarks.models import width_of
 from benchmarks.modes import BACKWARDS, MERGE, Mode, modes
 from benchmarks.rows import SKIPPED_LATE, Row
 from benchmarks.session import Run
-from benchmarks.timing import Phases, Plan, Samples, Times, in_turn, paired_ratio, ratios, total, with_times
+from benchmarks.timing import Clock, Phases, Plan, Samples, Times, in_turn, paired_ratio, ratios, total, with_times
 
 WHOLE = "whole step"
 """What the time of ``merge`` is a share of, among the ratios of a row."""
@@ -94,7 +94,7 @@ def timed(run: Run, case: StepCase, chosen: list[Mode], refused: dict[str, str],
         row = run.row(
             "step", case.label, case.op, mode.name, T=case.tasks, N=width, subject_version=mode.version,
             backend=mode.backend(run.device), status=(refused | failures).get(mode.name) or "ok",
-            note=f"whole step, batch {case.batch}" if case.op == "large" else merge,
+            note=", ".join(filter(None, (f"whole step, batch {case.batch}" if case.op == "large" else merge, Clock.note))),
         )  # fmt: skip
         found.append(_with_numbers(row, times) if row.ok else row)
     return found

@@ -352,7 +352,8 @@ def factored(latest: Sequence[Row]) -> str:
             (f"{_model(max(found.values(), key=lambda row: row.N or 0))}: peak of the first two steps", *cells)
         )
     header = ("`pc_backward` by T plain backward passes", *subjects.values())
-    return f"{markdown(header, lines)}\n\n{origin(latest)}" if lines else ""
+    how = "CPU time. " if any("CPU time" in row.note for row in latest) else ""
+    return f"{markdown(header, lines)}\n\n{how}{origin(latest)}" if lines else ""
 
 
 @dataclass(frozen=True)
