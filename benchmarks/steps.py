@@ -88,13 +88,15 @@ def timed(run: Run, case: StepCase, chosen: list[Mode], refused: dict[str, str],
 
     builders = {m.name: functools.partial(phases_of, m) for m in chosen if not refused.get(m.name)}
     times, failures = in_turn(builders, plan, run.device)
-    width, merge = width_of(case), "merge: T backwards and surgery on given losses"
+    width, how = width_of(case), "merge: T backwards and surgery on given losses"
+    if case.op == "large":
+        how = f"whole step, batch {case.batch}"
     found = []
     for mode in chosen:
         row = run.row(
             "step", case.label, case.op, mode.name, T=case.tasks, N=width, subject_version=mode.version,
             backend=mode.backend(run.device), status=(refused | failures).get(mode.name) or "ok",
-            note=", ".join(filter(None, (f"whole step, batch {case.batch}" if case.op == "large" else merge, Clock.note))),
+            note=", ".join(filter(None, (how, Clock.note))),
         )  # fmt: skip
         found.append(_with_numbers(row, times) if row.ok else row)
     return found
