@@ -125,7 +125,7 @@ MEMORY_BATCH = Batch(1, 32)
 class StepCase:
     """One training step of a model of ``benchmarks.models``: one by name, or a transformer of some size."""
 
-    model: Literal["tutorial", "mlp", "transformer"] | Gpt
+    model: Literal["tutorial", "mlp", "mlp 0.94M", "mlp 0.17M", "transformer", "wide transformer"] | Gpt
     tasks: int
     batch: Batch
 
@@ -147,6 +147,21 @@ class StepCase:
     @property
     def for_peaks(self) -> StepCase:
         return dataclasses.replace(self, batch=MEMORY_BATCH) if isinstance(self.model, Gpt) else self
+
+
+@dataclass(frozen=True)
+class FactoredCase(StepCase):
+    """A step of which it is of interest what factored rows make of it."""
+
+    model: Literal["mlp", "mlp 0.94M", "mlp 0.17M", "wide transformer"]
+
+    @property
+    def op(self) -> str:
+        return "factored"
+
+    @property
+    def label(self) -> str:
+        return f"{super().label} B={str(self.batch).removesuffix(' x 1 tokens')}"
 
 
 def kernel_cases(quick: bool) -> list[KernelCase]:
@@ -177,6 +192,23 @@ def step_cases(quick: bool) -> list[StepCase]:
 def memory_cases(quick: bool) -> list[StepCase | KernelCase]:
     """The peaks of training steps, and that of ``pcgrad(J)`` alone."""
     return [*(case for case in step_cases(quick) if case.model != "tutorial"), KernelCase("pcgrad", 8, 1 << 22)]
+
+
+def factored_cases(quick: bool) -> list[FactoredCase]:
+    """Where factors pay, and then where they do not."""
+    found = [FactoredCase("mlp", 8, Batch(4)), FactoredCase("mlp 0.17M", 8, Batch(32))]
+    if quick:
+        return found
+    return [
+        *(FactoredCase("mlp", tasks, Batch(batch)) for tasks, batch in ((8, 4), (8, 32), (4, 32), (8, 256), (4, 256))),
+        FactoredCase("mlp 0.94M", 4, Batch(32)),
+        FactoredCase("mlp 0.17M", 8, Batch(32)),
+        FactoredCase("wide transformer", 4, Batch(8, 64)),
+    ]
+
+
+def factored_memory_cases(quick: bool) -> list[FactoredCase]:
+    return [FactoredCase("mlp", 2 if quick else 8, Batch(32))]
 
 
 def large_cases(quick: bool) -> list[StepCase]:

@@ -314,7 +314,9 @@ def main() -> None:
     parser.add_argument("--activations", action="store_true", help="what subjects with such graphs have in common")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    case = next(c for c in cases.memory_cases(False) + cases.large_memory_cases(False) if c.label == options.case)
+    of = (cases.memory_cases, cases.large_memory_cases, cases.factored_memory_cases)
+    every: list[Case] = [case for quick in (True, False) for find in of for case in find(quick)]
+    case = next(case for case in every if case.label == options.case)
     subject = next(subject for subject in subjects_of(case) if subject.name == options.subject)
     print(json.dumps(dataclasses.asdict(peak_of(case, subject, options.activations))))
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks.cases import TINY_GPT, Batch, Gpt, StepCase
 
+MLPS = {"mlp 0.94M": (256, 512, 4), "mlp 0.17M": (64, 256, 3)}
+"""What goes in, the width and number of hidden layers, of those that are smaller than the one of this size:"""
 # 512 -> 5 hidden layers of this width, and heads of 10 classes: 13.6 M parameters at T=4, 13.7 M at T=8.
 MLP_WIDTH = 1776
 CLASSES = 10
@@ -160,6 +162,11 @@ def _built(case: StepCase) -> Problem:
         return Tutorial(tasks, batch.sequences)
     if case.model == "mlp":
         return Classifier(mlp_trunk(MLP_WIDTH), torch.randn(batch.sequences, 512), MLP_WIDTH, tasks)
+    if case.model in MLPS:
+        inputs, width, hidden = MLPS[case.model]
+        return Classifier(mlp_trunk(width, inputs, hidden), torch.randn(batch.sequences, inputs), width, tasks)
+    if case.model == "wide transformer":
+        return Classifier(MeanPooledEncoder(1000, 512, 2), _tokens(1000, batch), 512, tasks)
     tokens = _tokens(4000, batch)
     return Classifier(MeanPooledEncoder(4000, 256, 8), tokens, 256, tasks)
 
@@ -175,7 +182,7 @@ def build_small(case: StepCase, device: str = "cpu") -> Problem:
     torch.manual_seed(0)
     if case.model == "tutorial":
         return Tutorial(case.tasks, 16)
-    if case.model == "mlp":
+    if case.model.startswith("mlp"):
         return Classifier(mlp_trunk(24, inputs=12, hidden=3), torch.randn(8, 12), 24, case.tasks)
     return Classifier(MeanPooledEncoder(50, 16, 2), _tokens(50, Batch(4, 6)), 16, case.tasks)
 

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.optim import SGD, Optimizer
 
 import fastpcgrad
 from benchmarks import kernels
-from benchmarks.cases import Gpt, StepCase
+from benchmarks.cases import FactoredCase, Gpt, StepCase
 from benchmarks.models import Forward, Problem, clear_gradients
 from benchmarks.rows import LIBRARY
 from benchmarks.timing import Phases
@@ -22,6 +23,7 @@ FORWARD, BACKWARDS, PASSES, MERGE, STEP = "forward", "backwards", "passes", "mer
 ``GradientSurgery.merge()`` then; the optimizer's step."""
 SLOW_UP_TO = 2e7
 HOST_ROWS = "streaming[host rows]"
+DENSE_ROWS, FACTORED_ROWS = f"{LIBRARY}[dense rows]", f"{LIBRARY}[factored rows]"
 
 Build = Callable[[Problem, Optimizer], Phases]
 
@@ -112,10 +114,8 @@ def _plain_passes(problem: Problem, optimizer: Optimizer) -> Phases:
     return {PASSES: passes}
 
 
-def _drop_in(
-    problem: Problem, optimizer: Optimizer, row_dtype: torch.dtype | None = None, variant: str = "pytorch-pcgrad"
-) -> Phases:
-    wrapped = fastpcgrad.PCGrad(optimizer, row_dtype=row_dtype, variant=variant)
+def _drop_in(problem: Problem, optimizer: Optimizer, variant: str = "pytorch-pcgrad", **options: Any) -> Phases:
+    wrapped = fastpcgrad.PCGrad(optimizer, variant=variant, **options)
     return {**_on_losses(problem, lambda forward: wrapped.pc_backward(forward.losses)), STEP: wrapped.step}
 
 
@@ -181,7 +181,19 @@ def floor_of(name: str) -> str:
 
 def modes(case: StepCase, on_gpu: bool = False) -> list[Mode]:
     """Those that are compared on a case: with all peers, or the library's modes for large models."""
+    if isinstance(case, FactoredCase):
+        return _factored_modes()
     return _large_modes(on_gpu) if isinstance(case.model, Gpt) else _step_modes()
+
+
+def _factored_modes() -> list[Mode]:
+    dense, factored = (functools.partial(_drop_in, rows=rows) for rows in ("dense", "factored"))
+    return [
+        Mode("plain", _plain, "last", "torch"),
+        Mode(LIBRARY, _drop_in, "pytorch-pcgrad"),
+        Mode(DENSE_ROWS, dense, "pytorch-pcgrad"),
+        Mode(FACTORED_ROWS, factored, "pytorch-pcgrad"),
+    ]
 
 
 def _step_modes() -> list[Mode]:

@@ -7,6 +7,7 @@ Parts, each with the minutes that it may take; without ``--only`` the first thre
 - *memory*: their peaks in fresh processes (``benchmarks.memory``).
 - *method*: every method against TorchJD's, by pytest-benchmark (``benchmarks/test_methods.py``).
 - *gradnorm*: a step of GradNorm (``benchmarks.gradnorm``).
+- *factored*: steps and a peak with factored rows, where they pay and where they do not.
 - *large*: steps and peaks of a GPT-style transformer of 1 M to 1 G parameters in every mode of the library. What is
   predicted not to fit is skipped, and its row says so.
 
@@ -32,6 +33,7 @@ import torch
 from benchmarks import cases, gradnorm, memory, rows, saved, steps, tables, targets
 from benchmarks.rows import RESULTS, ROOT
 from benchmarks.session import Run
+from benchmarks.timing import Clock
 
 Measure = Callable[[Run, float, Sequence[str]], bool]
 """Of a run, the minutes that it may take, and pytest's options; whether nobody was wrong or failed."""
@@ -83,12 +85,18 @@ def large(run: Run) -> None:
     memory.measure(run, cases.large_memory_cases(run.quick))
 
 
+def factored(run: Run) -> None:
+    steps.measure(run, cases.factored_cases(run.quick))
+    memory.measure(run, cases.factored_memory_cases(run.quick))
+
+
 PARTS = {
     "kernel": Part("cpu", 6.0, calls("test_kernels.py")),
     "step": Part("cpu", 3.5, here(lambda run: steps.measure(run, cases.step_cases(run.quick)))),
     "memory": Part("cpu", 2.5, here(lambda run: memory.measure(run, cases.memory_cases(run.quick)))),
     "method": Part("methods", 7.0, calls("test_methods.py")),
     "gradnorm": Part("gradnorm", 2.0, here(lambda run: gradnorm.measure(run, gradnorm.cases(run.quick)))),
+    "factored": Part("factored", 8.0, here(factored)),
     "large": Part("large", 8.5, here(large)),
 }
 DEFAULT = ("kernel", "step", "memory")
@@ -99,9 +107,9 @@ def show(run: Run) -> None:
     of_methods = [row for row in run.rows if row.kind == "method"]
     others = [row for row in run.rows if row.kind != "method"]
     shown = [tables.readme(others)] if others else []
-    shown += [tables.gradnorm(others), tables.large_steps(others)]
+    shown += [tables.gradnorm(others), tables.factored(others), tables.large_steps(others)]
     shown += [tables.methods(of_methods)] if of_methods else []
-    shown.append(tables.target_table(run.rows, (*targets.LARGE, *targets.GRADNORM)))
+    shown.append(tables.target_table(run.rows, (*targets.LARGE, *targets.FACTORED, *targets.GRADNORM)))
     print("\n" + "\n\n".join(part for part in shown if part) + "\n")
     run.show_failures()
 
@@ -113,12 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
     parser.add_argument("--only", choices=PARTS, action="append", help="one part alone; may be repeated")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="of steps, for one thread on a machine that others use")
     parser.add_argument("--append", action="store_true", help="append the rows to the results files")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder where --append writes")
     parser.add_argument("pytest", nargs="*", help="given to pytest")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=UserWarning)  # a peer's; they change no number
     torch.set_num_threads(options.threads)
+    if options.cpu_time:
+        Clock.take_cpu_time()
     run = Run(rows.environment(options.threads), quick=options.quick)
     print(run.environment, flush=True)
     started, good = time.monotonic(), True

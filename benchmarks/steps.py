@@ -6,6 +6,7 @@ same rounds. ``p50_ms`` is of a phase of it:
 - *step*: T backward passes and surgery on given losses, after gradients were set to None: for ``plain`` T times
   (gradients to None, ``loss.backward(retain_graph=not last)``), for the others the call that ends with the merged
   gradient in ``.grad``, their own T backward passes included. ``ratios`` are of this phase.
+- *factored*: the same of the library's ways to keep rows; the first steps of each are not among those that are timed.
 - *large*: ``GradientSurgery.merge()`` where the mode calls it by itself; ``ratios["whole step"]`` is its share.
 """
 
@@ -24,7 +25,7 @@ from benchmarks.models import width_of
 from benchmarks.modes import BACKWARDS, MERGE, Mode, modes
 from benchmarks.rows import SKIPPED_LATE, Row
 from benchmarks.session import Run
-from benchmarks.timing import Phases, Plan, Samples, Times, in_turn, paired_ratio, ratios, total, with_times
+from benchmarks.timing import Clock, Phases, Plan, Samples, Times, in_turn, paired_ratio, ratios, total, with_times
 
 WHOLE = "whole step"
 """What the time of ``merge`` is a share of, among the ratios of a row."""
@@ -87,13 +88,15 @@ def timed(run: Run, case: StepCase, chosen: list[Mode], refused: dict[str, str],
 
     builders = {m.name: functools.partial(phases_of, m) for m in chosen if not refused.get(m.name)}
     times, failures = in_turn(builders, plan, run.device)
-    width, merge = width_of(case), "merge: T backwards and surgery on given losses"
+    width, how = width_of(case), "merge: T backwards and surgery on given losses"
+    if case.op == "large":
+        how = f"whole step, batch {case.batch}"
     found = []
     for mode in chosen:
         row = run.row(
             "step", case.label, case.op, mode.name, T=case.tasks, N=width, subject_version=mode.version,
             backend=mode.backend(run.device), status=(refused | failures).get(mode.name) or "ok",
-            note=f"whole step, batch {case.batch}" if case.op == "large" else merge,
+            note=", ".join(filter(None, (how, Clock.note))),
         )  # fmt: skip
         found.append(_with_numbers(row, times) if row.ok else row)
     return found
@@ -102,7 +105,7 @@ def timed(run: Run, case: StepCase, chosen: list[Mode], refused: dict[str, str],
 def _with_numbers(row: Row, times: Times) -> Row:
     wholes = {name: total(phases.values()) for name, phases in times.items()}
     own = wholes[row.subject]
-    if row.op == "step":
+    if row.op != "large":
         merges: dict[str, Samples] = {name: phases[BACKWARDS] for name, phases in times.items()}
         row = dataclasses.replace(with_times(row, merges[row.subject]), ratios=ratios(row.subject, merges))
     elif MERGE in times[row.subject]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks import rows, targets
 from benchmarks.cases import DTYPES, OPS
 from benchmarks.method_cases import FLOOR, PEER
+from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS
 from benchmarks.rows import LIBRARY, MACHINE, RESULTS, ROOT, Row
 from benchmarks.steps import WHOLE
 
@@ -335,6 +336,26 @@ def gradnorm(latest: Sequence[Row]) -> str:
     return markdown(header, lines) if lines else ""
 
 
+def factored(latest: Sequence[Row]) -> str:
+    """Ways to keep rows, by plain backward passes; and peaks. Nothing where there are no rows."""
+    subjects = {LIBRARY: '`rows="auto"`', DENSE_ROWS: '`rows="dense"`', FACTORED_ROWS: '`rows="factored"`'}
+    timed, peaks = (by_case(latest, kind, "factored") for kind in ("step", "memory"))
+    lines = [
+        (f"{_model(next(iter(found.values())))}: time", *(_by_plain(found.get(s), False) for s in subjects))
+        for found in timed.values()
+    ]
+    for found in peaks.values():
+        shown = (found[s].peak_ratio if s in found else None for s in subjects)
+        tasks = next(iter(found.values())).T or 1
+        cells = ("" if ratio is None else f"{ratio * tasks:.2f} N" for ratio in shown)
+        lines.append(
+            (f"{_model(max(found.values(), key=lambda row: row.N or 0))}: peak of the first two steps", *cells)
+        )
+    header = ("`pc_backward` by T plain backward passes", *subjects.values())
+    how = "CPU time. " if any("CPU time" in row.note for row in latest) else ""
+    return f"{markdown(header, lines)}\n\n{how}{origin(latest)}" if lines else ""
+
+
 @dataclass(frozen=True)
 class Page:
     """A page of which a part is written from the rows of a file."""
@@ -359,6 +380,7 @@ class Page:
 
 PAGES = (
     Page(ROOT / "README.md", RESULTS / "cpu.jsonl", "benchmark-table", readme),
+    Page(ROOT / "README.md", RESULTS / "factored.jsonl", "factored-table", factored),
     Page(ROOT / "docs" / "kernels.md", RESULTS / "gpu.jsonl", "gpu-table", gpu),
     Page(ROOT / "docs" / "methods.md", RESULTS / "methods.jsonl", "methods-table", methods),
 )

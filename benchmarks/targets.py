@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from benchmarks.cases import LARGEST_WIDTH, PARAMETER_BYTES
-from benchmarks.modes import HOST_ROWS
+from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS, HOST_ROWS
 from benchmarks.rows import LIBRARY, Row
 from benchmarks.steps import WHOLE
 
@@ -148,6 +148,25 @@ LARGE = (
 )
 _ON_DEVICE = "streaming, rows in host memory: peak on the device / N·itemsize"
 GPU = (*LARGE, _large(_ON_DEVICE, 2.1, "memory", HOST_ROWS, _in_gradients))
+
+
+def _factored(case: str, limit: float, floor: str = "plain", by: str = "T plain backwards") -> Target:
+    text = f"`pc_backward`, {case}: time against {by}"
+    return Target(text, "<=", limit, _rows("step", "factored", case=case), lambda row: row.ratios.get(floor))
+
+
+def _like_dense(case: str) -> Target:
+    return _factored(case, 1.03, DENSE_ROWS, 'that with `rows="dense"`')
+
+
+FACTORED = (
+    _factored("mlp T=8 B=4", 0.32),
+    _factored("mlp T=8 B=32", 0.55),
+    _factored("mlp T=4 B=32", 0.65),
+    _factored("mlp T=4 B=256", 0.95),
+    *map(_like_dense, ("mlp 0.94M T=4 B=32", "mlp 0.17M T=8 B=32", "wide transformer T=4 B=8 x 64 tokens")),
+    Target("factored rows: peak / N·itemsize", "<=", 1.5, _rows("memory", "factored", FACTORED_ROWS), _in_gradients),
+)
 _DOUBLE = "double backward"
 GRADNORM = (
     Target(f"GradNorm's step: speed against the {_DOUBLE}", ">=", 1.5, _rows("step", "gradnorm"), _speed(_DOUBLE)),

@@ -5,7 +5,7 @@ from . import balancing, methods
 from ._version import __version__
 from ._warnings import FastPCGradWarning
 from .arrays import apply
-from .autograd import backward, grad
+from .autograd import backward, grad, gramian
 from .backends.config import show_config
 from .features import shared_features
 from .functional import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficients
@@ -33,6 +33,7 @@ __all__ = [
     "grad",
     "gradNorm",
     "gram",
+    "gramian",
     "methods",
     "mix_",
     "pcgrad",

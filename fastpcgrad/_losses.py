@@ -52,6 +52,26 @@ def present_losses(losses: Sequence[Tensor | None] | Tensor) -> dict[int, Tensor
     return present
 
 
+def check_losses_of_samples(losses: Any, batch_dim: int) -> Tensor:
+    """One tensor with a loss for each sample of a batch, ``[B]``; of those that ``present_losses`` takes.
+
+    Raises:
+        TypeError: no tensor, or complex or integer losses.
+        ValueError: another ``batch_dim`` than 0, another shape than ``[B]`` or ``[B, 1]``, empty, without grad.
+    """
+    if batch_dim != 0 or isinstance(batch_dim, bool):
+        raise ValueError(f"batch_dim must be 0 or None; found {batch_dim!r}")
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"batch_dim=0 needs one tensor [B] with the losses; found {type(losses).__name__}")
+    if losses.dim() not in (1, 2) or losses.shape[1:] not in ((), (1,)) or not losses.numel():
+        raise ValueError(f"batch_dim=0 needs losses [B] of one sample or more; found a tensor {list(losses.shape)}")
+    if not losses.is_floating_point():
+        raise TypeError(f"losses must be real floating point; found {losses.dtype}")
+    if not losses.requires_grad:
+        raise ValueError("losses have no grad: they depend on nothing that requires grad")
+    return losses.flatten()
+
+
 def check_loss(name: str, loss: Any) -> Tensor:
     """``loss`` itself.
 

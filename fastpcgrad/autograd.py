@@ -10,14 +10,16 @@ from torch import Tensor
 
 from . import methods
 from ._graph import check_kept, explain, leaves, unreached
-from ._losses import check_tensors, present_losses
+from ._losses import check_losses_of_samples, check_tensors, present_losses
 from ._warnings import warn_of_fewer_losses, warn_of_one_loss
 from .distributed.exchange import Exchange, OutOfStep, Rounds
 from .distributed.groups import group_of_graph
 from .distributed.local_tensors import Part
-from .merging.by_factors import planned
-from .merging.by_rows import merge
+from .distributed.processes import check_graph
+from .merging.by_factors import NOTHING, Settled, planned, sampled, settled
+from .merging.by_rows import gram, merge, merge_apart
 from .rows.choice import Choice, check_rows
+from .rows.columns import Columns
 from .rows.factors import Factors
 from .rows.sharded import ShardedGradients
 from .rows.task_gradients import Row, TaskGradients
@@ -31,6 +33,7 @@ def grad(
     retain_graph: bool = False,
     process_group: object = "auto",
     rows: Choice = "auto",
+    batch_dim: int | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The merged gradient of several task losses with respect to ``inputs``; no ``.grad`` is touched.
 
@@ -45,11 +48,14 @@ def grad(
             each merges by itself, with one warning. A process group or a mesh of one dimension: that. ``local``: each
             process merges by itself.
         rows: see ``GradientSurgery``.
+        batch_dim: 0: ``losses`` is one tensor with a loss for each sample of a batch, and T is the batch size. Weights
+            of linear layers and their biases then take two backward passes for all samples together, with any method
+            that needs G alone; all other parameters one for each. No loss may depend on another's sample.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
         TypeError, ValueError: see ``functional.present_losses``; inputs without grad; a loss that depends
-            on none of the inputs; another ``process_group``.
+            on none of the inputs; another ``process_group``; another ``batch_dim``, or samples that mix.
         RuntimeError: a reentrant checkpoint hides what lies behind it.
         NotImplementedError: DistributedDataParallel averages some of the inputs and not the others, or does so with
             ``static_graph``; sharded parameters, of FSDP, fully_shard or tensor parallelism. Nothing was run.
@@ -64,10 +70,10 @@ def grad(
         >>> fastpcgrad.grad([x[0] - x[1], x[1]], [x])
         (tensor([1.5000, 0.5000]),)
     """
-    found = present_losses(losses)
+    found = _Losses(losses, batch_dim)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
-    group = group_of_graph(_leaves(found), targets, process_group)
-    merged = _merged(losses, found, targets, method, retain_graph, check_rows(rows), group)
+    group = group_of_graph(found.leaves(), targets, process_group)
+    merged = _merged(found, targets, method, retain_graph, check_rows(rows), group)
     return tuple(merged[id(target)] for target in targets)
 
 
@@ -79,6 +85,7 @@ def backward(
     retain_graph: bool = False,
     process_group: object = "auto",
     rows: Choice = "auto",
+    batch_dim: int | None = None,
 ) -> None:
     """Add the merged gradient of several task losses to ``.grad``, as ``torch.autograd.backward`` adds.
 
@@ -86,7 +93,7 @@ def backward(
         losses: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may share a
             graph.
         inputs: leaves that require grad; None: all leaves of the graphs.
-        method, retain_graph, process_group, rows: see ``grad``.
+        method, retain_graph, process_group, rows, batch_dim: see ``grad``.
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: see ``grad``; inputs that are no leaves. ``.grad`` is
             not changed.
@@ -98,14 +105,14 @@ def backward(
         >>> x.grad
         tensor([1.5000, 0.5000])
     """
-    found = present_losses(losses)
-    behind = _leaves(found)
+    found = _Losses(losses, batch_dim)
+    behind = found.leaves()
     targets = behind if inputs is None else _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
     for target in targets:
         if not target.is_leaf:
             raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
     group = group_of_graph(behind, targets, process_group)
-    merged = _merged(losses, found, targets, method, retain_graph, check_rows(rows), group)
+    merged = _merged(found, targets, method, retain_graph, check_rows(rows), group)
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
             new, old = merged[id(target)], target.grad
@@ -114,9 +121,63 @@ def backward(
             target.grad = old if new is None else new
 
 
+def gramian(
+    losses: Sequence[Tensor | None] | Tensor,
+    params: Sequence[Tensor] | Tensor | None = None,
+    *,
+    batch_dim: int | None = None,
+    retain_graph: bool = False,
+    process_group: object = "auto",
+    rows: Choice = "auto",
+) -> Tensor:
+    """The Gram matrix of the task gradients alone: G_ts = ⟨g_t, g_s⟩. No ``.grad`` is touched.
+
+    Args:
+        losses: see ``grad``; of tasks that are absent there is neither row nor column.
+        params: with respect to which the gradients are; None: all leaves of the graphs.
+        batch_dim, retain_graph, process_group, rows: see ``grad``.
+    Returns:
+        ``[T, T]`` float64.
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: see ``grad``.
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> fastpcgrad.gramian([x[0] - x[1], x[1]])
+        tensor([[ 2., -1.],
+                [-1.,  1.]], dtype=torch.float64)
+    """
+    found = _Losses(losses, batch_dim)
+    behind = found.leaves()
+    targets = behind if params is None else _check_inputs([params] if isinstance(params, Tensor) else params)
+    check_graph([*behind, *targets], process_group)
+    inputs = list({id(target): target for target in targets}.values())
+    return gram(*_filled(found, inputs, methods.Mean(), retain_graph, check_rows(rows)))
+
+
+class _Losses:
+    """Task losses, by the index of the task or as one tensor with a loss for each sample of a batch.
+
+    Raises:
+        TypeError, ValueError: see ``present_losses`` and ``check_losses_of_samples``.
+    """
+
+    def __init__(self, given: Sequence[Tensor | None] | Tensor, batch_dim: int | None) -> None:
+        self.given = given
+        self.of_samples = None if batch_dim is None else check_losses_of_samples(given, batch_dim)
+        self.tensors = present_losses(given) if self.of_samples is None else {0: self.of_samples}
+        self.tasks = tuple(self.tensors) if self.of_samples is None else tuple(range(len(self.of_samples)))
+
+    def each(self) -> Mapping[int, Tensor]:
+        """By the index of the task."""
+        return self.tensors if self.of_samples is None else dict(enumerate(self.of_samples.unbind()))
+
+    def leaves(self) -> list[Tensor]:
+        """Each leaf that the losses depend on, once."""
+        return list({id(leaf): leaf for leaf in leaves(list(self.tensors.values()))}.values())
+
+
 def _merged(
-    given: object,
-    losses: Mapping[int, Tensor],
+    losses: _Losses,
     targets: Sequence[Tensor],
     method: methods.Method | None,
     retain_graph: bool,
@@ -125,23 +186,19 @@ def _merged(
 ) -> dict[int, Tensor | None]:
     """The merged gradient by the id of its input; an input that stands there twice counts once."""
     method = methods.check_method(method, methods.PCGrad)
-    warn_of_fewer_losses(given, method, method.known_tasks)
+    warn_of_fewer_losses(losses.given, method, method.known_tasks)
     inputs = list({id(target): target for target in targets}.values())
+    warn_of_one_loss(len(losses.tasks))
     if group is not None:
-        return dict(zip(map(id, inputs), _merged_over(group, losses, inputs, method, retain_graph), strict=True))
-    grads = TaskGradients(inputs)
-    _check_losses(losses, inputs, retain_graph)
-    try:
-        factors = planned(losses, inputs, method, rows)
-        if isinstance(factors, Factors):
-            _fill_factored(grads, losses, inputs, factors, retain_graph)
-        else:
-            _fill(grads, losses, inputs, retain_graph)
-    except RuntimeError as error:
-        explain(error)
-        raise
+        if losses.of_samples is not None:
+            raise NotImplementedError(
+                "batch_dim with task gradients that are means over processes, each of which has samples of its own: "
+                "pass process_group='local' to merge those of each process by itself"
+            )
+        merged = _merged_over(group, losses.tensors, inputs, method, retain_graph)
+        return dict(zip(map(id, inputs), merged, strict=True))
     # Not in place: what autograd.grad returns may be a tensor of the graph's own.
-    _, merged = merge(grads, method, in_place=False)
+    _, merged = merge_apart(*_filled(losses, inputs, method, retain_graph, rows), losses.tasks, method)
     return dict(zip(map(id, inputs), merged, strict=True))
 
 
@@ -152,9 +209,9 @@ def _merged_over(
     exchange = Exchange([Part(group) for _ in inputs])
     grads, rounds = ShardedGradients(inputs, None, exchange.link), exchange.rounds
     try:
-        _check_losses(losses, inputs, retain_graph)
+        _check_losses(losses, inputs, retain_graph or len(losses) > 1)
         rounds.arrive("losses", *losses, type(method).__name__, grads.digest)
-        _fill(grads, losses, inputs, retain_graph, rounds)
+        _fill(grads, losses, inputs, retain_graph, range(len(inputs)), rounds)
         _, merged = merge(grads, method, in_place=True, exchange=exchange)
         return grads.whole(merged)
     except Exception as error:
@@ -164,11 +221,52 @@ def _merged_over(
         raise
 
 
-def _check_losses(losses: Mapping[int, Tensor], inputs: Sequence[Tensor], retain_graph: bool) -> None:
+def _check_losses(losses: Mapping[int, Tensor], inputs: Sequence[Tensor], is_kept: bool) -> None:
+    """Before any is run.
+
+    Args:
+        is_kept: whether graphs are kept for further passes.
+    """
     _check_reached(losses, inputs)
-    warn_of_one_loss(len(losses))
-    if retain_graph or len(losses) > 1:
+    if is_kept:
         check_kept(list(losses.values()))
+
+
+def _filled(
+    losses: _Losses, inputs: Sequence[Tensor], method: methods.Method, retain_graph: bool, rows: Choice
+) -> tuple[Columns, Settled]:
+    """J of all losses, and the parameters that are factors instead."""
+    grads = TaskGradients(inputs)
+    _check_losses(losses.tensors, inputs, retain_graph or len(losses.tasks) > 1)
+    try:
+        if losses.of_samples is not None:
+            return _filled_of_samples(grads, losses, inputs, method, retain_graph, rows)
+        factors = planned(losses.tensors, inputs, method, rows)
+        if isinstance(factors, Factors):
+            _fill_factored(grads, losses.tensors, inputs, factors, retain_graph)
+            return grads.columns(), settled(grads, method)
+        _fill(grads, losses.tensors, inputs, retain_graph, range(len(inputs)))
+    except RuntimeError as error:
+        explain(error)
+        raise
+    return grads.columns(), NOTHING
+
+
+def _filled_of_samples(
+    grads: TaskGradients,
+    losses: _Losses,
+    inputs: Sequence[Tensor],
+    method: methods.Method,
+    retain_graph: bool,
+    rows: Choice,
+) -> tuple[Columns, Settled]:
+    assert losses.of_samples is not None
+    samples = sampled(losses.of_samples, inputs, method, retain_graph, rows)
+    others = [n for n in range(len(inputs)) if n not in samples]
+    if not others:
+        return grads.nothing(len(losses.tasks)), samples
+    _fill(grads, losses.each(), inputs, retain_graph, others)
+    return grads.columns(), samples
 
 
 def _fill(
@@ -176,16 +274,23 @@ def _fill(
     losses: Mapping[int, Tensor],
     inputs: Sequence[Tensor],
     retain_graph: bool,
+    asked: Sequence[int],
     rounds: Rounds | None = None,
 ) -> None:
-    left = len(losses)
+    """One backward pass a loss, to some of the inputs; the last one frees the graph.
+
+    Args:
+        asked: the places of these inputs.
+        rounds: with the processes that run the same ones.
+    """
+    left, wanted = len(losses), [inputs[n] for n in asked]
     for t, loss in losses.items():
         left -= 1
-        keep = retain_graph or left > 0
-        row: Row = list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True))
+        found = torch.autograd.grad(loss, wanted, retain_graph=retain_graph or left > 0, allow_unused=True)
         if rounds is not None:
             rounds.arrive("loss", t)
-        grads.put(t, row)
+        row = dict(zip(asked, found, strict=True))
+        grads.put(t, [row.get(n) for n in range(len(inputs))])
 
 
 def _fill_factored(
@@ -198,7 +303,7 @@ def _fill_factored(
         for slot, (t, loss) in enumerate(losses.items()):
             left -= 1
             factors.begin(slot)
-            asked = [n for n in range(len(inputs)) if n not in factors.weights or n in factors.unknown]
+            asked = list(filter(factors.needs, range(len(inputs))))
             wanted: Any = [*edges, *(inputs[n] for n in asked)]
             found = torch.autograd.grad(loss, wanted, retain_graph=retain_graph or left > 0, allow_unused=True)
             factors.note_captured(found[: len(edges)])
@@ -242,8 +347,3 @@ def _check_inputs(inputs: Iterable[Any]) -> list[Tensor]:
         if not value.requires_grad:
             raise ValueError(f"inputs[{i}] does not require grad")
     return found
-
-
-def _leaves(losses: Mapping[int, Tensor]) -> list[Tensor]:
-    """Each leaf that the losses depend on, once."""
-    return list({id(leaf): leaf for leaf in leaves(list(losses.values()))}.values())

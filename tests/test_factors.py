@@ -217,6 +217,25 @@ class TestHooksOutOfSight:
         for _ in range(2):
             assert run().dense["factors give another gradient than autograd does"] == 1
 
+    def test_that_is_registered_anew_and_changes_the_gradient_of_one_task_alone(self):
+        torch.manual_seed(0)
+        weight, x = nn.Parameter(torch.randn(8, 8)), torch.randn(3, 8)
+        surgery = surgery_of([weight])
+
+        def losses():
+            view = weight.t()
+            view.register_hook(lambda grad: grad.clamp(-1, 1))
+            h = x @ view
+            return [1e-3 * h.square().mean(), h.sum(), 1e3 * h.square().sum()]
+
+        for _ in range(3):
+            rows = rows_of(losses(), [weight])
+            report = surgery.backward(losses())
+            assert report.rows.dense == {"factors give another gradient than autograd does": 1}
+            assert_merged([weight], rows, report)
+        found = fastpcgrad.grad(losses(), weight, method=methods.Sum(), rows="factored")[0]
+        torch.testing.assert_close(found.flatten().double(), rows.sum(dim=0))
+
     def test_on_the_node_that_accumulates(self, run):
         node = self.first.weight.expand_as(self.first.weight).grad_fn.next_functions[0][0]
         calls = []
@@ -458,7 +477,22 @@ class TestChoice:
         return net, lambda: losses_of_heads(net, x)
 
     def factored(self, net, losses, **options):
-        return surgery_of(net.parameters(), **options).backward(losses()).rows.factored
+        """In a second step: the first one's graph may be hooked."""
+        surgery = surgery_of(net.parameters(), **options)
+        surgery.backward(losses())
+        return surgery.backward(losses()).rows.factored
+
+    def test_the_first_step_is_dense_unless_factors_are_asked_for(self, net_and_losses):
+        net, losses = net_and_losses
+        reason = "the first step, or a hook was registered since the graph was begun"
+        torch.ones(1, requires_grad=True).register_hook(print)
+        surgery = surgery_of(net.parameters(), rows="auto")
+        assert surgery.backward(losses()).rows.dense[reason] == 2
+        graph = losses()
+        assert surgery.backward(losses()).rows.factored == 2
+        graph[0].register_hook(print)
+        assert surgery.backward(graph).rows.dense[reason] == 2
+        assert surgery.backward(losses()).rows.factored == 2
 
     def test_auto_takes_factors_of_what_several_tasks_reach(self, net_and_losses):
         net, losses = net_and_losses
@@ -491,7 +525,9 @@ class TestChoice:
         net, losses = net_and_losses
         for rows, count in (("auto", 2), ("dense", 0)):
             optimizer = fastpcgrad.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1), rows=rows)
-            optimizer.pc_backward(losses())
+            for _ in range(2):
+                optimizer.zero_grad()
+                optimizer.pc_backward(losses())
             assert optimizer.report.rows.factored == count
 
     def test_small_models_are_not_looked_at(self, monkeypatch):

@@ -1,5 +1,6 @@
 """Surgery with factors on random graphs: what plain backward passes in float64 give, and nothing else touched."""
 
+import os
 import random
 
 import pytest
@@ -11,7 +12,8 @@ from fastpcgrad.rows import stacked
 
 from .random_graphs import Drawn
 
-GRAPHS = 300
+GRAPHS = int(os.environ.get("FASTPCGRAD_TEST_GRAPHS", 80))
+"""By hand more."""
 
 
 def drawn(seed, tasks, kinds=None):

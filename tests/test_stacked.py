@@ -6,7 +6,7 @@ from torch import nn
 
 import fastpcgrad
 from fastpcgrad import methods
-from fastpcgrad.rows import factors, stacked
+from fastpcgrad.rows import hooks, stacked
 
 from . import random_graphs
 from .test_factors import TASKS, Hidden, assert_merged, losses_of_heads, rows_of, surgery_of, trunk_and_heads
@@ -56,7 +56,7 @@ def test_kinds_of_trunks(kind):
 
 @pytest.mark.parametrize("name", ["hooks_registered", "nodes_made"])
 def test_a_torch_that_counts_neither_hooks_nor_nodes_is_never_stacked(name, monkeypatch):
-    monkeypatch.setattr(factors, name, getattr(load(), name))
+    monkeypatch.setattr(hooks, name, getattr(load(), name))
     surgery, net, losses = setting()
     assert [step(surgery, net, losses) for _ in range(4)] == [FIRST] * 4
 

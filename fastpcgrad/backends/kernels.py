@@ -110,12 +110,13 @@ def _pcgrad_out(
     scale: float,
     segments: Tensor | None,
     out: Tensor,
+    figures: bool = True,
 ) -> tuple[Tensor, ...]:
     check_out(out, grads)
     check_apart("out", out, order, segments)
     _mark_written(out)
     guards = Guards(self_projection, eps, min_squared_norm)
-    return select_for("pcgrad", grads).pcgrad(grads, order, guards, scale, segments, out)
+    return select_for("pcgrad", grads).pcgrad(grads, order, guards, scale, segments, out, figures)
 
 
 def _pcgrad_(
@@ -150,10 +151,10 @@ pcgrad_coefficients = _op("pcgrad_coefficients", _pcgrad_coefficients)
 combine = _op("combine", _combine)
 combine_out = _op("combine_out", _combine_out)
 mix_ = _op("mix_", _mix_)
-# Nobody who calls these two by name wants G, C and w, which the ops return.
+# Nobody who calls these by name wants G, C and w, which the ops return.
 pcgrad = _op("pcgrad", _pcgrad, partial(_pcgrad, figures=False))
 pcgrad_ = _op("pcgrad_", _pcgrad_, partial(_pcgrad_, figures=False))
-pcgrad_out = _op("pcgrad_out", _pcgrad_out)
+pcgrad_out = _op("pcgrad_out", _pcgrad_out, partial(_pcgrad_out, figures=False))
 
 
 # No ops, for no schema can hold what they take: see ``protocol.BlockFunctions``.

@@ -7,19 +7,20 @@ T, and no T gradients in memory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
 from .._modes import is_fake, is_on
-from .._ops import to_device
 from .._torch import backward_is_compiled
-from ..backends import kernels
 from ..distributed.processes import is_initialized
 from ..methods import Elementwise, Method
 from ..rows.choice import LEAST_ELEMENTS, Choice, RowsReport, in_force, is_large
 from ..rows.factors import Factored, Factors, all_dense, exact_dtypes, plan
+from ..rows.samples import find_samples
 from ..rows.task_gradients import TaskGradients
 
 _LARGEST_ERROR = {torch.float64: 1e-12}
@@ -29,8 +30,20 @@ _LEAST_PRODUCT = 1e-250
 """Below, what is summed in G may be too small for float64."""
 
 
-Settled = dict[int, tuple[Factored, Tensor]]
-"""Weights that stay factors by their index, each with its G, ``[T, T]`` float64."""
+class Factor(Protocol):
+    """The task gradients of one parameter as factors."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every task has a gradient."""
+
+    def merged(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum of the gradients with these weights, ``[T]`` float64."""
+
+
+Settled = Mapping[int, tuple[Factor, Tensor]]
+"""Parameters that stay factors by their index, each with its G, ``[T, T]`` float64."""
+NOTHING: Settled = MappingProxyType({})
 
 
 def planned(
@@ -50,14 +63,12 @@ def planned(
     if rows == "auto" and not is_large(parameters):
         return all_dense(f"the model's matrices have less than {LEAST_ELEMENTS} elements", len(parameters))
     found = list(losses.values())
-    if reason := _why_not(found, parameters, method, rows):
+    if reason := "one loss" if len(found) < 2 else _why_not(found, parameters, method, rows):
         return all_dense(reason, len(parameters))
     return plan(found, parameters, rows)
 
 
 def _why_not(losses: Sequence[Tensor], parameters: Sequence[Tensor], method: Method, rows: Choice) -> str | None:
-    if len(losses) < 2:
-        return "one loss"
     if isinstance(method, Elementwise):
         return "the method works on each column of the task gradients"
     if is_initialized():
@@ -71,6 +82,22 @@ def _why_not(losses: Sequence[Tensor], parameters: Sequence[Tensor], method: Met
     return None
 
 
+def sampled(losses: Tensor, parameters: Sequence[Tensor], method: Method, retain_graph: bool, rows: Choice) -> Settled:
+    """Parameters of which the gradients of one loss a sample are factors; of all others there are to be rows.
+
+    Args:
+        losses: ``[B]``.
+        retain_graph: keep their graph also where no rows are to be made.
+        parameters, method, rows: see ``planned``. A backward pass a sample is what factors save, so that ``auto``
+            always takes them.
+    Raises:
+        ValueError: see ``rows.samples.find_samples``.
+    """
+    if in_force(rows) == "dense" or _why_not([losses], parameters, method, "factored"):
+        return NOTHING
+    return {index: (found, found.gram()) for index, found in find_samples(losses, parameters, retain_graph).items()}
+
+
 def settled(grads: TaskGradients, method: Method) -> Settled:
     """G of each weight that stays factors; the others become rows of ``grads``.
 
@@ -80,13 +107,14 @@ def settled(grads: TaskGradients, method: Method) -> Settled:
     are where a backward pass has left some gradient of such a weight in ``.grad``, which no graph shows: that of a
     custom function which runs another backward pass.
     """
-    kept: Settled = {}
+    kept: dict[int, tuple[Factor, Tensor]] = {}
     assert grads.factors is not None
     for index, weight in list(grads.factors.weights.items()):
-        gram, is_exact = _gram(weight)
-        if is_exact and not isinstance(method, Elementwise) and not grads.has_rows_of(index):
-            kept[index] = weight, gram
-            continue
+        if not isinstance(method, Elementwise) and not grads.has_rows_of(index):
+            gram, is_exact = _gram(weight)
+            if is_exact:
+                kept[index] = weight, gram
+                continue
         for task, reached, delta in zip(grads.tasks, weight.reached, weight.delta, strict=True):
             if reached:
                 grads.add_to(task, index, weight.product(delta).to(grads.dtypes[index]))
@@ -108,15 +136,3 @@ def _gram(weight: Factored) -> tuple[Tensor, bool]:
     is_zero = (flat.abs().amax(dim=1) == 0) | (a.abs().amax() == 0)
     is_exact = is_zero | ((error <= largest * gram.diagonal()) & (bound >= _LEAST_PRODUCT))
     return gram, bool((is_exact & gram.isfinite().all()).all())
-
-
-def merged_factor(weight: Factored, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """(Σ_t w_t δ_t)ᵀ a, in memory of its own.
-
-    Args:
-        weights: w, ``[T]`` float64.
-        dtype: of the gradient.
-    """
-    weights = to_device(weights, weight.delta.device)
-    combined = kernels.combine(weight.delta.flatten(1), weights).view(weight.delta.shape[1:])
-    return weight.product(combined).to(dtype)

@@ -16,7 +16,7 @@ from ..methods import Elementwise, Method
 from ..rows.columns import Columns, Tensors
 from ..rows.parameters import UNDIVIDED, Division
 from ..rows.task_gradients import Row, TaskGradients
-from .by_factors import Settled, merged_factor, settled
+from .by_factors import NOTHING, Settled, settled
 from .problems import SUMMED, Problems, weights_table
 from .report import ConflictReport
 
@@ -45,17 +45,11 @@ def merge(
     Raises:
         Whatever the method raises. Where rows have been written by then, and after an interrupt, ``grads`` is at risk.
     """
-    factors = settled(grads, method) if grads.factors else {}
+    factors = settled(grads, method) if grads.factors else NOTHING
     columns = grads.columns() if exchange is None else exchange.over(grads.columns())
-    complete = not any(0 in row for row in columns.pointers)
-    whole = [True] * len(columns.widths) if complete else _everywhere(columns.tensors)
-    for index, (weight, _) in factors.items():
-        whole[index] = weight.whole
-    problems = Problems.made(method, whole, division)
-    out = list(columns.tensors[0]) if complete else _first_of_each(columns.tensors)
     if not in_place:
-        out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-        return _merge(columns, factors, tuple(grads.tasks), method, problems, out)
+        return merge_apart(columns, factors, tuple(grads.tasks), method, division)
+    out, problems = _prepared(columns, factors, method, division)
     before = _versions(out)
     grads.at_risk = True
     try:
@@ -63,6 +57,31 @@ def merge(
     except Exception:
         grads.at_risk = _versions(out) != before
         raise
+
+
+def merge_apart(
+    columns: Columns, factors: Settled, tasks: tuple[int, ...], method: Method, division: Division = UNDIVIDED
+) -> tuple[ConflictReport, Row]:
+    """Into fresh memory, see ``merge``."""
+    out, problems = _prepared(columns, factors, method, division)
+    out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
+    return _merge(columns, factors, tasks, method, problems, out)
+
+
+def _prepared(columns: Columns, factors: Settled, method: Method, division: Division) -> tuple[Row, Problems]:
+    """Of each parameter a gradient that is there, and the problems."""
+    complete = not any(0 in row for row in columns.pointers)
+    whole = [True] * len(columns.widths) if complete else _everywhere(columns.tensors)
+    for index, (weight, _) in factors.items():
+        whole[index] = weight.whole
+    out = list(columns.tensors[0]) if complete else _first_of_each(columns.tensors)
+    return out, Problems.made(method, whole, division)
+
+
+def gram(columns: Columns, factors: Settled) -> torch.Tensor:
+    """G alone, ``[T, T]`` float64."""
+    found = columns.only([index not in factors for index in range(len(columns.widths))]).gram(None, 1)[0]
+    return sum((own.to(found.device) for _, own in factors.values()), found)
 
 
 def _versions(out: Row) -> list[int]:
@@ -108,7 +127,7 @@ def _merge_by_weights(
     table = solution.weights[None] if is_one and not factors else weights_table(method, solution.weights)
     columns.combine(table, row_of_each if len(table) > 1 else None, rest)
     for index, (weight, _) in factors.items():
-        out[index] = merged_factor(weight, table[problems.row_of_each[index]], dtypes[index])
+        out[index] = weight.merged(table[problems.row_of_each[index]], dtypes[index])
 
     def figures() -> Figures:
         return Figures(grams.sum(dim=0), *solution, grams) if problems.are_many else Figures(gram, *solution)

@@ -20,7 +20,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from .._torch import DispatchMode
 from .choice import stacking_pays
-from .factors import Factors, Row, are_without_hooks, has_hooks, register
+from .factors import Factors, Row
+from .hooks import are_without_hooks, has_hooks, register
 
 _BATCHED = {
     *(
@@ -236,14 +237,16 @@ class Trial:
         Args:
             rows: of all tasks but the last.
         """
+        self._factors.known.stacked = self._gives_the_same(rows)
+
+    def _gives_the_same(self, rows: Sequence[Sequence[Tensor | None]]) -> bool | None:
         factors, trunk = self._factors, self._trunk
-        factors.known.stacked = False
         if self._clones.count or len(self._seeds) != len(rows) or any(map(has_hooks, factors.graph.leaves)):
-            return
+            return False
         try:
             deltas, leaves = trunk.run(torch.cat(self._seeds))
         except RuntimeError:  # of a formula that does not take stacked gradients; nothing was changed by then
-            return
+            return False
         pairs = [
             (deltas[node][slot], weight.delta[slot, first : first + deltas[node].shape[1]])
             for weight, node, first in factors.uses
@@ -253,7 +256,7 @@ class Trial:
         for node, index in trunk.leaves.items():
             there = [(leaves[node][slot], row[index]) for slot, row in enumerate(rows)]
             pairs += [(own, other) for own, other in there if other is not None]
-        factors.known.stacked = _are_alike(pairs)
+        return _are_alike(pairs)
 
 
 def _are_alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool | None:
@@ -287,7 +290,7 @@ def may_stack(factors: Factors, trunk: Trunk) -> str | None:
         return "a hook on a leaf, an activation that retains its gradient, or stacked gradients that were others"
     if not factors.known.stacked or not factors.known.right.issuperset(factors.weights):
         return "the first two steps of the graph, or since somebody has registered a hook"
-    if not are_without_hooks(trunk.nodes):
+    if factors.unsure or not are_without_hooks(trunk.nodes):
         return "the graph is older than the last hook that somebody has registered"
     return None
 

@@ -161,6 +161,11 @@ class TaskGradients:
         self._rows = dict(zip(tasks, rows, strict=True))
         return self._columns(rows, pointers)
 
+    def nothing(self, tasks: int) -> Columns:
+        """J of tasks that have no gradient here."""
+        empty: Row = [None] * len(self.dtypes)
+        return self._columns([empty] * tasks, [[0] * len(empty)] * tasks)
+
     def _columns(self, rows: Sequence[Row], pointers: Sequence[Sequence[int]]) -> Columns:
         return Columns(rows, pointers, self.widths, self.dtypes, self.devices)
 

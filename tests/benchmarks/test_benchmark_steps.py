@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from benchmarks import cases, check, memory, steps, targets
+from benchmarks import cases, check, memory, steps, tables, targets
 from benchmarks.cases import TINY_GPT, Batch, KernelCase, StepCase
 from benchmarks.memory import Measured
-from benchmarks.modes import HOST_ROWS, modes
+from benchmarks.models import width_of
+from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS, HOST_ROWS, modes
 from benchmarks.rows import SKIPPED_LATE, environment, from_json, to_json
 from benchmarks.session import Run
 from benchmarks.steps import WHOLE
@@ -56,6 +57,7 @@ def by_subject(rows):
 @pytest.mark.parametrize("quick", [True, False])
 def test_labels_tell_cases_apart(quick):
     of = (cases.kernel_cases, cases.step_cases, cases.memory_cases, cases.large_cases, cases.large_memory_cases)
+    of += (cases.factored_cases, cases.factored_memory_cases)
     for found in of:
         labels = [case.label for case in found(quick)]
         assert len(set(labels)) == len(labels) > 0
@@ -75,6 +77,21 @@ def test_large_rows_carry_the_whole_step_and_the_share_of_merge(timed):
     assert ours.ok and ours.rounds == 2 and ours.whole_ratios["plain"] > 0
     assert 0 < ours.ratios[WHOLE] < 1 and ours.p50_ms < ours.whole_p50_ms
     assert found["plain"].p50_ms is None, "plain passes have no merge"
+
+
+@pytest.mark.parametrize("case", cases.factored_cases(False), ids=lambda case: case.label)
+def test_the_models_of_factored_rows_have_the_size_that_they_say(case):
+    sizes = {"mlp": 13.6e6, "mlp 0.94M": 0.94e6, "mlp 0.17M": 0.17e6, "wide transformer": 6.8e6}
+    assert width_of(case) == pytest.approx(sizes[case.model], rel=0.02)
+
+
+def test_rows_of_factored_cases_are_compared_with_plain_passes_and_dense_rows(run):
+    case = cases.FactoredCase("mlp 0.17M", 3, Batch(4))
+    measured = by_subject(steps.rows(run, case, TWICE))
+    assert set(measured) == {"plain", "fastpcgrad", DENSE_ROWS, FACTORED_ROWS}
+    assert all(row.ok and row.ratios["plain"] > 0 for name, row in measured.items() if name != "plain")
+    run.add(measured.values())
+    assert "mlp 0.17M T=3 B=4" in tables.factored(run.rows)
 
 
 def test_a_mode_that_is_wrong_gets_no_numbers(run, monkeypatch):

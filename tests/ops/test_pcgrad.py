@@ -109,6 +109,47 @@ def test_out_may_be_a_row_of_j(backend, case, row):
     assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("where", [None, 0, -1])
+@cases.on_each_backend(cases.SOME)
+def test_into_memory_that_is_given(backend, case, where):
+    packed, rows = cases.Packed(case), cases.Packed(case).rows.clone()
+    expected = fastpcgrad.pcgrad(rows, reduction="mean", **options(case))
+    out = torch.full_like(expected, torch.nan) if where is None else packed.grads[where]
+    version = out._version
+    assert fastpcgrad.pcgrad(packed.grads, reduction="mean", out=out, **options(case)) is out
+    assert torch.equal(out, expected) and out._version > version
+    if where is None:
+        assert packed.is_untouched()
+    else:
+        rows[where] = expected
+        assert torch.equal(packed.grads, rows) and packed.padding_is_untouched()
+
+
+BAD_OUT = {
+    "dtype": (lambda J: torch.empty(5, dtype=torch.float64), ValueError, "out must be torch.float32 on cpu"),
+    "length": (lambda J: torch.empty(4), ValueError, r"out must be contiguous \[5\]; found \[4\]"),
+    "strides": (lambda J: torch.empty(10)[::2], ValueError, r"strides \(2,\)"),
+    "overlap": (lambda J: J.view(-1)[2:7], ValueError, "out overlaps rows of grads"),
+    "grad": (lambda J: torch.empty(5, requires_grad=True), RuntimeError, r"pcgrad with out= has no derivative"),
+    "no tensor": (lambda J: [0.0] * 5, TypeError, "out must be a torch.Tensor; found list"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OUT)
+def test_memory_that_cannot_be_written_is_refused(backend, name):
+    J = torch.randn(3, 5)
+    make, error, message = BAD_OUT[name]
+    before, state = J.clone(), torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        fastpcgrad.pcgrad(J, out=make(J))
+    assert torch.equal(J, before)
+    assert name == "overlap" or torch.equal(torch.get_rng_state(), state), "nothing is drawn for a call that is refused"
+    with pytest.raises(ValueError, match="out is for the merged gradient"):
+        fastpcgrad.pcgrad(J, reduction="none", out=torch.empty(5))
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        fastpcgrad.pcgrad(J.requires_grad_(), out=torch.empty(5))
+
+
 @cases.on_each_backend(cases.SOME)
 def test_without_reduction_the_rows_are_those_of_the_in_place_form(backend, case):
     packed = cases.Packed(case)

@@ -1,0 +1,225 @@
+"""Finds the weights that matrix products alone use, in the graph of several losses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.nn import Parameter
+
+from .._gradients import gradient_dtype
+from .._graph import leaf_of
+from .choice import Choice, factors_pay
+from .hooks import Known, are_without_hooks, has_hooks, has_post_hooks
+
+_PLAIN = (Tensor, Parameter)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SAVED = {"AddmmBackward0": "mat1", "MmBackward0": "self"}
+"""What a product node has saved of what went in with the weight."""
+
+
+class Graph:
+    """What lies behind the losses.
+
+    Attributes:
+        roots: of the losses; None of one that is a leaf.
+        order: its nodes with their names, each after all to which it leads.
+        children: of each node.
+        leaves: by the node that adds to their ``.grad``.
+        names: of its nodes.
+    """
+
+    def __init__(self, losses: Sequence[Tensor]) -> None:
+        self.roots = [loss.grad_fn for loss in losses]
+        self.children: dict[Node, tuple[tuple[Node | None, int], ...]] = {}
+        self.order: dict[Node, str] = {}
+        for root in self.roots:
+            self._follow(root)
+        self.leaves = {node: leaf for node in self.order if (leaf := leaf_of(node)) is not None}
+        self.names = set(self.order.values())
+
+    def _follow(self, root: Node | None) -> None:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node is None or node in self.order:
+                stack.pop()
+            elif node in self.children:
+                self.order[node] = node.name()
+                stack.pop()
+            else:
+                self.children[node] = children = node.next_functions
+                stack += [child for child, _ in children if child is not None and child not in self.order]
+
+    @property
+    def signature(self) -> int:
+        """The same for graphs with the same nodes and edges."""
+        place = {node: number for number, node in enumerate(self.order)}
+        return hash(
+            tuple(
+                (name, *((place.get(child), number) for child, number in self.children[node]))  # type: ignore[arg-type]
+                for node, name in self.order.items()
+            )
+        )
+
+    @cached_property
+    def tasks(self) -> dict[Node, int]:
+        """For each node the tasks that reach it, a bit each."""
+        masks = dict.fromkeys(self.order, 0)
+        for task, root in enumerate(self.roots):
+            if root is not None:
+                masks[root] |= 1 << task
+        for node in reversed(self.order):
+            mask = masks[node]
+            for child, _ in self.children[node]:
+                if child is not None:
+                    masks[child] |= mask
+        return masks
+
+
+class Finder:
+    """Finds the weights that can be factored.
+
+    Attributes:
+        found: by the index of a parameter the products that use it.
+        transposed: by the index, see ``Factored``.
+        why: why others were not found, by how many.
+    """
+
+    def __init__(self, graph: Graph, parameters: Sequence[Tensor], rows: Choice) -> None:
+        self._graph, self._parameters = graph, parameters
+        self.found: dict[int, list[Node]] = {}
+        self.transposed: dict[int, bool] = {}
+        self.why: Counter[str] = Counter()
+        self._ways: dict[int, list[Node]] = {}
+        place = {id(p): index for index, p in enumerate(parameters)}
+        accumulators = {
+            node: place[id(leaf)] for node, leaf in graph.leaves.items() if id(leaf) in place and leaf.dim() == 2
+        }
+        uses = self._uses(accumulators)
+        tasks = graph.tasks if uses else {}
+        for index, nodes in uses.items():
+            reached = tasks[self._ways[index][0]].bit_count()
+            reason = self._why_not(parameters[index], nodes, rows, reached)
+            if reason is None:
+                self.found[index] = nodes
+            else:
+                self.why[reason] += 1
+        self.why["no weight of matrix products alone"] += len(parameters) - len(self.found) - self.why.total()
+        self.why = +self.why
+
+    def _uses(self, accumulators: dict[Node, int]) -> dict[int, list[Node]]:
+        """The products that use a parameter, of those that nothing else uses."""
+        owner = {node: (index, True) for node, index in accumulators.items()}
+        uses: dict[int, list[Node]] = {}
+        strays = set[int]()
+        self._ways = {index: [node] for node, index in accumulators.items()}
+        for node, name in self._graph.order.items():
+            for slot, (child, _) in enumerate(self._graph.children[node]):
+                if child is None or child not in owner:
+                    continue
+                index, direct = owner[child]
+                if name in ("TBackward0", "ToCopyBackward0"):
+                    owner[node] = index, direct ^ (name == "TBackward0")
+                    self._ways[index].append(node)
+                elif name in SAVED and slot == len(self._graph.children[node]) - 1 and _is_plain(node):
+                    uses.setdefault(index, []).append(node)
+                    if self.transposed.setdefault(index, direct) is not direct:
+                        strays.add(index)
+                else:
+                    strays.add(index)
+        return {index: nodes for index, nodes in uses.items() if index not in strays}
+
+    def biases(self) -> dict[int, list[Node]]:
+        """By the index of a parameter the products that it is added to, where that is all that is done with it."""
+        graph, place = self._graph, {id(p): index for index, p in enumerate(self._parameters)}
+        owner = {node: place[id(leaf)] for node, leaf in graph.leaves.items() if id(leaf) in place and leaf.dim() == 1}
+        uses: dict[int, list[Node]] = {}
+        strays = set[int]()
+        ways = {index: [node] for node, index in owner.items()}
+        for node, name in graph.order.items():
+            for slot, (child, _) in enumerate(graph.children[node]):
+                index = None if child is None else owner.get(child)
+                if index is None:
+                    continue
+                if name == "ToCopyBackward0":
+                    owner[node] = index
+                    ways[index].append(node)
+                elif name == "AddmmBackward0" and slot == 0 and _adds(node, self._parameters[index]):
+                    uses.setdefault(index, []).append(node)
+                else:
+                    strays.add(index)
+        return {index: nodes for index, nodes in uses.items() if index not in strays and _are_bare(ways[index], nodes)}
+
+    def _why_not(self, p: Tensor, nodes: Sequence[Node], rows: Choice, tasks: int) -> str | None:
+        """The reason that a weight is not to be factored."""
+        if type(p) not in _PLAIN or p.dtype not in _DTYPES or gradient_dtype(p) != p.dtype or not p.is_contiguous():
+            return "a subclass of Tensor, another dtype or strides with gaps"
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            return "a hook on the weight"
+        metadata = [node._input_metadata[0] for node in nodes]
+        count = sum(meta.shape[0] for meta in metadata)
+        if not p.numel() or not count:
+            return "nothing in it"
+        outer = metadata[0].shape[1]
+        if rows == "auto" and not factors_pay(count, p.numel() // outer, outer, tasks):
+            return "factors would not pay"
+        if any(getattr(node, f"_raw_saved_{SAVED[node.name()]}").unpack_hook is not None for node in nodes):
+            return "activations are recomputed, or packed by a hook on saved tensors"
+        for node, meta in zip(nodes, metadata, strict=True):
+            a: Tensor = getattr(node, f"_saved_{SAVED[node.name()]}")
+            same = a.dtype == meta.dtype == metadata[0].dtype and meta.dtype in _DTYPES and a.device == p.device
+            if type(a) not in _PLAIN or a.layout != torch.strided or not same:
+                return "an activation that is no dense tensor of the weight's device"
+        return None
+
+    def look_for_hooks(self, known: Known, rows: Choice) -> set[int]:
+        """Leave out weights with hooks on their way, and those that were found to be wrong.
+
+        Returns:
+            those on whose way there may be a hook that cannot be seen: each of their gradients is to be compared. It
+            would not pay.
+        """
+        unsure = set()
+        for index in list(self.found):
+            if index not in known.right and index not in known.wrong and self._is_hooked(index):
+                known.wrong[index] = "a hook between the weight and its products"
+            reason = known.wrong.get(index)
+            if reason is None and not are_without_hooks(self._ways[index]):
+                if rows == "factored":
+                    unsure.add(index)
+                else:
+                    reason = "the first step, or a hook was registered since the graph was begun"
+            if reason is not None:
+                del self.found[index]
+                self.why[reason] += 1
+        return unsure
+
+    def _is_hooked(self, index: int) -> bool:
+        return any(map(has_hooks, self._ways[index])) or any(map(has_post_hooks, self.found[index]))
+
+    def refuse_all(self, reason: str) -> None:
+        self.why[reason] += len(self.found)
+        self.found = {}
+
+
+def _are_bare(way: Sequence[Node], products: Sequence[Node]) -> bool:
+    """Whether there is no hook between a parameter and its products."""
+    return not any(map(has_hooks, way)) and not any(map(has_post_hooks, products)) and are_without_hooks(way)
+
+
+def _adds(node: Any, p: Tensor) -> bool:
+    """Whether a product adds a parameter to each row, as it is, and no hook on the parameter looks at its gradient."""
+    meta = node._input_metadata[0]
+    is_plain = type(p) in _PLAIN and gradient_dtype(p) == p.dtype and not p._backward_hooks
+    return is_plain and node._saved_beta == 1 and meta.shape[1] == p.numel() and meta.dtype in _DTYPES
+
+
+def _is_plain(node: Any) -> bool:
+    """Whether a product has no factor besides."""
+    return node.name() != "AddmmBackward0" or node._saved_alpha == 1

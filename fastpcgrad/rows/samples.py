@@ -1,0 +1,240 @@
+"""Gradients of one loss a sample as factors: one backward pass gives the δ of all.
+
+Where sample s has its own rows of the activations, its gradient of a weight is δ_sᵀ a_s, with δ_s what comes into these
+rows from the sum of all losses: no other loss depends on them. That it is so is not believed. A second pass has losses
+that are scaled by powers of two, another one for most. It must give each δ_s scaled by that of its sample, to the bit
+but for sums in another order, and shows on the way which rows are whose.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import kernels
+from . import hooks
+from .factors import Factored, Factors, exact_dtypes
+from .products import Finder, Graph
+
+_LARGEST_POWER = {torch.float16: 1}
+_LARGEST_POWER_OF_WIDER = 15
+_LEAST_PRODUCT = 1e-250
+"""Below, what is summed in G may be too small for float64."""
+_AT_ONCE = 1 << 22
+"""Elements of what G is summed from."""
+
+
+class Deltas:
+    """δ of some products, ``[B, S, out]``: S rows a sample."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @cached_property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """See ``_pairs``, for S = 1."""
+        return _pairs(self.tensor[:, 0])
+
+
+def _pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """x xᵀ of rows that are scaled, so that it stays in the range of their dtype, and the scales, float64."""
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    scaled = rows / torch.where(largest == 0, 1, largest)
+    with exact_dtypes(rows.device):
+        return scaled @ scaled.T, largest.double()
+
+
+class Samples:
+    """The gradients of one parameter, one a sample.
+
+    Attributes:
+        left: a, ``[B, S, in]``; None: ones, of what is added to products.
+        delta: δ.
+        whole: every sample has one.
+    """
+
+    whole = True
+
+    def __init__(self, factored: Factored, left: Tensor | None, delta: Deltas) -> None:
+        self.left, self.delta = left, delta
+        self._product = factored.product
+
+    def gram(self) -> Tensor:
+        """G, ``[B, B]`` float64: of a aᵀ and δ δᵀ, or where these take longer or are not exact, of gradients."""
+        samples, rows, outer = self.delta.tensor.shape
+        if rows == 1:
+            gram, largest = self.delta.pairs
+            if self.left is not None:
+                of_left, largest_of_left = _pairs(self.left[:, 0].to(self.delta.tensor.dtype))
+                gram, largest = gram * of_left, largest * largest_of_left
+            return gram.double().mul_(largest).mul_(largest.T)
+        if self.left is None:
+            return kernels.gram(self.delta.tensor.sum(dim=1))
+        inner = self.left.shape[2]
+        if rows * samples * rows * (inner + outer) <= inner * outer * (rows + samples):
+            gram, is_exact = self._gram_by_pairs(self.left)
+            if is_exact:
+                return gram
+        return self._gram_by_rows(self.left)
+
+    def _gram_by_pairs(self, left: Tensor) -> tuple[Tensor, bool]:
+        a, delta = left.double(), self.delta.tensor.double()
+        samples, rows, _ = a.shape
+        every_a, every_delta = a.flatten(0, 1), delta.flatten(0, 1)
+        step = max(1, _AT_ONCE // (rows * rows * samples))
+        parts = []
+        with exact_dtypes(a.device):
+            for first in range(0, samples, step):
+                own_a, own_delta = (each[first : first + step].flatten(0, 1) for each in (a, delta))
+                pairs = (own_a @ every_a.T).mul_(own_delta @ every_delta.T)
+                parts.append(pairs.view(-1, rows, samples, rows).sum(dim=(1, 3)))
+        gram = torch.cat(parts)
+        gram = (gram + gram.T) / 2
+        bound = a.square().sum(dim=(1, 2)) * delta.square().sum(dim=(1, 2))
+        error = torch.finfo(torch.float64).eps * bound
+        largest = 1e-12 if self.delta.tensor.dtype == torch.float64 else 1e-8
+        is_zero = (delta == 0).all(dim=2).all(dim=1) | (a == 0).all(dim=2).all(dim=1)
+        is_exact = is_zero | ((error <= largest * gram.diagonal()) & (bound >= _LEAST_PRODUCT))
+        return gram, bool((is_exact & gram.isfinite().all()).all())
+
+    def _gram_by_rows(self, left: Tensor) -> Tensor:
+        samples, _, inner = left.shape
+        left = left.to(self.delta.tensor.dtype)
+        step = max(1, _AT_ONCE // (samples * inner))
+        grams = []
+        with exact_dtypes(left.device):
+            for own in self.delta.tensor.split(step, dim=2):
+                grams.append(kernels.gram(torch.bmm(own.transpose(1, 2), left).flatten(1)))
+        return torch.stack(grams).sum(dim=0)
+
+    def merged(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Σ_s w_s δ_sᵀ a_s, in memory of its own.
+
+        Args:
+            weights: w, ``[B]`` float64.
+            dtype: of the gradient.
+        """
+        delta = self.delta.tensor
+        own = weights.to(delta.device, delta.dtype)
+        left = None if self.left is None else self.left.flatten(0, 1)
+        return self._product((delta * own[:, None, None]).flatten(0, 1), left).to(dtype)
+
+
+class _Bias(Factored):
+    """Of what is added to products: its gradients are sums over rows, products with ones."""
+
+    def of_input(self, node: Any) -> Tensor:
+        meta = node._input_metadata[0]
+        return torch.ones(meta.shape[0], 1, dtype=meta.dtype, device=meta.device)
+
+    def product(self, delta: Tensor, left: Tensor | None = None) -> Tensor:
+        return delta.sum(dim=0)
+
+
+def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: bool) -> dict[int, Samples]:
+    """The gradients of those parameters that are weights of matrix products alone, or added to these alone.
+
+    Args:
+        losses: ``[B]``, one a sample.
+        parameters: each once.
+        retain_graph: keep the graph also where this finds all parameters.
+    Returns:
+        by the index of the parameter. Of the others the gradients have to be made.
+    Raises:
+        ValueError: a loss depends on rows of another's sample.
+    """
+    graph = Graph([losses])
+    finder = Finder(graph, parameters, "factored")
+    known = hooks.known(hash((graph.signature, "samples", len(losses), *map(id, parameters))))
+    unsure = finder.look_for_hooks(known, "factored")
+    weights = [Factored(index, nodes, 2, finder.transposed[index]) for index, nodes in finder.found.items()]
+    weights += [_Bias(index, nodes, 2, False) for index, nodes in finder.biases().items()]
+    weights = [weight for weight in weights if _have_rows_for(len(losses), weight)]
+    if not weights:
+        return {}
+    factors = Factors(weights, parameters, graph, [], known, unsure.intersection(w.index for w in weights), Counter())
+    scales = _scales(losses)
+    with factors.noting():
+        for slot, scale in enumerate((torch.ones_like(losses), scales)):
+            factors.begin(slot)
+            # A parameter that was compared with its factors and is none of them needs rows after all.
+            is_last = slot == 1 and len(weights) == len(parameters) and not factors.unknown
+            keep = retain_graph or not is_last or bool(factors.stopped)
+            asked: Any = [*factors.edges, *(parameters[index] for index in factors.unknown)]
+            found = torch.autograd.grad(losses, asked, scale, retain_graph=keep, allow_unused=True)
+            factors.note_captured(found[: len(factors.edges)])
+            factors.compare(found[len(factors.edges) :])
+    right = [weight for weight in weights if weight.index not in factors.stopped]
+    return _by_sample(right, scales, parameters)
+
+
+def _have_rows_for(samples: int, weight: Factored) -> bool:
+    return all(node._input_metadata[0].shape[0] % samples == 0 for node, _ in weight.nodes)
+
+
+def _scales(losses: Tensor) -> Tensor:
+    """Powers of two in a random order, each as often as any other: scaling by them rounds nothing."""
+    count = len(losses)
+    largest = _LARGEST_POWER.get(losses.dtype, _LARGEST_POWER_OF_WIDER)
+    places = torch.randperm(count, generator=_random, device="cpu")
+    return torch.exp2((places % (largest + 1)).to(losses.dtype)).to(losses.device)
+
+
+_random = torch.Generator()
+
+
+def _by_sample(weights: Sequence[Factored], scales: Tensor, parameters: Sequence[Tensor]) -> dict[int, Samples]:
+    """Each with its rows by sample; those of the same products, as a weight and its bias are, share δ."""
+    seen: dict[tuple[Any, ...], tuple[Deltas, list[Callable[[Tensor], Tensor]]]] = {}
+    found = {}
+    for weight in weights:
+        starts = [first for _, first in weight.nodes]
+        spans = [slice(*ends) for ends in zip(starts, [*starts[1:], weight.left.shape[0]], strict=True)]
+        if tuple(weight.nodes) not in seen:
+            own, scaled = weight.delta
+            shape = parameters[weight.index].shape
+            views = [_view_by_sample(own[span], scaled[span], scales.to(own.dtype), shape) for span in spans]
+            deltas = [view(own[span]) for view, span in zip(views, spans, strict=True)]
+            seen[tuple(weight.nodes)] = Deltas(torch.cat(deltas, dim=1) if len(deltas) > 1 else deltas[0]), views
+        delta, views = seen[tuple(weight.nodes)]
+        left = None
+        if not isinstance(weight, _Bias):
+            lefts = [view(weight.left[span]) for view, span in zip(views, spans, strict=True)]
+            left = torch.cat(lefts, dim=1) if len(lefts) > 1 else lefts[0]
+        found[weight.index] = Samples(weight, left, delta)
+    return found
+
+
+def _view_by_sample(own: Tensor, scaled: Tensor, scales: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+    """How rows are seen as ``[B, S, ...]``: those of a sample are neighbours, or the first ones of all come first."""
+    samples = len(scales)
+
+    def one_below_the_other(rows: Tensor) -> Tensor:
+        return rows.view(samples, -1, rows.shape[1])
+
+    def first_of_all(rows: Tensor) -> Tensor:
+        return rows.view(-1, samples, rows.shape[1]).transpose(0, 1)
+
+    for view in (one_below_the_other, first_of_all):
+        if _are_alike(view(scaled), view(own) * scales[:, None, None]):
+            return view
+    raise ValueError(
+        "batch_dim=0 needs losses that depend on their own sample alone; found one that reaches rows of others, at a "
+        f"parameter of shape {list(shape)}, as batch normalisation in training mode makes it. Leave batch_dim None: a "
+        "backward pass for each loss assumes nothing"
+    )
+
+
+def _are_alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether a pass gave what was expected, where that is finite: a loss that is not shows in its own rows."""
+    tolerance = 8 * torch.finfo(expected.dtype).eps
+    if bool(torch.linalg.vector_norm(found - expected) <= tolerance * torch.linalg.vector_norm(expected)):
+        return True
+    are_finite = expected.isfinite() & found.isfinite()
+    error, expected = (torch.where(are_finite, each, 0).double() for each in (found - expected, expected))
+    return bool(error.norm() <= tolerance * expected.norm())
