@@ -246,14 +246,16 @@ class Factors:
 def _is_product(grad: Tensor, weight: Factored, slot: int) -> bool:
     """Whether a gradient is δᵀ a up to rounding: that of a product of this depth, and that of its dtype."""
     delta = weight.delta[slot]
-    error = _norm(grad - weight.product(delta).to(grad.dtype))
+    error = _norm(weight.product(delta).sub_(grad))
     coarse = max(torch.finfo(dtype).eps for dtype in (grad.dtype, weight.left.dtype))
     depth = 8 * torch.finfo(delta.dtype).eps * _norm(weight.left) * _norm(delta)
     return bool((error <= 2 * coarse * _norm(grad) + depth) & depth.isfinite())
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    """In float64, piece by piece: torch would make a copy of the whole."""
+    pieces = tensor.reshape(-1).split(1 << 17)
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).norm()
 
 
 def exact_dtypes(device: torch.device) -> Any:
