@@ -16,20 +16,17 @@ from .distributed.groups import Processes
 from .merging.by_factors import planned
 from .merging.by_rows import merge
 from .merging.report import ConflictReport
-from .merging.small_round import SmallRound
+from .merging.small_round import SmallRounds
 from .merging.two_phase import merge_in_two_phases
 from .methods import Method, PCGrad, check_method
 from .rows.capture import Capture, MovedCapture
-from .rows.choice import LEAST_ELEMENTS, Choice, RowsReport, check_rows
+from .rows.choice import BY_CALLER, SMALL, Choice, check_rows
 from .rows.factored_round import run_factored
 from .rows.factors import Factors, all_dense
-from .rows.layout import Layout, Layouts, RowChoice
+from .rows.layout import Layouts, RowChoice
 from .rows.memory_plan import MemoryPlan
 from .rows.parameters import Granularity, HasGroups, check_granularity, parameter_source
 from .rows.stays import Stay, Stays, Task
-
-_SMALL = RowsReport(dense={f"the model's matrices have less than {LEAST_ELEMENTS} elements": 1})
-_BY_CALLER = RowsReport(dense={"backward passes that the surgery did not run": 1})
 
 
 class GradientSurgery:
@@ -124,12 +121,12 @@ class GradientSurgery:
         self.row_dtype, self.row_device = row_dtype, row_device
         self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
         self.rows = check_rows(rows)
-        self._kept = _BY_CALLER
+        self._kept = BY_CALLER
         processes, source = Processes(process_group), parameter_source(optimizer_or_params)
         chosen = None if shared is None else check_tensors("shared", shared)
         self._layouts = Layouts(source, chosen, self.granularity, RowChoice(row_dtype, row_device, accumulate_dtype))
         self._stays = Stays(self._layouts, processes)
-        self._small: tuple[Layout | None, SmallRound | None] = None, None
+        self._small = SmallRounds(self._stays)
 
     @property
     def nbytes(self) -> int:
@@ -251,7 +248,7 @@ class GradientSurgery:
             rows.average()
         report, merged = merge(rows, self.method, layout.division, in_place=True, exchange=layout.exchange)
         report.rows = self._kept if rows.factors is None else rows.factors.report
-        self._kept = _BY_CALLER
+        self._kept = BY_CALLER
         layout.capture.give(merged)
         self._stays.end_round()
         return report
@@ -326,22 +323,17 @@ class GradientSurgery:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._layouts = Layouts.restored(state.pop("layouts"))
         self._stays = Stays(self._layouts, state.pop("processes"))
-        self._small = None, None
+        self._small = SmallRounds(self._stays)
         self.__dict__.update(state)
 
     def _round(self, losses: Mapping[int, Tensor], retain_graph: bool) -> ConflictReport:
         """Each loss backward inside its task, and the merge."""
-        layout, (known, small) = self._layouts.current, self._small
-        if small is not None and layout is known and small.takes(losses, self.method, self.rows):
-            report = small.run(losses, retain_graph, self.method)
-            if report is None:
-                return self.merge()
-            report.rows = _SMALL
+        small = self._small.taking(losses, self.method, self.rows)
+        if small is None:
+            self._run(losses, retain_graph)
+            self._small.look()
+        elif (report := small.run(losses, retain_graph, self.method)) is not None:
             return report
-        self._run(losses, retain_graph)
-        layout = self._layouts.current
-        if layout is not known:
-            self._small = layout, SmallRound(layout, self._stays) if SmallRound.serves(layout) else None
         return self.merge()
 
     def _run(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
@@ -365,7 +357,7 @@ class GradientSurgery:
     def _planned(self, losses: Mapping[int, Tensor], capture: Capture) -> Factors | None:
         """How weights' gradients are kept as factors; None where all rows are to be whole."""
         if self.rows == "auto" and not self._layouts.current.is_large:
-            self._kept = _SMALL
+            self._kept = SMALL
             return None
         if isinstance(capture, MovedCapture):
             self._kept = all_dense("rows of another dtype or on another device", len(capture.parameters))

@@ -14,17 +14,28 @@ from fastpcgrad.balancing import GradNorm
 from fastpcgrad.distributed import groups, processes
 from fastpcgrad.distributed.groups import Processes
 from fastpcgrad.distributed.processes import check_process_group
-from tests.distributed import ranks, refusals
+from tests.distributed import ranks, refusals, shared_layers
+
+CASES = [(module, name) for module in (refusals, shared_layers) for name in module.SCENARIOS]
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return ranks.run("tests.distributed.refusals", 2, tmp_path_factory.mktemp("ranks"), seconds=90)
+    """By module what each rank said of each scenario."""
+    known = {}
+
+    def of(module):
+        if module not in known:
+            known[module] = ranks.run(module.__name__, 2, tmp_path_factory.mktemp("ranks"), seconds=90)
+        return known[module]
+
+    return of
 
 
-@pytest.mark.parametrize("name", refusals.SCENARIOS)
-def test_on_two_processes(name, outcomes):
-    assert outcomes[name] == ["", ""], "\n".join(outcomes[name])
+@pytest.mark.parametrize(("module", "name"), CASES, ids=[name for _, name in CASES])
+def test_on_two_processes(module, name, outcomes):
+    said = outcomes(module)[name]
+    assert said == ["", ""], "\n".join(said)
 
 
 def test_a_rank_that_fails_or_dies_is_an_error_in_all(tmp_path):

@@ -24,7 +24,7 @@ from ..backends import cpu, select
 from ..distributed.processes import is_initialized
 from ..methods import Method, PCGrad
 from ..rows.capture import Capture
-from ..rows.choice import Choice
+from ..rows.choice import SMALL, Choice
 from ..rows.layout import Layout
 from ..rows.parameters import UNDIVIDED
 from ..rows.stays import Stay, Stays
@@ -133,4 +133,30 @@ class SmallRound:
         pointers = list(map(addresses, rows))
         figures = cpu.pcgrad_blocks(Blocks(rows, pointers, *self._kind), order, guards, scale, rows[0])
         self._capture.give(rows[0])
-        return ConflictReport(tasks, figures)
+        report = ConflictReport(tasks, figures)
+        report.rows = SMALL
+        return report
+
+
+class SmallRounds:
+    """Those of one surgery. Whether a layout is served is looked up after its first round, which is one of the others.
+
+    Args:
+        stays: of the surgery.
+    """
+
+    def __init__(self, stays: Stays) -> None:
+        self._stays = stays
+        self._known: tuple[Layout | None, SmallRound | None] = None, None
+
+    def taking(self, losses: Mapping[int, Tensor], method: Method, rows: Choice) -> SmallRound | None:
+        """The round to come, if it is of this kind."""
+        layout, small = self._known
+        is_taken = small is not None and layout is self._stays.layouts.current and small.takes(losses, method, rows)
+        return small if is_taken else None
+
+    def look(self) -> None:
+        """After a round of the others."""
+        layout = self._stays.layouts.current
+        if layout is not self._known[0]:
+            self._known = layout, SmallRound(layout, self._stays) if SmallRound.serves(layout) else None

@@ -37,6 +37,10 @@ class RowsReport(NamedTuple):
     loop: str | None = None
 
 
+SMALL = RowsReport(dense={f"the model's matrices have less than {LEAST_ELEMENTS} elements": 1})
+BY_CALLER = RowsReport(dense={"backward passes that the surgery did not run": 1})
+
+
 def check_rows(value: Any) -> Choice:
     """``value``; ValueError where it is no choice."""
     if value not in _CHOICES:

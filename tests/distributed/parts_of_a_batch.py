@@ -1,6 +1,5 @@
 """Data parallelism: surgery at features and balancers see the whole batch, as one process that has it would."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,21 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastpcgrad
 from fastpcgrad import balancing, methods, variants
-from tests.distributed.refusals import TASKS, Net, assert_grads, batch, losses, own_batch
+from tests.distributed.own_batches import TASKS, Net, assert_grads, batch, losses, own_batch
+from tests.distributed.scenarios import Scenarios
 
-SCENARIOS: dict[str, Callable[[], None]] = {}
+SCENARIOS = Scenarios()
+each = SCENARIOS.each
 STEPS = 3
-
-
-def each(**cases):
-    """A scenario for each case, with it as argument."""
-
-    def register(function):
-        for name, case in cases.items():
-            SCENARIOS[f"{function.__name__} ({name})"] = lambda case=case: function(case)
-        return function
-
-    return register
 
 
 def alike(tensor):

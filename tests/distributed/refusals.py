@@ -1,15 +1,11 @@
 """Two processes: what is refused there and what is not, and that an ordinary step afterwards is right either way."""
 
-import contextlib
 import gc
-import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch._dynamo  # which FSDP would otherwise import in each rank
 import torch.distributed as dist
-from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate as replicate_with_fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -18,182 +14,32 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpcgrad
-from fastpcgrad import FastPCGradWarning, _warnings, balancing, methods, reference
+from fastpcgrad import FastPCGradWarning, balancing
 from fastpcgrad.distributed import processes
 from fastpcgrad.distributed.groups import Processes
+from tests.distributed.own_batches import (
+    TASKS,
+    Net,
+    assert_grads,
+    assert_ordinary_steps_are_right,
+    assert_refused,
+    batch,
+    doors,
+    fixed_order,
+    losses,
+    merged,
+    mesh,
+    no_search,
+    no_warning,
+    own_batch,
+    rounds,
+    rows,
+    sharded,
+)
+from tests.distributed.scenarios import Scenarios
 
-TASKS, BATCH = 3, 4
-SCENARIOS: dict[str, Callable[[], None]] = {}
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
-
-
-def each(**cases):
-    """A scenario for each case, with it as argument."""
-
-    def register(function):
-        for name, case in cases.items():
-            SCENARIOS[f"{function.__name__} ({name})"] = lambda case=case: function(case)
-        return function
-
-    return register
-
-
-class Net(nn.Module):
-    """A trunk and a head; the features pass through ``between``."""
-
-    def __init__(self, between=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.trunk = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh()).double()
-        self.head = nn.Linear(4, TASKS).double()
-        self.between = between
-
-    def forward(self, x):
-        z = self.trunk(x)
-        if self.between is None:
-            return self.head(z).unbind(dim=1)
-        return [self.head(own)[:, t] for t, own in enumerate(self.between(z))]
-
-
-def batch(ranks=None):
-    """What this process sees, or with ``ranks`` all of theirs, one after the other."""
-    parts = []
-    for rank in range(dist.get_world_size()) if ranks is None else ranks:
-        generator = torch.Generator().manual_seed(rank + 1)
-        x = torch.randn(BATCH, 6, dtype=torch.float64, generator=generator)
-        parts.append((x, 3 * torch.randn(BATCH, TASKS, dtype=torch.float64, generator=generator)))
-    return tuple(map(torch.cat, zip(*parts, strict=True)))
-
-
-def own_batch():
-    return batch([dist.get_rank()])
-
-
-def losses(model, x, y):
-    return [(output - y[:, t]).square().mean() for t, output in enumerate(model(x))]
-
-
-def rows(x, y):
-    """The task gradients of the unwrapped model."""
-    net = Net()
-    return [
-        list(torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True))
-        for loss in losses(net, x, y)
-    ]
-
-
-def merged(x, y):
-    return reference.merge(rows(x, y), list(Net().parameters()), "tensorflow")
-
-
-def fixed_order():
-    return methods.PCGrad("tensorflow")
-
-
-def whole(grad):
-    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-
-
-def assert_grads(parameters, expected):
-    for p, right in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(whole(p.grad), right, rtol=1e-12, atol=1e-12)
-
-
-def assert_ordinary_steps_are_right(model, parameters, data=None):
-    """Twice, as what a step leaves behind shows in the next one: the mean over processes, as if nothing had been."""
-    right = [sum(column) for column in zip(*rows(*batch()), strict=True)]
-    for _ in range(2):
-        for p in parameters:
-            p.grad = None
-        sum(losses(model, *(own_batch() if data is None else data))).backward()
-        assert_grads(parameters, right)
-
-
-def assert_refused(call, parameters, *words):
-    """By an error with these words, before any gradient is there."""
-    for p in parameters:
-        p.grad = None
-    with pytest.raises(NotImplementedError) as caught:
-        call()
-    assert all(word in str(caught.value) for word in words), caught.value
-    assert all(p.grad is None for p in parameters)
-
-
-def doors(model, parameters, data, process_group="auto"):
-    """Calls that take gradients of the model's graph, each with a graph of its own."""
-    options = {"method": fixed_order(), "process_group": process_group}
-    leaf = data[0].clone().requires_grad_()
-    return {
-        "backward": lambda: fastpcgrad.backward(losses(model, *data), **options),
-        "backward with inputs": lambda: fastpcgrad.backward(losses(model, *data), parameters, **options),
-        "grad": lambda: fastpcgrad.grad(losses(model, *data), parameters, **options),
-        "grad of another leaf": lambda: fastpcgrad.grad(losses(model, leaf, data[1]), [leaf], **options),
-        "grad of no leaf": lambda: grad_of_outputs(model, data, options),
-    }
-
-
-def rounds(model, parameters, data, process_group="auto"):
-    """Calls of the objects that take rows from ``.grad``."""
-    options = {"method": fixed_order(), "process_group": process_group}
-    surgery = fastpcgrad.GradientSurgery(parameters, TASKS, **options)
-    optimizer = fastpcgrad.PCGrad(torch.optim.SGD(parameters, lr=0.1), **options)
-
-    def functions():
-        return [lambda t=t: losses(model, *data)[t] for t in range(TASKS)]
-
-    return {
-        "pc_backward": lambda: optimizer.pc_backward(losses(model, *data)),
-        "surgery.backward": lambda: surgery.backward(losses(model, *data)),
-        "surgery.backward of functions": lambda: surgery.backward(functions()),
-        "two phases": lambda: surgery.backward(losses(model, *data), two_phase=True),
-        "surgery.task": lambda: task_by_task(surgery, model, data),
-    }
-
-
-def task_by_task(surgery, model, data):
-    for t in range(TASKS):
-        with surgery.task(t):
-            losses(model, *data)[t].backward()
-    surgery.merge()
-
-
-def grad_of_outputs(model, data, options):
-    outputs = torch.stack(list(model(data[0])))
-    fastpcgrad.grad([output.square().mean() * output.sum() for output in outputs.unbind()], [outputs], **options)
-
-
-@contextlib.contextmanager
-def no_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FastPCGradWarning)
-        _warnings._said.clear()
-        yield
-
-
-@contextlib.contextmanager
-def no_search():
-    """Within, looking through all live objects is an error."""
-    search = processes._holders
-    processes._holders = None
-    try:
-        yield
-    finally:
-        processes._holders = search
-
-
-def mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),))
-
-
-def sharded(reshard, layers=True):
-    net = Net()
-    if layers:
-        fully_shard(net.trunk, mesh=mesh(), reshard_after_forward=reshard)
-    return fully_shard(net, mesh=mesh(), reshard_after_forward=reshard)
+SCENARIOS = Scenarios()
+scenario, each = SCENARIOS.one, SCENARIOS.each
 
 
 @each(
@@ -505,145 +351,3 @@ def who_holds_a_parameter_is_looked_up_once():
             p.grad = None
         doors(wrapped, parameters, own_batch())["backward"]()
     assert_grads(parameters, merged(*batch()))
-
-
-@scenario
-def shared_features_walk_the_graph_of_a_trunk_once():
-    net = Net()
-    walks = []
-    walk = processes.leaves
-
-    def counted(outputs, **options):
-        walks.append(0)
-        for leaf in walk(outputs, **options):
-            walks[-1] += 1
-            yield leaf
-
-    processes.leaves = counted
-    try:
-        for _ in range(3):
-            fastpcgrad.shared_features(net.trunk(own_batch()[0]), TASKS, process_group="local")
-    finally:
-        processes.leaves = walk
-    assert walks == [1, 4, 1, 1]
-
-
-@scenario
-def shared_features_under_ddp_are_locally_a_mean_of_surgeries():
-    options = {"process_group": "local"}
-    net = Net(lambda z: fastpcgrad.shared_features(z, TASKS, fixed_order(), **options))
-    wrapped = DistributedDataParallel(net)
-    parameters = list(net.parameters())
-    for p in parameters:
-        p.grad = None
-    with no_warning():
-        sum(losses(wrapped, *own_batch())).backward()
-    mean = [torch.zeros_like(p) for p in parameters]
-    for rank in range(2):
-        alone = Net(lambda z: fastpcgrad.shared_features(z, TASKS, fixed_order(), process_group="local"))
-        sum(losses(alone, *batch([rank]))).backward()
-        for total, p in zip(mean, alone.parameters(), strict=True):
-            total += p.grad / 2
-    assert_grads(parameters, mean)
-    net.between = None
-    assert_ordinary_steps_are_right(wrapped, parameters)
-
-
-def norms_at_the_layer(x, y):
-    layer = next(i for i, p in enumerate(Net().parameters()) if p.shape == (4, 8))
-    return torch.stack([row[layer].norm() for row in rows(x, y)])
-
-
-@scenario
-def gradnorm_balances_locally_where_that_is_asked_for():
-    net = Net()
-    wrapped = DistributedDataParallel(net)
-    parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5, process_group="local").double()
-    with no_warning():
-        balancer.note_gradients(losses(wrapped, *own_batch()), net.trunk[2])
-    found = torch.stack([norm for _, norm in balancer._noted])
-    torch.testing.assert_close(found, norms_at_the_layer(*own_batch()))
-    assert all(p.grad is None for p in parameters)
-    assert_ordinary_steps_are_right(wrapped, parameters)
-
-
-@scenario
-def gradnorm_with_a_static_graph_is_refused_also_locally():
-    net = Net()
-    wrapped = DistributedDataParallel(net, static_graph=True)
-    parameters, balancer = list(net.parameters()), balancing.GradNorm(TASKS, 0.5, process_group="local").double()
-    assert_refused(
-        lambda: balancer.note_gradients(losses(wrapped, *own_batch()), net.trunk[2]),
-        parameters,
-        "static_graph=False",
-    )
-    assert_ordinary_steps_are_right(wrapped, parameters)
-
-
-@scenario
-def gradnorm_with_averaged_losses_and_norms_is_that_of_the_whole_batch():
-    """What the refusal says is to be done."""
-    net, alone = Net(), Net()
-    wrapped = DistributedDataParallel(net)
-    balancer, expected = (balancing.GradNorm(TASKS, 0.5).double() for _ in range(2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FastPCGradWarning)
-        expected.note_gradients(losses(alone, *batch()), alone.trunk[2])
-    for t in range(TASKS):
-        wrapped.zero_grad()
-        loss = losses(wrapped, *own_batch())[t]
-        loss.backward()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        balancer.note(t, mean / dist.get_world_size(), net.trunk[2].weight.grad.norm())
-    balancer.update()
-    expected.update()
-    torch.testing.assert_close(balancer.weights, expected.weights)
-    torch.testing.assert_close(balancer.initial_losses, expected.initial_losses)
-
-
-@each(
-    fully_sharded=lambda net: fully_shard(net, mesh=mesh()),
-    tensor_parallel=lambda net: parallelize_module(
-        net, mesh(), {"trunk.2": ColwiseParallel(output_layouts=Replicate())}
-    ),
-)
-def gradnorm_refuses_a_sharded_layer(shard):
-    for choice in ("auto", "local"):
-        net = shard(Net())
-        parameters = list(net.parameters())
-        balancer = balancing.GradNorm(TASKS, 0.5, process_group=choice).double()
-        found = losses(net, *batch())
-        assert_refused(
-            lambda b=balancer, f=found, n=net: b.note_gradients(f, n.trunk[2]),
-            parameters,
-            "found a",
-        )
-
-
-class Stacked(nn.Module):
-    """Gives its losses as one tensor, as ``gradNorm`` wants them."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = Net()
-
-    def forward(self, x, y):
-        return torch.stack(losses(self.net, x, y))
-
-
-@scenario
-def the_gradnorm_loop_refuses_ddp_and_is_local_where_that_is_asked_for():
-    net = Stacked()
-    wrapped = DistributedDataParallel(net)
-    parameters = list(net.parameters())
-    arguments = (wrapped, net.net.trunk[2], 0.5, [own_batch()] * 3, 1, 1e-3, 1e-2, True)
-    before = [p.detach().clone() for p in parameters]
-    assert_refused(lambda: fastpcgrad.gradNorm(*arguments), parameters, "DistributedDataParallel", "note(task")
-    assert all(map(torch.equal, parameters, before))
-    with no_warning():
-        fastpcgrad.gradNorm(*arguments, process_group="local")
-    for p in parameters:  # the gradients were averaged: all processes took the same steps
-        other = p.detach().clone()
-        dist.broadcast(other, 0)
-        assert torch.equal(other, p)

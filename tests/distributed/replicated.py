@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ import fastpcgrad
 from fastpcgrad import methods
 from fastpcgrad.distributed import buckets
 from tests.distributed.ranks import DEVICE
+from tests.distributed.scenarios import Scenarios
 from tests.distributed.sharded import (
     FEW,
     METHODS,
@@ -33,30 +33,16 @@ from tests.distributed.sharded import (
 )
 from tests.distributed.together import most_memory
 
-SCENARIOS: dict[str, Callable[[], None]] = {}
-
-
-def each(**cases):
-    """A scenario for each case, with it as argument."""
-
-    def register(function):
-        for name, case in cases.items():
-            SCENARIOS[f"{function.__name__} ({name})"] = lambda case=case: in_small_buckets(lambda: function(case))
-        return function
-
-    return register
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = lambda: in_small_buckets(function)
-    return function
-
 
 def in_small_buckets(work):
     """Of 50 columns: some parameters lie in several, and several in one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buckets, "NBYTES", 200)
         work()
+
+
+SCENARIOS = Scenarios(in_small_buckets)
+scenario, each = SCENARIOS.one, SCENARIOS.each
 
 
 def ddp(net, **options):

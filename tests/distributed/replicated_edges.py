@@ -1,7 +1,5 @@
 """Data parallelism: what ends a round in all processes, and what is refused by name."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,25 +10,11 @@ from fastpcgrad import FastPCGradWarning, methods
 from fastpcgrad.distributed import exchange
 from tests.distributed.ranks import DEVICE
 from tests.distributed.replicated import ddp, functions, losses_of, ordinary_steps_are_right, own, then_ordinary
+from tests.distributed.scenarios import Scenarios
 from tests.distributed.sharded import METHODS, TASKS, Net, assert_alike, loss
 
-SCENARIOS: dict[str, Callable[[], None]] = {}
-
-
-def each(**cases):
-    """A scenario for each case, with it as argument."""
-
-    def register(function):
-        for name, case in cases.items():
-            SCENARIOS[f"{function.__name__} ({name})"] = lambda case=case: function(case)
-        return function
-
-    return register
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
+SCENARIOS = Scenarios()
+scenario, each = SCENARIOS.one, SCENARIOS.each
 
 
 class Fault(Exception):

@@ -1,7 +1,6 @@
 """Surgery of DTensors: three training steps on several processes are those of one on the concatenated batch."""
 
 import random
-from collections.abc import Callable
 
 import torch
 import torch._dynamo  # which FSDP would otherwise import in each rank
@@ -16,11 +15,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel,
 import fastpcgrad
 from fastpcgrad import methods, variants
 from tests.distributed.ranks import DEVICE
+from tests.distributed.scenarios import Scenarios
 
 TASKS, STEPS = 3, 3
 BATCH = 12
 """Of a process. Its parts in sequence parallelism must be alike: ``DTensor.from_local`` takes it for granted."""
-SCENARIOS: dict[str, Callable[[], None]] = {}
+SCENARIOS = Scenarios()
 
 
 class Net(nn.Module):
@@ -106,11 +106,6 @@ SETTINGS = (
     "hybrid",
     "sharded and tensor parallel",
 )
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
 
 
 def in_each_setting(function):

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from fastpcgrad import methods
 from fastpcgrad.distributed import exchange
 from fastpcgrad.rows import host
 from tests.distributed.ranks import DEVICE
+from tests.distributed.scenarios import Scenarios
 from tests.distributed.sharded import (
     TASKS,
     Net,
@@ -33,23 +33,8 @@ from tests.distributed.sharded import (
 )
 from tests.late_copies import LateCopies
 
-SCENARIOS: dict[str, Callable[[], None]] = {}
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
-
-
-def each(**cases):
-    """A scenario for each case, with it as argument."""
-
-    def register(function):
-        for name, case in cases.items():
-            SCENARIOS[f"{function.__name__} ({name})"] = lambda case=case: function(case)
-        return function
-
-    return register
+SCENARIOS = Scenarios()
+scenario, each = SCENARIOS.one, SCENARIOS.each
 
 
 def fully_sharded():

@@ -8,9 +8,8 @@ from torch.nn.functional import linear
 import fastpcgrad
 from fastpcgrad import methods
 from fastpcgrad.rows import samples
-
-from . import random_graphs
-from .test_factors import flattened
+from tests import random_graphs
+from tests.factors.setting import flattened
 
 BATCH = 6
 

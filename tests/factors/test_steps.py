@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastpcgrad
 from fastpcgrad import methods
 from fastpcgrad.rows import stacked
-
-from .test_factors import TASKS, assert_merged, losses_of_heads, rows_of, surgery_of, trunk_and_heads
+from tests.factors.setting import TASKS, assert_merged, losses_of_heads, rows_of, surgery_of, trunk_and_heads
 
 ROWS = ("dense", "factored")
 

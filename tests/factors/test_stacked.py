@@ -7,11 +7,10 @@ from torch import nn
 import fastpcgrad
 from fastpcgrad import methods
 from fastpcgrad.rows import hooks, stacked
-
-from . import random_graphs
-from .test_factors import TASKS, Hidden, assert_merged, losses_of_heads, rows_of, surgery_of, trunk_and_heads
-from .test_random_graphs import check, drawn
-from .without_private_names import load
+from tests import random_graphs
+from tests.factors.setting import TASKS, Hidden, assert_merged, losses_of_heads, rows_of, surgery_of, trunk_and_heads
+from tests.test_random_graphs import check, drawn
+from tests.without_private_names import load
 
 FIRST = "the first two steps of the graph, or since somebody has registered a hook"
 OTHER = "a hook on a leaf, an activation that retains its gradient, or stacked gradients that were others"
