@@ -194,7 +194,8 @@ def _filled(
         factors = planned(losses.tensors, inputs, method, rows)
         if isinstance(factors, Factors):
             _fill_factored(grads, losses.tensors, inputs, factors, retain_graph)
-            return grads.columns(), settled(grads, method)
+            kept = settled(grads, method)  # the others become rows
+            return grads.columns(), kept
         _fill(grads, losses.tensors, inputs, retain_graph, range(len(inputs)))
     except RuntimeError as error:
         explain(error)
