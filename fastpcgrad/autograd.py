@@ -244,7 +244,7 @@ def _filled(
         factors = planned(losses.tensors, inputs, method, rows)
         if isinstance(factors, Factors):
             _fill_factored(grads, losses.tensors, inputs, factors, retain_graph)
-            kept = settled(grads, method)  # of the others there are rows by then
+            kept = settled(grads, method)  # the others become rows
             return grads.columns(), kept
         _fill(grads, losses.tensors, inputs, retain_graph, range(len(inputs)))
     except RuntimeError as error:
