@@ -23,14 +23,15 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setattr(cases, "kernel_cases", lambda quick: CASES)
     monkeypatch.setattr(bandwidth, "ELEMENTS", {"cpu": 1 << 12})
     monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)  # which takes seconds to find out
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # nothing is measured beside other tests
     monkeypatch.setattr(method_cases, "TASKS", (3,))
     monkeypatch.setattr(method_cases, "names", lambda tasks: ["PCGrad", "TrimmedMean"])
 
     def measure(file, *options):
         report = tmp_path / "report.json"
         status = pytest.main(
-            [f"benchmarks/{file}", "--benchmark-only", "--quick", "--threads", "1", "-q", "-p", "no:cacheprovider",
-             "-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning",
+            [f"benchmarks/{file}", "--benchmark-only", "--quick", "--threads", "1", "-q",
+             "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning",
              "--benchmark-max-time=0.01", f"--benchmark-json={report}", *options]
         )  # fmt: skip
         text = report.read_text() if report.exists() else None
