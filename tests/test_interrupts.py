@@ -14,7 +14,7 @@ from fastpcgrad.rows import stacked
 from tests import interrupts
 from tests.late_copies import LateCopies
 
-ROUNDS = int(os.environ.get("FASTPCGRAD_TEST_ROUNDS", 100))
+ROUNDS = int(os.environ.get("FASTPCGRAD_TEST_ROUNDS", 60))
 """Interrupts of each object. By hand more, in a minute and a half: 500 are all places of most."""
 FAILURES = ROUNDS * 2 // 5
 """Of hooks."""

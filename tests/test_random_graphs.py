@@ -12,7 +12,7 @@ from fastpcgrad.rows import stacked
 
 from .random_graphs import Drawn
 
-GRAPHS = int(os.environ.get("FASTPCGRAD_TEST_GRAPHS", 80))
+GRAPHS = int(os.environ.get("FASTPCGRAD_TEST_GRAPHS", 50))
 """By hand more."""
 
 
