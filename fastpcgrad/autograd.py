@@ -56,10 +56,10 @@ def grad(
     Raises:
         TypeError, ValueError: see ``functional.present_losses``; inputs without grad; a loss that depends
             on none of the inputs; another ``process_group``; another ``batch_dim``, or samples that mix.
-        RuntimeError: a reentrant checkpoint hides what lies behind it.
+        RuntimeError: a reentrant checkpoint hides what lies behind it; another process has failed in this call, or
+            gave other losses. ``.grad`` is not changed.
         NotImplementedError: DistributedDataParallel averages some of the inputs and not the others, or does so with
             ``static_graph``; sharded parameters, of FSDP, fully_shard or tensor parallelism. Nothing was run.
-        RuntimeError: another process has failed in this call, or gave other losses. ``.grad`` is not changed.
     Warns:
         FastPCGradWarning: one loss, of which the merged gradient is its own; fewer losses than tasks for which the
             method keeps something; several processes (see above). Once.

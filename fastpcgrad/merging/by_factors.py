@@ -19,15 +19,9 @@ from .._torch import backward_is_compiled
 from ..distributed.processes import is_initialized
 from ..methods import Elementwise, Method
 from ..rows.choice import LEAST_ELEMENTS, Choice, RowsReport, in_force, is_large
-from ..rows.factors import Factored, Factors, all_dense, exact_dtypes, plan
+from ..rows.factors import Factored, Factors, all_dense, exact_dtypes, plan, symmetric_if_exact
 from ..rows.samples import find_samples
 from ..rows.task_gradients import TaskGradients
-
-_LARGEST_ERROR = {torch.float64: 1e-12}
-_LARGEST_ERROR_OF_NARROWER = 1e-8
-"""Of G, relative to ‖g_t‖²."""
-_LEAST_PRODUCT = 1e-250
-"""Below, what is summed in G may be too small for float64."""
 
 
 class Factor(Protocol):
@@ -129,10 +123,6 @@ def _gram(weight: Factored) -> tuple[Tensor, bool]:
         products = (a @ a.T) @ delta
         flat = delta.flatten(1)
         gram = flat @ products.flatten(1).T
-    gram = (gram + gram.T) / 2
     bound = a.square().sum() * flat.square().sum(dim=1)
-    error = torch.finfo(torch.float64).eps * bound
-    largest = _LARGEST_ERROR.get(weight.delta.dtype, _LARGEST_ERROR_OF_NARROWER)
     is_zero = (flat.abs().amax(dim=1) == 0) | (a.abs().amax() == 0)
-    is_exact = is_zero | ((error <= largest * gram.diagonal()) & (bound >= _LEAST_PRODUCT))
-    return gram, bool((is_exact & gram.isfinite().all()).all())
+    return symmetric_if_exact(gram, bound, is_zero, weight.delta.dtype)

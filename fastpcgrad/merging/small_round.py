@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _modes
 from .._blocks import Blocks, addresses
 from .._graph import explain
-from .._torch import engine_backward
 from ..backends import cpu, select
 from ..distributed.processes import is_initialized
 from ..methods import Method, PCGrad
@@ -33,8 +30,6 @@ from .report import ConflictReport
 
 LARGEST = 1 << 17
 """Elements of a row; above, a round takes as long one way or the other."""
-
-_GRAD = attrgetter("grad")
 
 
 class SmallRound:
@@ -71,7 +66,6 @@ class SmallRound:
             and rows == "auto"
             and self._stays.layouts.is_current()
             and method.scope != "parameter"
-            and engine_backward is not None
             and not is_initialized()
             and "torch._inductor.compile_fx" not in sys.modules
             and not _modes.is_on()
@@ -85,8 +79,7 @@ class SmallRound:
         Raises:
             Whatever a backward pass or the method raises; the stay has ended by then.
         """
-        assert engine_backward is not None
-        capture, parameters = self._capture, self._capture.parameters
+        capture = self._capture
         rows: list[Any] = []
         left, plain = len(losses), True
         stay = Stay(self._stays)
@@ -98,16 +91,11 @@ class SmallRound:
                     capture.task = index
                 else:
                     capture.open(index)
-                ones = torch.ones_like(loss)
-                engine_backward(
-                    (loss,), (ones,), retain_graph or left > 0, False, (), allow_unreachable=True, accumulate_grad=True
-                )
+                capture.run(loss, retain_graph or left > 0)
                 if not plain:
                     capture.close()
                     continue
-                row = list(map(_GRAD, parameters))
-                for p in parameters:
-                    p.grad = None
+                row = capture.taken()
                 if capture.rows.may_keep(row):
                     rows.append(row)
                     continue

@@ -68,12 +68,17 @@ class Capture:
 
     def close(self) -> None:
         """What there is of the open task's gradients is its row."""
-        row = list(map(_GRAD, self.parameters))
-        self._clear()
+        row = self.taken()
         for index in self.forms:
             row[index] = self._into_row(index, row[index])
         self.rows.keep(self.task, row)
         self.task = -1
+
+    def taken(self) -> Row:
+        """What there is of the open task's gradients, as autograd left it; it is gone from ``.grad``."""
+        row = list(map(_GRAD, self.parameters))
+        self._clear()
+        return row
 
     def drop(self) -> bool:
         """Forget what there is of the open task's gradients; whether there was any."""

@@ -258,6 +258,29 @@ def _norm(tensor: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).norm()
 
 
+_LARGEST_ERROR = {torch.float64: 1e-12}
+_LARGEST_ERROR_OF_NARROWER = 1e-8
+"""Of G, relative to ‖g_t‖²."""
+_LEAST_PRODUCT = 1e-250
+"""Below, what is summed in G may be too small for float64."""
+
+
+def symmetric_if_exact(gram: Tensor, bound: Tensor, is_zero: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """G from factors made symmetric, and whether it is as exact as a G of rows.
+
+    Args:
+        gram: ``[T, T]`` float64.
+        bound: ``[T]``, of each task the largest that what is summed in its ‖g_t‖² can come to.
+        is_zero: ``[T]``, of which tasks the gradient is known to be zero.
+        dtype: of δ.
+    """
+    gram = (gram + gram.T) / 2
+    error = torch.finfo(torch.float64).eps * bound
+    largest = _LARGEST_ERROR.get(dtype, _LARGEST_ERROR_OF_NARROWER)
+    is_exact = is_zero | ((error <= largest * gram.diagonal()) & (bound >= _LEAST_PRODUCT))
+    return gram, bool((is_exact & gram.isfinite().all()).all())
+
+
 def exact_dtypes(device: torch.device) -> Any:
     """Autocast would round what goes into a product."""
     return torch.autocast(device.type, enabled=False)

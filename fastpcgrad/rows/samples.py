@@ -18,13 +18,11 @@ from torch import Tensor
 
 from ..backends import kernels
 from . import hooks
-from .factors import Factored, Factors, exact_dtypes
+from .factors import Factored, Factors, exact_dtypes, symmetric_if_exact
 from .products import Finder, Graph
 
 _LARGEST_POWER = {torch.float16: 1}
 _LARGEST_POWER_OF_WIDER = 15
-_LEAST_PRODUCT = 1e-250
-"""Below, what is summed in G may be too small for float64."""
 _AT_ONCE = 1 << 22
 """Elements of what G is summed from."""
 
@@ -93,14 +91,9 @@ class Samples:
                 own_a, own_delta = (each[first : first + step].flatten(0, 1) for each in (a, delta))
                 pairs = (own_a @ every_a.T).mul_(own_delta @ every_delta.T)
                 parts.append(pairs.view(-1, rows, samples, rows).sum(dim=(1, 3)))
-        gram = torch.cat(parts)
-        gram = (gram + gram.T) / 2
         bound = a.square().sum(dim=(1, 2)) * delta.square().sum(dim=(1, 2))
-        error = torch.finfo(torch.float64).eps * bound
-        largest = 1e-12 if self.delta.tensor.dtype == torch.float64 else 1e-8
         is_zero = (delta == 0).all(dim=2).all(dim=1) | (a == 0).all(dim=2).all(dim=1)
-        is_exact = is_zero | ((error <= largest * gram.diagonal()) & (bound >= _LEAST_PRODUCT))
-        return gram, bool((is_exact & gram.isfinite().all()).all())
+        return symmetric_if_exact(torch.cat(parts), bound, is_zero, self.delta.tensor.dtype)
 
     def _gram_by_rows(self, left: Tensor) -> Tensor:
         samples, _, inner = left.shape
