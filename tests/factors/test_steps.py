@@ -210,9 +210,10 @@ def test_tasks_that_are_run_by_hand_between_rounds():
 
 def test_steps_in_two_threads():
     """Each makes what it makes alone."""
+    start, _ = trunk_and_heads(dtype=torch.float64)
 
     def train(seed):
-        net, _ = trunk_and_heads(dtype=torch.float64)
+        net = copy.deepcopy(start)
         x = torch.randn(5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         optimizer = fastpcgrad.PCGrad(
             torch.optim.SGD(net.parameters(), lr=0.1), method=methods.PCGrad("tensorflow"), rows="factored"
@@ -223,7 +224,6 @@ def test_steps_in_two_threads():
             optimizer.step()
         return [p.detach() for p in net.parameters()]
 
-    torch.manual_seed(0)
     alone = [train(seed) for seed in range(4)]
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(train, range(4)))
