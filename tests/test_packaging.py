@@ -19,6 +19,7 @@ import pytest
 from fastpcgrad import _version
 from fastpcgrad.backends import native
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 NVCC = shutil.which(CUDA / "bin" / "nvcc") or shutil.which("nvcc")
@@ -115,7 +116,6 @@ def native_files(wheel):
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_an_isolated_build_of_the_real_sources(tmp_path):
     """As `pip install .` does it, in an environment without torch; unoptimised and without CUDA, to be quick."""
     wheel = Project(tmp_path).wheel(FASTPCGRAD_BUILD="cpu", CXXFLAGS="-O0")
@@ -157,7 +157,6 @@ def test_cpu_builds_the_cpu_library_alone(project):
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_cuda_sources_are_compiled_for_every_architecture(project):
     project.write("csrc/cuda/gram.cu", SMALL_CUDA)
     result = project.run("setup.py", "build_ext", "--inplace", FASTPCGRAD_BUILD="cuda")

@@ -163,6 +163,7 @@ def test_the_modes_of_a_gpu_are_measured_in_one_process(run, made_up):
     assert found[-1].worst == 2 and found[-1].met
 
 
+@pytest.mark.slow
 def test_a_mode_that_fails_says_why_and_the_others_are_measured(run, monkeypatch):
     def fail(*_):
         raise ValueError("not with this torch\nand more")

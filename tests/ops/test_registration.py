@@ -72,6 +72,7 @@ def test_every_op_is_covered():
 # Torch 2.15's own, about the copies that opcheck makes and differentiates.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("backend", ["eager", "cpu"], indirect=True)
 def test_opcheck(backend, name):
     for sample in SAMPLES[name]():
         # dw is a float64 tensor with the accuracy of the rows.
