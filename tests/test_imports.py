@@ -39,7 +39,9 @@ FLOORS = (
     {"merging.two_phase"},
     {"surgery", "autograd", "features", "arrays", "gradnorm"},
     {"optimizer"},
+    {"commands"},
     {"__init__"},
+    {"__main__"},
 )
 """From below to above: a room is a module, or a folder with all that is in it, unless its modules have floors of their
 own."""
@@ -58,9 +60,10 @@ THIRD_PARTY = {
     "numpy": {"arrays", "backends.config", "_generators", "gradnorm", "methods"},
     "triton": {"backends.triton"},
     "matplotlib": {"merging.report"},
+    "torchjd": {"commands.bench"},
 }
 """Packages and the modules (with what lies in them) that may import them; None: all."""
-INSIDE_FUNCTIONS = {"matplotlib"}
+INSIDE_FUNCTIONS = {"matplotlib", "torchjd"}
 """Optional packages: importing the module must not need them."""
 
 

@@ -60,7 +60,7 @@ class Project:
             shutil.copy(ROOT / name, folder)
         self.folder = folder
         self.package = folder / "fastpcgrad"
-        build_variables = ("CXXFLAGS", "CUDA_HOME", "FASTPCGRAD_BUILD", "PYTHONPATH")
+        build_variables = ("CXXFLAGS", "CUDA_HOME", "FASTPCGRAD_BUILD", "FASTPCGRAD_CUDA_ARCHS", "PYTHONPATH")
         self.env = {name: value for name, value in os.environ.items() if name not in build_variables}
 
     def use_small_csrc(self):
@@ -166,6 +166,12 @@ def test_cuda_sources_are_compiled_for_every_architecture(project):
         assert f"-gencode=arch=compute_{code} " in commands
     loaded, error = native._open(project.package / "libfastpcgrad_cuda.so")
     assert loaded is not None, error  # without a GPU as well: the driver is looked for at the first call
+
+
+@needs_nvcc
+def test_an_architecture_that_nvcc_does_not_know_is_an_error(project):
+    project.write("csrc/cuda/gram.cu", SMALL_CUDA)
+    assert "FASTPCGRAD_CUDA_ARCHS is '1'" in project.run_bad(*WHEEL, FASTPCGRAD_BUILD="cuda", FASTPCGRAD_CUDA_ARCHS="1")
 
 
 NO_CXX = "but no C++ compiler was found"
