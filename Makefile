@@ -24,7 +24,7 @@ CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would collide
-.PHONY: help venv demo test test-slow test-core check format bench plot gpu nccl clean
+.PHONY: help venv demo test test-slow test-core check format docs bench plot gpu nccl clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ format: $(EVERYTHING) ## rewrite the sources as check wants them
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 	$(CLANG_FORMAT) -i
+
+docs: $(VENV)/extra-docs ## build the site into build/site, strictly
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet $(ARGS)
 
 bench: $(EVERYTHING) $(VENV)/native ## measure, after the tests have passed
 	@$(MAKE) --no-print-directory test test-slow ARGS= || { echo "Red tests mean no numbers." >&2; exit 1; }

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import rows, targets
 from benchmarks.modes import floor_of
-from benchmarks.rows import LIBRARY, RESULTS, Row
+from benchmarks.rows import FIGURES, LIBRARY, RESULTS, Row
 from benchmarks.tables import CPU_OPS, GPU_OPS, PAGES, by_case, origin
 
 RED, PALE_RED, PINK, PURPLE, BLUE = "#d62728", "#ff9896", "#e377c2", "#9467bd", "#1f77b4"
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(bool(stale))
     for page in PAGES:
         page.path.write_text(page.written(), encoding="utf-8")
-    for path in draw(RESULTS):
+    for path in draw(FIGURES):
         print(f"{path} ({path.stat().st_size / 1e3:.0f} kB)")
     return 0
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "figures"
 SCHEMA = 1
 
 # What a number depends on. Results, plots and the README's table change with every run and are none of it.

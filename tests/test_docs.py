@@ -62,7 +62,11 @@ def test_every_public_name_has_a_docstring():
     assert bare == []
 
 
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/large_models.md", "docs/below_the_floor.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("index", "migration", "large_models", "below_the_floor")),
+)
 
 
 def python_blocks(path):

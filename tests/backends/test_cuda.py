@@ -200,9 +200,10 @@ def test_weights_that_fp32_cannot_hold(tasks, scale):
 
 
 @pytest.mark.parametrize("tasks", [3, 17])
-def test_weights_of_which_fp32_holds_a_few_bits(tasks):
-    rows = 1e36 * torch.randn(tasks, 1300)
-    weights, out = 1e-42 * torch.randn(tasks, dtype=torch.float64), torch.empty(1300, device=DEVICE)
+@pytest.mark.parametrize(("size", "scale"), [(1e-42, 1e36), (1e39, 1e-36)], ids=["a few bits", "infinite"])
+def test_weights_that_are_no_fp32_numbers(tasks, size, scale):
+    rows = scale * torch.randn(tasks, 1300)
+    weights, out = size * torch.randn(tasks, dtype=torch.float64), torch.empty(1300, device=DEVICE)
     cuda.combine(rows.to(DEVICE), weights.to(DEVICE), None, out)
     assert cases.error(out.cpu(), rows, weights) <= 1e-6
 
