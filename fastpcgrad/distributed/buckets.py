@@ -17,29 +17,43 @@ IN_FLIGHT = 2
 """Buckets at once: one is written while the other is on its way."""
 
 
-class Buckets:
+class Cut:
     """A vector cut into buckets, each of which is cut into a part a process: its shard is its parts of all buckets.
 
     Args:
         length: of the vector, the same in all processes.
-        dtype, device: of it.
-        link: to the processes, over one group.
+        itemsize: bytes of an element.
+        size: how many processes there are.
         answers: how many parts come back for a bucket at most: one of a mean, or one of each process.
     """
 
-    def __init__(self, length: int, dtype: torch.dtype, device: torch.device, link: Link, answers: int = 1) -> None:
-        self.dtype, self._device, self._link, self._answers = dtype, device, link, answers
-        self.count = -(-length * dtype.itemsize // NBYTES)
-        self.part = max(1, -(-length // max(1, self.count * link.size)))
+    def __init__(self, length: int, itemsize: int, size: int, answers: int = 1) -> None:
+        self._itemsize, self._answers = itemsize, answers
+        self.count = -(-length * itemsize // NBYTES)
+        self.part = max(1, -(-length // max(1, self.count * size)))
         """Columns of a process' part of a bucket."""
-        self.width = self.part * link.size
+        self.width = self.part * size
         """Columns of a bucket; the last ones of the last bucket may be beyond the vector's end."""
-        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     @property
     def nbytes(self) -> int:
         """Of the buckets that are there at once, and of what comes back for them."""
-        return min(IN_FLIGHT, self.count) * (self.width + self._answers * self.part) * self.dtype.itemsize
+        return min(IN_FLIGHT, self.count) * (self.width + self._answers * self.part) * self._itemsize
+
+
+class Buckets(Cut):
+    """The buckets of vectors that processes have.
+
+    Args:
+        length, answers: see ``Cut``.
+        dtype, device: of the vectors.
+        link: to the processes, over one group.
+    """
+
+    def __init__(self, length: int, dtype: torch.dtype, device: torch.device, link: Link, answers: int = 1) -> None:
+        super().__init__(length, dtype.itemsize, link.size, answers)
+        self.dtype, self._device, self._link = dtype, device, link
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def before(self, column: int) -> int:
         """How many of the vector's columns before this one are in the shard of this process: where it begins there."""

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 import fastpcgrad
 from fastpcgrad import methods
 from fastpcgrad.distributed import buckets, exchange
+from fastpcgrad.distributed.cost import Step
 from tests.distributed.ranks import DEVICE
 from tests.distributed.replicated import Normed, ddp, in_small_buckets, ordinary_steps_are_right
 from tests.distributed.scenarios import Scenarios
@@ -241,9 +242,11 @@ def what_is_sent_is_the_rows_of_a_process_and_the_merged_gradient():
     tasks = round_robin(0)[dist.get_rank()]
     surgery.backward([loss(net(x)[t], y, t) if t in tasks else None for t, (x, y) in enumerate([data(0, 1)] * TASKS)])
     elements = sum(q.numel() for q in parameters)
+    step = Step("task", p, TASKS, elements, len(parameters))
+    fewer = (step.passes - len(tasks)) * step.vector  # than the process that has most
+    assert surgery._layouts.current.exchange.nbytes == step.sent - fewer
     padded = elements + -(-4 * elements // buckets.NBYTES) * p
-    control = 8 * (3 * TASKS**2 + TASKS) + TASKS * len(parameters) + 24 + 8 * TASKS * (p - 1)
-    assert surgery._layouts.current.exchange.nbytes <= 4 * (len(tasks) + 1) * padded * (p - 1) / p + control
+    assert step.sent - step.messages <= 4 * (-(-TASKS // p) + 1) * padded * (p - 1) / p
 
 
 @scenario
@@ -251,7 +254,7 @@ def memory_is_that_of_the_plan():
     """The rows of a process, as many shards as are begun before the first of them is gone, and 4 buckets."""
     tasks, width = 4, 512
     net = nn.Sequential(*(nn.Linear(width, width, bias=False, device=DEVICE) for _ in range(12)))
-    x, size = torch.ones(2, width, device=DEVICE), dist.get_world_size()
+    x, elements, size = torch.ones(2, width, device=DEVICE), 12 * width**2, dist.get_world_size()
 
     def new():
         return fastpcgrad.GradientSurgery(net.parameters(), tasks, methods.UPGrad(), parallel="task")
@@ -270,7 +273,9 @@ def memory_is_that_of_the_plan():
         surgery = new()
         plan = surgery.memory_plan().device
         taken = most_memory(lambda: merged(surgery))
-    elements, held = 12 * width**2, -(-tasks // size)
+        known = Step("task", size, tasks, elements).memory + 4 * width**2
+        assert abs(plan.total - known) < 0.01 * plan.total
+    held = -(-tasks // size)
     assert plan.total <= 4 * (elements * (held + min(tasks, size) / size) + width**2) + (5 << 20), plan
     assert taken <= 1.1 * plan.total, (taken, plan)
     if dist.get_rank() == 0:  # others have fewer tasks
