@@ -26,7 +26,7 @@ SEQUENCES = 4
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = command_line.torchrun_parser("fsdp_lm", "A language model, fully sharded.", 100).parse_args(arguments)
+    options = command_line.torchrun_parser("fsdp_lm", "A language model, fully sharded.", 60).parse_args(arguments)
     command_line.exit_if_missing(NEEDED)
     with process_group() as device:
         train(options.steps, options.seed, device)

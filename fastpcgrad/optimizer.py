@@ -149,8 +149,9 @@ class PCGrad(torch.optim.Optimizer):
             Whatever a backward pass raises; then ``.grad`` is None where it held the last merged gradient, whose
             memory is that of the rows, and as before elsewhere.
         """
-        losses = present_losses(objectives, may_be_none=self._by_task)
         surgery = self._surgery
+        with surgery._stays.telling():
+            losses = present_losses(objectives, may_be_none=self._by_task)
         surgery.discard()
         if not self._by_task:
             warn_of_one_loss(len(losses))

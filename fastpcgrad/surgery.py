@@ -193,7 +193,8 @@ class GradientSurgery:
         self._stays.check_outside("backward()")
         if filled := self._layouts.current.capture.rows.tasks:
             raise RuntimeError(f"backward() with rows of tasks {filled} filled: call merge() or discard() first")
-        tensors, forwards = check_round(losses, self.num_tasks, may_be_none=self._stays.processes.by_task)
+        with self._stays.telling():
+            tensors, forwards = check_round(losses, self.num_tasks, may_be_none=self._stays.processes.by_task)
         if two_phase:
             return self._in_two_phases(tensors, forwards, retain_graph)
         try:
@@ -336,8 +337,9 @@ class GradientSurgery:
     def _run(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
         left = len(losses)
-        if left > 1 or retain_graph:
-            check_kept(list(losses.values()))
+        with self._stays.telling():
+            if left > 1 or retain_graph:
+                check_kept(list(losses.values()))
         with Stay(self._stays, losses=left) as capture:
             self._stays.meet("losses of tasks", *losses)
             factors = self._planned(losses, capture)

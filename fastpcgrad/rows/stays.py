@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from torch import Tensor
@@ -42,6 +44,18 @@ class Stays:
                 f"{what} inside task({self.layouts.current.capture.task}): leave the task first; where an interrupt "
                 "has cut it off, call discard()"
             )
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Within, an error of a process that has tasks of its own ends the round of all, which wait at the merge."""
+        try:
+            yield
+        except Exception:
+            exchange = self.resolve().exchange if self.processes.by_task else None
+            if exchange is not None:
+                exchange.rounds.fail()
+                self.discard()
+            raise
 
     def meet(self, point: str, *details: object) -> None:
         """Wait for those who have other parts of the parameters and enter the same tasks, if any. Where they are

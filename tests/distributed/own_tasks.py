@@ -132,9 +132,11 @@ def any_assignment(assign):
 @each(
     ddp=lambda net: ddp(net, find_unused_parameters=True),
     view=lambda net: ddp(net, find_unused_parameters=True, gradient_as_bucket_view=True),
+    composed=replicate,
 )
 def a_model_that_averages_in_ordinary_steps(wrap):
-    train(wrap, METHODS["tensorflow"], round_robin, by_itself)
+    if wrap is not replicate:
+        train(wrap, METHODS["tensorflow"], round_robin, by_itself)
     train(wrap, METHODS["tensorflow"], round_robin, by_losses)
     train(wrap, METHODS["tensorflow"], in_groups, by_functions)
 
@@ -213,10 +215,14 @@ def a_process_that_fails_ends_the_round_everywhere():
                     raise Fault
         return surgery.merge()
 
-    for step in range(2):
-        error, words = (Fault, "") if dist.get_rank() == last else (exchange.OutOfStep, f"process {last} has failed")
+    def not_scalar(step, fails):
+        return surgery.backward(net(data(step, 1)[0]) if dist.get_rank() == last else [None] * TASKS)
+
+    for step, call in enumerate((failing, failing, not_scalar)):
+        own = (ValueError, "scalar") if call is not_scalar else (Fault, "$")
+        error, words = own if dist.get_rank() == last else (exchange.OutOfStep, f"process {last} has failed")
         with pytest.raises(error, match=words):
-            failing(step, True)
+            call(step, True)
         assert all(p.grad is None for p in net.parameters())
     failing(2, False)
     assert_alike([p.grad for p in net.parameters()])
