@@ -116,7 +116,6 @@ class PCGrad(torch.optim.Optimizer):
             parallel=parallel,
             rows=rows,
         )
-        self._by_task = parallel == "task"
         self._on_repeat = on_repeat
         self._is_unused = False  # whether no step has used the merged gradient
         self._given_warnings: set[str] = set()
@@ -150,14 +149,15 @@ class PCGrad(torch.optim.Optimizer):
             memory is that of the rows, and as before elsewhere.
         """
         surgery = self._surgery
+        by_task = surgery._stays.processes.by_task
         with surgery._stays.telling():
-            losses = present_losses(objectives, may_be_none=self._by_task)
+            losses = present_losses(objectives, may_be_none=by_task)
         surgery.discard()
-        if not self._by_task:
+        if not by_task:
             warn_of_one_loss(len(losses))
         warn_of_fewer_losses(objectives, surgery.method, surgery.method.known_tasks)
         self._look_for_repeat()
-        surgery.num_tasks = max(surgery.num_tasks, len(objectives) if self._by_task else 1 + max(losses))
+        surgery.num_tasks = max(surgery.num_tasks, len(objectives) if by_task else 1 + max(losses))
         before = surgery._gradients() if self._on_repeat == "add" else []
         try:
             self.report = surgery._round(losses, retain_graph)

@@ -44,13 +44,13 @@ class Step:
         return {"task": -(-self.tasks // self.processes), "plain": 1}.get(self.mode, self.tasks)
 
     @property
-    def _cut(self) -> Cut:
+    def cut(self) -> Cut:
         return Cut(self.elements, self.itemsize, self.processes, self.processes if self.mode == "task" else 1)
 
     @property
     def vector(self) -> int:
         """Bytes of a row that a process hands to the others, or of a merged gradient that it has from them."""
-        return self._cut.count * self._cut.part * (self.processes - 1) * self.itemsize
+        return self.cut.count * self.cut.part * (self.processes - 1) * self.itemsize
 
     @property
     def messages(self) -> int:
@@ -71,7 +71,7 @@ class Step:
     @property
     def memory(self) -> int:
         """Bytes for rows and the merged gradient, beyond what a plain step has, whose gradient counts here too."""
-        whole, cut = self.elements * self.itemsize, self._cut
+        whole, cut = self.elements * self.itemsize, self.cut
         if self.mode in ("averaged", "plain") or self.processes == 1:
             return self.passes * whole
         shard = cut.count * cut.part * self.itemsize
@@ -107,7 +107,7 @@ class Cluster:
             carried = sent * max(beyond / self.network, (1 - beyond) / self.link)
         else:
             carried = sent / (min(self.link, self.node * self.network) if beyond else self.link)
-        return carried + step._cut.count * self.latency * math.log2(step.processes)
+        return carried + step.cut.count * self.latency * math.log2(step.processes)
 
     def step(self, step: Step, backward: float) -> tuple[float, float]:
         """Seconds of backward passes and collectives: one after the other, and with each row on its way while the next
