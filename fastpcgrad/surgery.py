@@ -80,12 +80,13 @@ class GradientSurgery:
         ``memory_plan`` tells the bytes beforehand.
     Numerics: G and merged gradients from factors have the rounding errors of matrix products, G in float64; their bits
         may differ from those with dense rows, and with the number of threads, as those of torch's products do.
-    Many processes: all must enter the same tasks in the same order, and one that fails ends the round of all. Rows of
-        DTensors are their local tensors. Rows of others lie in shards, T·N/p elements in each of p processes: means are
-        reduced as each task is left, by (T + 1)·N·(p - 1)/p elements in all; rows of a process' own tasks are kept, and
-        exchanged in ``merge``, (k + 1)·N·(p - 1)/p for k of them. G is summed, and the first process' answer counts.
-        ``backward`` of losses passes by what watches a backward pass, such as hooks on ``.grad``. Parameters beside
-        DTensors must have the same gradients in all processes. ``repr`` says what was found.
+    Many processes: unless they share tasks out, all must enter the same in the same order; one that fails ends the
+        round of all. Rows of DTensors are their local tensors. Rows of others lie in shards, T·N/p elements in each of
+        p processes: means are reduced as each task is left, by (T + 1)·N·(p - 1)/p elements in all; rows of a process'
+        own tasks are kept, and exchanged in ``merge``, (k + 1)·N·(p - 1)/p for k of them. G is summed, and the first
+        process' answer counts. ``backward`` of losses passes by what watches a backward pass, such as hooks on
+        ``.grad``. Parameters beside DTensors must have the same gradients in all processes. ``repr`` says what was
+        found.
     Raises:
         TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
         ValueError: no parameters, parameters that are no leaves; a parameter in two or in none of the collections of

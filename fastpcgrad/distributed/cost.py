@@ -58,7 +58,7 @@ class Step:
         if self.mode in ("averaged", "plain") or self.processes == 1:
             return 0
         points = 1 if self.mode == "task" else 2 * self.tasks + 2
-        counts = 8 * self.tasks * (self.processes - 1) if self.mode == "task" else 0
+        counts = 8 * (1 + self.tasks) * (self.processes - 1) if self.mode == "task" else 0
         return 24 * points + 8 * (3 * self.tasks**2 + self.tasks) + self.tasks * self.parameters + counts
 
     @property

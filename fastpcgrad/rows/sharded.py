@@ -26,6 +26,9 @@ from .forms import Form
 from .memory_plan import MemoryPlan, plan_sharded
 from .task_gradients import Row, TaskGradients
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of an element, the integers that it is summed as: exactly, in whatever order."""
+
 
 class _Vector(NamedTuple):
     """The gradients of one dtype on one device, one after the other.
@@ -233,6 +236,7 @@ class ExchangedGradients(ShardedGradients):
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None, link: Link) -> None:
         super().__init__(parameters, dtype, link, answers=link.size)
         self._held = TaskGradients(parameters)
+        self._unseen: Sequence[Tensor] = parameters  # until it is known that they are alike in all processes
 
     @property
     def tasks(self) -> list[int]:
@@ -302,12 +306,22 @@ class ExchangedGradients(ShardedGradients):
             vector.buckets.each(senders, self._writer(row, vector, divisor), store)
 
     def _all_stays(self, tasks: int) -> list[list[int]]:
-        """How often each process has entered each task: a list of all processes, by rank."""
-        own = torch.tensor([self._held.stays(task) for task in range(tasks)])
-        everywhere = own.new_empty(self._link.size * tasks)
+        """How often each process has entered each task: a list of all processes, by rank.
+
+        Raises:
+            RuntimeError: in the first round, where the parameters are not alike in all. Nothing would make them so.
+        """
+        own = torch.tensor([_fingerprint(self._unseen), *map(self._held.stays, range(tasks))])
+        everywhere = own.new_empty(self._link.size * len(own))
         self._link.gather(everywhere, own)
-        found: list[list[int]] = everywhere.view(-1, tasks).tolist()
-        return found
+        found: list[list[int]] = everywhere.view(-1, len(own)).tolist()
+        if len({numbers[0] for numbers in found}) > 1:
+            raise RuntimeError(
+                "processes that share tasks out have other parameters each: seed them alike, load one checkpoint, or "
+                "wrap the model with DistributedDataParallel before the first round"
+            )
+        self._unseen = ()
+        return [numbers[1:] for numbers in found]
 
     def _forget(self) -> None:
         self._held.clear()
@@ -363,3 +377,12 @@ def _store(adds: bool, shard: Tensor, part: Tensor, first: int) -> None:
     """Columns of a shard from ``first`` on, or what is added to them."""
     place = shard[first : first + len(part)]
     place.add_(part) if adds else place.copy_(part)
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> int:
+    """A number of 62 bits that depends on every bit of the tensors."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        bits = flat(tensor.detach().contiguous()).view(_BITS[tensor.dtype.itemsize])
+        digest.update(repr(int(bits.sum(dtype=torch.int64))).encode())
+    return int.from_bytes(digest.digest(), "big") >> 2

@@ -242,6 +242,13 @@ def processes_whose_surgeries_are_not_alike_are_told():
     surgery = fastpcgrad.GradientSurgery(net.parameters(), TASKS, parallel="task")
     with pytest.raises(RuntimeError, match="no task"):
         surgery.merge()
+    other = Net().to(DEVICE)
+    with torch.no_grad():
+        other.b.weight[3, 2] += 1e-3 * dist.get_rank()
+    surgery = fastpcgrad.GradientSurgery(other.parameters(), TASKS, parallel="task")
+    with pytest.raises(RuntimeError, match="other parameters each"):
+        surgery.backward([loss(output, y, t) for t, (output, y) in enumerate(outputs(other, 0))])
+    assert all(p.grad is None for p in other.parameters())
 
 
 @scenario
