@@ -18,6 +18,14 @@ def parser(module: str, summary: str, seeded: str) -> argparse.ArgumentParser:
     return made
 
 
+def torchrun_parser(module: str, summary: str, steps: int) -> argparse.ArgumentParser:
+    """Options of ``torchrun -m examples.<module>``, which trains for so many steps."""
+    made = argparse.ArgumentParser(prog=f"torchrun -m examples.{module}", description=summary)
+    made.add_argument("--steps", type=positive, default=steps, help="training steps (%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of data, network and batches (%(default)s)")
+    return made
+
+
 def positive(text: str) -> int:
     """An argument's type: a whole number of at least 1."""
     value = int(text)

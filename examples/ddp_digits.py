@@ -6,15 +6,16 @@ The training loop is that of one process: the model is wrapped, each process has
 
 from __future__ import annotations
 
-import argparse
-import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpcgrad
 from examples import command_line
+from examples.processes import process_group, say
 
 NEEDED = ("sklearn",)
 WIDTH, FEATURES = 64, 8
@@ -23,17 +24,10 @@ BATCH = 128
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+    options = command_line.torchrun_parser("ddp_digits", "Two digits under DDP.", 500).parse_args(arguments)
     command_line.exit_if_missing(NEEDED)
-    on_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
+    with process_group() as device:
         train(options.steps, options.seed, device)
-    finally:
-        dist.destroy_process_group()
 
 
 def train(steps: int, seed: int, device: torch.device) -> list[float]:
@@ -42,7 +36,7 @@ def train(steps: int, seed: int, device: torch.device) -> list[float]:
     Returns:
         the accuracy of each task on the test set.
     """
-    from examples.digits_data import TASKS, two_digits
+    from examples.digits_data import two_digits
     from examples.digits_runs import Network
 
     rank, processes = dist.get_rank(), dist.get_world_size()
@@ -60,25 +54,27 @@ def train(steps: int, seed: int, device: torch.device) -> list[float]:
         losses = [torch.nn.functional.cross_entropy(o, labels[own, t]) for t, o in enumerate(outputs)]
         optimizer.pc_backward(losses)
         optimizer.step()
-        if rank == 0 and (step == 1 or step % 100 == 0):
-            assert optimizer.report is not None
-            conflicts = float(optimizer.report.conflict_rate)
-            total = float(sum(loss.detach() for loss in losses))
-            print(f"step {step}: loss {total:.3f}, {conflicts:.0%} of task pairs in conflict")
-    with torch.no_grad():
-        outputs = model.module(test_set.images.to(device))
+        if step == 1 or step % 100 == 0:
+            say_progress(step, losses, optimizer)
+    return tested(model.module, test_set, device)
+
+
+def say_progress(step: int, losses: list[Tensor], optimizer: fastpcgrad.PCGrad) -> None:
+    assert optimizer.report is not None
+    listed = " ".join(f"{float(loss.detach()):.3f}" for loss in losses)
+    say(f"step {step}: losses {listed}, {float(optimizer.report.conflict_rate):.0%} of task pairs in conflict")
+
+
+@torch.no_grad()
+def tested(network: torch.nn.Module, test_set: Any, device: torch.device) -> list[float]:
+    """The accuracy of each task on the test set, which the first process says."""
+    from examples.digits_data import TASKS
+
+    outputs = network(test_set.images.to(device))
     right = [(o.argmax(dim=1).cpu() == test_set.labels[:, t]).double().mean().item() for t, o in enumerate(outputs)]
-    if rank == 0:
-        listed = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in zip(TASKS, right, strict=True))
-        print(f"{processes} processes, {steps} steps; accuracy: {listed}")
+    listed = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in zip(TASKS, right, strict=True))
+    say(f"{dist.get_world_size()} processes; accuracy: {listed}")
     return right
-
-
-def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="torchrun -m examples.ddp_digits", description="Two digits under DDP.")
-    made.add_argument("--steps", type=command_line.positive, default=500, help="training steps (%(default)s)")
-    made.add_argument("--seed", type=int, default=0, help="of data, network and batches (%(default)s)")
-    return made
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ def check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
     return list(present.values())
 
 
-def present_losses(losses: Sequence[Tensor | None] | Tensor) -> dict[int, Tensor]:
+def present_losses(losses: Sequence[Tensor | None] | Tensor, *, may_be_none: bool = False) -> dict[int, Tensor]:
     """The task losses by the index of their task, without those that are None: tasks that are absent.
 
     Args:
         losses: T scalars, of any shape with one element, or one tensor ``[T]`` or ``[T, 1]``.
+        may_be_none: all may be absent, as other processes have some.
     Raises:
         TypeError: no sequence of tensors, or complex or integer losses.
         ValueError: empty, all absent, not scalar, without grad, or on several devices; the message shows what was
@@ -44,7 +45,7 @@ def present_losses(losses: Sequence[Tensor | None] | Tensor) -> dict[int, Tensor
     if not found:
         raise ValueError("losses must hold at least one task loss; found none")
     present = {t: check_loss(f"losses[{t}]", loss) for t, loss in enumerate(found) if loss is not None}
-    if not present:
+    if not present and not may_be_none:
         raise ValueError(f"losses must hold a task that is not absent; found {len(found)} times None")
     devices = {loss.device for loss in present.values()}
     if len(devices) > 1:
@@ -91,9 +92,13 @@ def check_loss(name: str, loss: Any) -> Tensor:
 
 
 def check_round(
-    losses: Sequence[Forward | None] | Sequence[Tensor | None] | Tensor, tasks: int
+    losses: Sequence[Forward | None] | Sequence[Tensor | None] | Tensor, tasks: int, *, may_be_none: bool = False
 ) -> tuple[dict[int, Tensor], dict[int, Forward]]:
-    """Losses, or functions that give them, by the index of their task; without those that are absent."""
+    """Losses, or functions that give them, by the index of their task; without those that are absent.
+
+    Args:
+        may_be_none: see ``present_losses``.
+    """
     if isinstance(losses, Tensor):
         present = present_losses(losses)
         _check_count(losses.numel(), tasks)
@@ -112,7 +117,7 @@ def check_round(
                 f"losses must be all functions or all tensors; found tasks {list(functions)} with functions"
             )
         check_loss(f"losses[{t}]", loss)
-    return present_losses(given), {}
+    return present_losses(given, may_be_none=may_be_none), {}
 
 
 def _check_count(found: int, tasks: int) -> None:

@@ -47,7 +47,7 @@ class PCGrad(torch.optim.Optimizer):
             has it.
         generator: for the order of the projections; None: the global generator of the variant's original.
         row_dtype: dtype of the packed gradients; None: that of the parameters.
-        process_group, rows: see ``GradientSurgery``.
+        process_group, parallel, rows: see ``GradientSurgery``.
         on_repeat: what ``pc_backward`` does where the last one's gradients were not cleared: ``replace`` them, as the
             original does, with one warning where no step has used them; ``add`` to whatever ``.grad`` holds, as
             backward passes do, so that several calls accumulate; or ``raise``.
@@ -84,6 +84,7 @@ class PCGrad(torch.optim.Optimizer):
         generator: Generator | None = None,
         row_dtype: torch.dtype | None = None,
         process_group: object = "auto",
+        parallel: Literal["data", "task"] = "data",
         on_repeat: Literal["replace", "add", "raise"] = "replace",
         rows: Choice = "auto",
     ) -> None:
@@ -106,7 +107,14 @@ class PCGrad(torch.optim.Optimizer):
         self.optimizer = optimizer
         self.report: ConflictReport | None = None
         self._surgery = GradientSurgery(
-            optimizer, 1, method, shared=shared, row_dtype=row_dtype, process_group=process_group, rows=rows
+            optimizer,
+            1,
+            method,
+            shared=shared,
+            row_dtype=row_dtype,
+            process_group=process_group,
+            parallel=parallel,
+            rows=rows,
         )
         self._on_repeat = on_repeat
         self._is_unused = False  # whether no step has used the merged gradient
@@ -130,9 +138,9 @@ class PCGrad(torch.optim.Optimizer):
         """Run each task loss backward and replace ``.grad`` by the merged gradient.
 
         Args:
-            objectives: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may
-                share a graph. Elements of a tensor share at least that: a backward pass of one gives what only others
-                depend on zeros, which count as a gradient.
+            objectives: T scalar losses, None for a task that is absent or another process', or one tensor ``[T]`` or
+                ``[T, 1]``; they may share a graph. Elements of a tensor share at least that: a backward pass of one
+                gives what only others depend on zeros, which count as a gradient.
             retain_graph: keep the graphs for another backward pass; else the last pass frees them.
         Raises:
             TypeError: objectives that are no real floating-point tensors.
@@ -140,13 +148,16 @@ class PCGrad(torch.optim.Optimizer):
             Whatever a backward pass raises; then ``.grad`` is None where it held the last merged gradient, whose
             memory is that of the rows, and as before elsewhere.
         """
-        losses = present_losses(objectives)
         surgery = self._surgery
+        by_task = surgery._stays.processes.by_task
+        with surgery._stays.telling():
+            losses = present_losses(objectives, may_be_none=by_task)
         surgery.discard()
-        warn_of_one_loss(len(losses))
+        if not by_task:
+            warn_of_one_loss(len(losses))
         warn_of_fewer_losses(objectives, surgery.method, surgery.method.known_tasks)
         self._look_for_repeat()
-        surgery.num_tasks = max(surgery.num_tasks, 1 + max(losses))
+        surgery.num_tasks = max(surgery.num_tasks, len(objectives) if by_task else 1 + max(losses))
         before = surgery._gradients() if self._on_repeat == "add" else []
         try:
             self.report = surgery._round(losses, retain_graph)

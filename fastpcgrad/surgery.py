@@ -63,6 +63,10 @@ class GradientSurgery:
             where there is none in several processes, each merges by itself, with one warning. A process group or a
             mesh of one dimension: means over that. ``local``: each process merges by itself, what it finds in
             ``.grad``.
+        parallel: ``data``: each process has its part of every task's batch. ``task``: it has tasks of its own, any of
+            them, and enters no others; those of a process group, of the module that holds the parameters, or else all
+            processes merge together. A task that several enter is the mean over these, or with ``accumulate="mean"``
+            over all stays. A process without any calls ``merge``, too, or gives None for each loss.
         rows: how ``backward`` of losses that share a graph keeps the gradients of weights that matrix products alone
             use. ``factored``: of each task only what comes into the products, from which G and the merged gradient are
             made without the tasks' own. ``auto``: so where that takes less time, in models on a CPU with a million
@@ -76,11 +80,13 @@ class GradientSurgery:
         ``memory_plan`` tells the bytes beforehand.
     Numerics: G and merged gradients from factors have the rounding errors of matrix products, G in float64; their bits
         may differ from those with dense rows, and with the number of threads, as those of torch's products do.
-    Many processes: all must enter the same tasks in the same order, and one that fails ends the round of all. Rows of
-        DTensors are their local tensors. Rows that are means lie in shards, T·N/p elements in each of p processes; they
-        are reduced as each task is left, by (T + 1)·N·(p - 1)/p elements in all. G is summed, and the answer of the
-        first process counts. ``backward`` of losses passes by what watches a backward pass, such as hooks on ``.grad``.
-        Parameters beside DTensors must have the same gradients in all processes. ``repr`` says what was found.
+    Many processes: unless they share tasks out, all must enter the same in the same order; one that fails ends the
+        round of all. Rows of DTensors are their local tensors. Rows of others lie in shards, T·N/p elements in each of
+        p processes: means are reduced as each task is left, by (T + 1)·N·(p - 1)/p elements in all; rows of a process'
+        own tasks are kept, and exchanged in ``merge``, (k + 1)·N·(p - 1)/p for k of them. G is summed, and the first
+        process' answer counts. ``backward`` of losses passes by what watches a backward pass, such as hooks on
+        ``.grad``. Parameters beside DTensors must have the same gradients in all processes. ``repr`` says what was
+        found.
     Raises:
         TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
         ValueError: no parameters, parameters that are no leaves; a parameter in two or in none of the collections of
@@ -109,6 +115,7 @@ class GradientSurgery:
         accumulate_dtype: torch.dtype | None = None,
         granularity: Granularity = "model",
         process_group: object = "auto",
+        parallel: Literal["data", "task"] = "data",
         rows: Choice = "auto",
     ) -> None:
         if not isinstance(num_tasks, int) or num_tasks < 1:
@@ -122,9 +129,10 @@ class GradientSurgery:
         self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
         self.rows = check_rows(rows)
         self._kept = BY_CALLER
-        processes, source = Processes(process_group), parameter_source(optimizer_or_params)
+        processes, source = Processes(process_group, parallel), parameter_source(optimizer_or_params)
         chosen = None if shared is None else check_tensors("shared", shared)
-        self._layouts = Layouts(source, chosen, self.granularity, RowChoice(row_dtype, row_device, accumulate_dtype))
+        choice = RowChoice(row_dtype, row_device, accumulate_dtype, processes.by_task)
+        self._layouts = Layouts(source, chosen, self.granularity, choice)
         self._stays = Stays(self._layouts, processes)
         self._small = SmallRounds(self._stays)
 
@@ -186,7 +194,8 @@ class GradientSurgery:
         self._stays.check_outside("backward()")
         if filled := self._layouts.current.capture.rows.tasks:
             raise RuntimeError(f"backward() with rows of tasks {filled} filled: call merge() or discard() first")
-        tensors, forwards = check_round(losses, self.num_tasks)
+        with self._stays.telling():
+            tensors, forwards = check_round(losses, self.num_tasks, may_be_none=self._stays.processes.by_task)
         if two_phase:
             return self._in_two_phases(tensors, forwards, retain_graph)
         try:
@@ -235,17 +244,8 @@ class GradientSurgery:
                 ``.grad`` is None.
         """
         self._stays.check_outside("merge()")
+        rows = self._stays.collect(self.method, self.num_tasks, self.accumulate == "mean")
         layout = self._layouts.current
-        rows = layout.capture.rows
-        if layout.exchange is not None:
-            state = {
-                key: list(value.shape) for key, value in self.method.state_dict().items() if isinstance(value, Tensor)
-            }
-            self._stays.meet("merge() of tasks", *rows.tasks, rows.summary(), type(self.method).__name__, state)
-        if not rows.tasks:
-            raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
-        if self.accumulate == "mean":
-            rows.average()
         report, merged = merge(rows, self.method, layout.division, in_place=True, exchange=layout.exchange)
         report.rows = self._kept if rows.factors is None else rows.factors.report
         self._kept = BY_CALLER
@@ -311,8 +311,7 @@ class GradientSurgery:
         exchange = self._layouts.current.exchange
         found = "" if exchange is None else f", {exchange}"
         return (
-            f"{type(self).__name__}(num_tasks={self.num_tasks}, method={self.method!r}, "
-            f"process_group={self._stays.processes.process_group!r}{found})"
+            f"{type(self).__name__}(num_tasks={self.num_tasks}, method={self.method!r}, {self._stays.processes}{found})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -339,8 +338,9 @@ class GradientSurgery:
     def _run(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
         left = len(losses)
-        if left > 1 or retain_graph:
-            check_kept(list(losses.values()))
+        with self._stays.telling():
+            if left > 1 or retain_graph:
+                check_kept(list(losses.values()))
         with Stay(self._stays, losses=left) as capture:
             self._stays.meet("losses of tasks", *losses)
             factors = self._planned(losses, capture)

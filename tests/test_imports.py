@@ -16,7 +16,7 @@ FLOORS = (
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
     {"_checks", "_blocks", "variants", "distributed.links"},
     {"_ops", "_generators", "distributed.local_tensors", "distributed.buckets"},
-    {"_losses", "distributed.processes"},
+    {"_losses", "distributed.processes", "distributed.quiet", "distributed.cost"},
     {"balancing", "distributed.groups"},
     {"backends"},
     {"_derivatives"},

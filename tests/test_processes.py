@@ -9,7 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpcgrad
-from fastpcgrad import FastPCGradWarning, gradNorm
+from fastpcgrad import FastPCGradWarning, gradNorm, methods
 from fastpcgrad.balancing import GradNorm
 from fastpcgrad.distributed import groups, processes
 from fastpcgrad.distributed.groups import Processes
@@ -134,6 +134,24 @@ def test_parameters_that_are_gathered_are_refused_also_with_one_process(alone, d
     net = fully_shard(torch.nn.Linear(3, 2), mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(NotImplementedError, match="found a"):
         every_door(net, torch.randn(4, 3), choice)[door]()
+
+
+def test_one_process_that_has_all_tasks_is_right(alone):
+    net, twin = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    twin.load_state_dict(net.state_dict())
+    x = torch.randn(4, 3)
+    for model, options in ((net, {"parallel": "task"}), (twin, {})):
+        surgery = fastpcgrad.GradientSurgery(model.parameters(), 2, methods.PCGrad("tensorflow"), **options)
+        surgery.backward(list(model(x).square().mean(dim=0)))
+    assert torch.equal(net.weight.grad, twin.weight.grad)
+
+
+def test_tasks_are_not_shared_out_without_a_process_group():
+    net = torch.nn.Linear(3, 2)
+    optimizer = fastpcgrad.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1), parallel="task")
+    with pytest.raises(RuntimeError, match="parallel='task' needs several processes: call torch"):
+        optimizer.pc_backward([net(torch.ones(1, 3)).sum(), None])
+    assert net.weight.grad is None
 
 
 class DeepSpeedEngine(torch.nn.Module):

@@ -13,8 +13,15 @@ MODULES = {
     "replicated": (2, 3, 4),
     "replicated_edges": (2, 3),
     "parts_of_a_batch": (2, 3),
+    "own_tasks": (2, 3, 4),
 }
-ON_GPUS = {"sharded": (1, 2, 3, 4), "together": (2, 3), "replicated": (2, 3, 4), "replicated_edges": (2, 3)}
+ON_GPUS = {
+    "sharded": (1, 2, 3, 4),
+    "together": (2, 3),
+    "replicated": (2, 3, 4),
+    "replicated_edges": (2, 3),
+    "own_tasks": (2, 3, 4),
+}
 """With FASTPCGRAD_TEST_DEVICE=cuda, where there are so many."""
 SECONDS = 240
 

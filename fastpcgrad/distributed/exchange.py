@@ -92,10 +92,11 @@ class Exchange:
 
     Args:
         places: for each parameter what this process has of it; None: a plain tensor, alike in all processes.
+        in_step: whether all enter the same tasks in the same order, and meet at each; else at the merge alone.
     """
 
-    def __init__(self, places: Sequence[Place | None]) -> None:
-        self._places = places
+    def __init__(self, places: Sequence[Place | None], *, in_step: bool = True) -> None:
+        self._places, self.in_step = places, in_step
         self.link = Link(list(dict.fromkeys(group for place in places if place for group in place.groups)))
         self.rounds = Rounds(self.link.groups)
 

@@ -33,9 +33,11 @@ from .processes import (
     remembered,
     static_graph_refused,
 )
+from .quiet import Silence
 
 _known: weakref.WeakSet[Any] = weakref.WeakSet()
 """Modules that were there after a collection."""
+_NOBODY = Silence(())
 
 
 class Processes:
@@ -43,10 +45,18 @@ class Processes:
 
     Args:
         process_group: see ``check_process_group``.
+        parallel: ``data``: each process has its part of every task's batch. ``task``: each has some of the tasks.
+    Raises:
+        TypeError, ValueError: others, or ``task`` with each process by itself.
     """
 
-    def __init__(self, process_group: object = "auto") -> None:
+    def __init__(self, process_group: object = "auto", parallel: str = "data") -> None:
         self.process_group = check_process_group(process_group)
+        if parallel not in ("data", "task"):
+            raise ValueError(f"parallel must be 'data' or 'task'; found {parallel!r}")
+        self.by_task = parallel == "task"
+        if self.by_task and self.process_group == "local":
+            raise ValueError("parallel='task' shares tasks out among processes; found process_group='local'")
         self.group: Any = None
         """Over which the rows of all parameters are means; None: they are those of this process."""
         self._checked: tuple[object, bool] = None, False
@@ -54,10 +64,17 @@ class Processes:
 
     def __reduce__(self) -> Any:
         # A copy has other parameters, perhaps in another process.
-        return Processes, (self.process_group,)
+        return Processes, (self.process_group, self._parallel)
 
     def __deepcopy__(self, memo: object) -> Processes:
-        return Processes(self.process_group)  # of the same group, which cannot be copied
+        return Processes(self.process_group, self._parallel)  # of the same group, which cannot be copied
+
+    def __repr__(self) -> str:
+        return f"process_group={self.process_group!r}, parallel={self._parallel!r}"
+
+    @property
+    def _parallel(self) -> str:
+        return "task" if self.by_task else "data"
 
     def check(self, parameters: Sequence[Tensor], *, moved: bool = False) -> None:
         """At the beginning of each round. Looks once at each list of parameters, known by its identity.
@@ -68,12 +85,15 @@ class Processes:
         Raises:
             NotImplementedError: sharded parameters; modules that average some parameters and not the others, over
                 several groups, in another dtype, or with inputs that end at different steps; with ``local`` and
-                ``moved`` any that averages. Nothing is changed.
+                ``moved`` any that averages; with ``task`` DTensors and static graphs. Nothing is changed.
+            RuntimeError: ``task`` without a process group.
         Warns:
             FastPCGradWarning: there are several processes, and nothing says that each is to merge by itself; a module
                 has hooks for its communication, which is not used.
         """
         ready = is_initialized()
+        if self.by_task and not ready:
+            raise RuntimeError("parallel='task' needs several processes: call torch.distributed.init_process_group()")
         if self._checked[0] is not parameters or self._checked[1] is not ready or is_stale(self._replicas):
             plain = [p for p in parameters if not is_dtensor(p)]
             refuse_sharded(plain)
@@ -82,7 +102,8 @@ class Processes:
             if self._replicas:
                 gc.collect()  # modules that only a cycle of references keeps
             if ready:
-                self.group = _group(plain, each, self._replicas, self.process_group, len(parameters) - len(plain))
+                dtensors = len(parameters) - len(plain)
+                self.group = _group(plain, each, self._replicas, self.process_group, dtensors, self.by_task)
             self._checked = parameters, ready
         if not self._replicas:
             return
@@ -94,6 +115,15 @@ class Processes:
             )
         if self.group is not None and (module := blamed(self._replicas, is_joined)):
             raise _joined(module)
+        if self.by_task and (module := blamed(self._replicas, has_static_graph)):
+            raise static_graph_refused(module)
+
+    def silence(self) -> Silence:
+        """Of the modules that average, for a stay in which no other process need run a backward pass."""
+        if not self.by_task:
+            return _NOBODY
+        modules = [reference() for reference in self._replicas]
+        return Silence([module for module in modules if module is not None and averages(module)])
 
     def check_passes(self, losses: int) -> None:
         """Before a call runs backward passes itself.
@@ -140,7 +170,12 @@ def group_of_graph(leaves: Sequence[Tensor], inputs: Sequence[Tensor], process_g
 
 
 def _group(
-    parameters: Sequence[Tensor], replicas: Sequence[Replicas], everything: Replicas, choice: Any, dtensors: int = 0
+    parameters: Sequence[Tensor],
+    replicas: Sequence[Replicas],
+    everything: Replicas,
+    choice: Any,
+    dtensors: int = 0,
+    by_task: bool = False,
 ) -> Any:
     """The group over which the gradients of all parameters are to be averaged; None where there is none.
 
@@ -150,12 +185,16 @@ def _group(
         everything: replicas of all that the losses depend on.
         choice: see ``check_process_group``.
         dtensors: how many there are beside them.
+        by_task: whether tasks are shared out among processes: all there are, unless something says which.
     """
     if choice == "local":
         return None
     averaging = _averaging(everything)
     groups = {id(group): group for group in map(group_of, averaging.values())}
     if choice != "auto":
+        groups[id(choice)] = choice
+    elif by_task and not groups:
+        choice = torch.distributed.group.WORLD
         groups[id(choice)] = choice
     if len(groups) > 1:
         raise NotImplementedError(f"gradients are averaged over {len(groups)} different process groups; use one")
@@ -164,6 +203,10 @@ def _group(
         return None
     if torch.distributed.get_world_size(choice if choice != "auto" else next(iter(groups.values()))) == 1:
         return None
+    if by_task and dtensors:
+        raise NotImplementedError(
+            f"parallel='task' with {dtensors} DTensors, of which no process has all: leave parallel='data'"
+        )
     if dtensors:
         raise NotImplementedError(
             f"found {dtensors} DTensors beside {len(parameters)} parameters whose gradients are averaged over "

@@ -42,6 +42,11 @@ class Link:
             size *= torch.distributed.get_world_size(group)
         return size
 
+    @property
+    def rank(self) -> int:
+        """Of this process, over one group."""
+        return torch.distributed.get_rank(self.groups[0])
+
     def sum_(self, tensor: Tensor, groups: Sequence[Any] | None = None) -> Tensor:
         """The sum over all processes, in place; over those of some groups, where told so."""
         return self._reduce(tensor, self.groups if groups is None else groups, torch.distributed.ReduceOp.SUM)
@@ -69,6 +74,18 @@ class Link:
         """
         self.nbytes += whole.nbytes * (self.size - 1) // self.size
         return _scatter_sum(part, whole, group=_carrier(self.groups[0], whole), async_op=True)
+
+    def exchange(self, received: Tensor, counts: list[int], sent: Tensor, sent_counts: list[int]) -> Any:
+        """To each process its piece of ``sent``, by rank, and from each a piece of ``received``; over one group.
+
+        Args:
+            counts, sent_counts: how many elements come from each process, and go to each.
+        Returns:
+            what is to be waited for before ``received`` is read or ``sent`` is written.
+        """
+        self.nbytes += (len(sent) - sent_counts[self.rank]) * sent.itemsize
+        group = _carrier(self.groups[0], sent)
+        return torch.distributed.all_to_all_single(received, sent, counts, sent_counts, group=group, async_op=True)
 
     def gather(self, whole: Tensor, part: Tensor) -> None:
         """The parts of all processes one after the other, by rank, into ``whole``; over one group."""

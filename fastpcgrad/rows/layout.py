@@ -27,7 +27,7 @@ from .parameters import (
     check_parameters,
     problem_of_each,
 )
-from .sharded import ShardedCapture, ShardedGradients
+from .sharded import ExchangedGradients, ShardedCapture, ShardedGradients
 from .task_gradients import TaskGradients
 
 _KIND = attrgetter(*("dtype", "device", "shape"), *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
@@ -86,6 +86,8 @@ class RowChoice(NamedTuple):
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
     accumulate_dtype: torch.dtype | None = None
+    by_task: bool = False
+    """Whether processes share tasks out among them, and not a batch."""
 
 
 class Layouts:
@@ -171,11 +173,11 @@ class Layouts:
         return capture, _exchange_for(capture)
 
     def _averaged(self, parameters: Sequence[Tensor]) -> tuple[Capture, Exchange]:
-        dtype, device, sums = self._rows
+        dtype, device, sums, by_task = self._rows
         forms = _forms_of(parameters)
         own = as_rows_see(parameters, forms)
-        exchange = Exchange([Part(self._group) for _ in own])
-        rows = ShardedGradients(own, dtype, exchange.link)
+        exchange = Exchange([Part(self._group) for _ in own], in_step=not by_task)
+        rows = (ExchangedGradients if by_task else ShardedGradients)(own, dtype, exchange.link)
         if device is not None and any(host.copies_for(found, device) is not None for found in set(rows.devices)):
             raise NotImplementedError(f"rows that are {exchange} lie where the parameters do: leave row_device None")
         if sums is not None and any(gradient_dtype(p) != sums for p in own):
@@ -186,7 +188,7 @@ class Layouts:
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
-        dtype, device, sums = self._rows
+        dtype, device, sums, _ = self._rows
         forms = _forms_of(parameters)
         own = as_rows_see(parameters, forms)
         plain = TaskGradients(own, dtype)

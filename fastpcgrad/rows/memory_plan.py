@@ -182,17 +182,19 @@ def plan_sharded(
     widths: Sequence[int],
     *,
     whole: int,
+    most_held: tuple[int, int],
     largest: int,
     buckets: int,
     problems: int,
 ) -> MemoryPlan:
-    """The plan for the shards of T rows that are means over processes.
+    """The plan for the shards of T rows.
 
     Args:
         parameters: of one device.
         row_dtypes: of each parameter's rows.
         widths: the columns of each that this process has.
         whole: bytes of one task's gradient before it is reduced, and of the merged one.
+        most_held: how many of the former there are at most, and how many rows beside these.
         largest: bytes of the largest gradient, which is copied where it lies in another order than its parameter.
         buckets: bytes of those that are on their way.
         problems: how many are solved.
@@ -204,6 +206,7 @@ def plan_sharded(
     workspace = figures + (_kernels_nbytes(device, tasks, widths, row_dtypes, problems) if widths else 0)
     return MemoryPlan(
         _most(
+            use(rows=most_held[1] * row, transient=most_held[0] * whole + largest + buckets),
             use(rows=tasks * row, transient=whole + largest + buckets),
             use(rows=tasks * row, merged=whole, transient=buckets, workspace=figures),
             use(rows=tasks * row, transient=buckets, workspace=workspace),

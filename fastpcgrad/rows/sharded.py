@@ -1,12 +1,12 @@
-"""Rows that are means over processes, of which each keeps a part."""
+"""Rows of which each process keeps a part: means over all of them, or what each of them has run."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import accumulate, zip_longest
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -25,6 +25,9 @@ from .columns import Columns
 from .forms import Form
 from .memory_plan import MemoryPlan, plan_sharded
 from .task_gradients import Row, TaskGradients
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of an element, the integers that it is summed as: exactly, in whatever order."""
 
 
 class _Vector(NamedTuple):
@@ -49,9 +52,12 @@ class ShardedGradients(TaskGradients):
     Args:
         parameters, dtype: see ``TaskGradients``. Gradients are reduced in their own dtype.
         link: to those who have the same parameters, over one group.
+        answers: see ``Buckets``.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None, link: Link) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], dtype: torch.dtype | None, link: Link, *, answers: int = 1
+    ) -> None:
         super().__init__(parameters, dtype)
         self._link, self._shapes = link, [p.shape for p in parameters]
         alike = repr((list(map(tuple, self._shapes)), self._strides, self.dtypes))
@@ -62,7 +68,7 @@ class ShardedGradients(TaskGradients):
         for kind in dict.fromkeys(kinds):
             indexes = [index for index, own in enumerate(kinds) if own == kind]
             begins = [0, *accumulate(self.widths[index] for index in indexes)]
-            self._vectors.append(_Vector(indexes, begins, Buckets(begins[-1], *kind, link)))
+            self._vectors.append(_Vector(indexes, begins, Buckets(begins[-1], *kind, link, answers)))
         self.widths = array("q", self.widths)  # from here on those of this process' part
         for vector in self._vectors:
             ends = list(map(vector.buckets.before, vector.begins))
@@ -74,6 +80,10 @@ class ShardedGradients(TaskGradients):
         self._free: list[list[Tensor]] = []
         self._before: tuple[list[Tensor], list[bool]] | None = None  # of a task that was entered again
 
+    def most_held(self, tasks: int) -> tuple[int, int]:
+        """How many tasks' whole gradients there are at most, and of how many there are shards then."""
+        return 1, tasks
+
     def plan(self, tasks: int, parameters: Sequence[Tensor], problems: int) -> MemoryPlan:
         """Bytes of a round, see ``plan_sharded``; on all devices together."""
         whole, largest = sum(map(gradient_nbytes, parameters)), max(map(gradient_nbytes, parameters), default=0)
@@ -84,6 +94,7 @@ class ShardedGradients(TaskGradients):
             self.dtypes,
             self.widths,
             whole=whole,
+            most_held=self.most_held(tasks),
             largest=largest,
             buckets=waiting,
             problems=problems,
@@ -107,12 +118,11 @@ class ShardedGradients(TaskGradients):
             (shards, before), self._before = self._before, None
             there = [a or b for a, b in zip(there, before, strict=True)]
         else:
-            shards = self._free.pop() if self._free else self._new_shards()
+            shards = self._new_shards()
         for vector, shard in zip(self._vectors, shards, strict=True):
-            self._reduce(row, vector, shard, adds)
-        self._shards[task], self._there[task] = shards, there
-        self._rows[task] = self._pieces(shards)
-        self._own.add(task)
+            store = partial(_store, adds, shard)
+            vector.buckets.mean(self._writer(row, vector, self._link.size), store)
+        self._keep_shards(task, shards, there)
 
     def columns(self) -> Columns:
         """J, of which this process has a part; a gradient that any process has is there in all."""
@@ -140,13 +150,13 @@ class ShardedGradients(TaskGradients):
                     result[index] = whole.as_strided(self._shapes[index], self._strides[index], begin)
         return result
 
-    def summary(self) -> str:
+    def summary(self, tasks: int, mean: bool) -> tuple[object, ...]:
         """See ``TaskGradients``; where there are gradients may differ."""
-        return repr(sorted(self._stays.items()))
+        return *self.tasks, repr(sorted(self._stays.items()))
 
     def snapshot(self) -> dict[str, Any]:
         """See ``TaskGradients``."""
-        if self._rows:
+        if self.tasks:
             raise RuntimeError("rows that several processes share cannot be copied within a round: merge or discard")
         return super().snapshot()
 
@@ -164,11 +174,19 @@ class ShardedGradients(TaskGradients):
         super().free()
         self._free = []
 
+    def _keep_shards(self, task: int, shards: list[Tensor], there: list[bool]) -> None:
+        self._shards[task], self._there[task] = shards, there
+        self._rows[task] = self._pieces(shards)
+        self._own.add(task)
+
     def _new_shards(self) -> list[Tensor]:
+        """For a task: those of an earlier round, if there are any."""
+        if self._free:
+            return self._free.pop()
         return [vector.buckets.new_shard(self.dtypes[vector.indexes[0]]) for vector in self._vectors]
 
-    def _reduce(self, row: Row, vector: _Vector, shard: Tensor, adds: bool) -> None:
-        """The mean of one vector into its shard, or added to it."""
+    def _writer(self, row: Row, vector: _Vector, divisor: int) -> Callable[[Tensor, int], None]:
+        """What puts a row's columns of one vector into a bucket, divided; see ``Buckets.mean``."""
 
         @lru_cache(maxsize=1)  # a copy, where it is one, of one gradient at a time
         def columns_of(index: int) -> Tensor:
@@ -183,13 +201,9 @@ class ShardedGradients(TaskGradients):
                     if row[index] is None:
                         place.zero_()
                     else:
-                        torch.div(columns_of(index)[low - begin : high - begin], self._link.size, out=place)
+                        torch.div(columns_of(index)[low - begin : high - begin], divisor, out=place)
 
-        def store(part: Tensor, first: int) -> None:
-            place = shard[first : first + len(part)]
-            place.add_(part) if adds else place.copy_(part)
-
-        vector.buckets.mean(write, store)
+        return write
 
     def _in_order(self, index: int, grad: Any) -> Tensor:
         """A gradient's elements in the order of its parameter's memory."""
@@ -209,8 +223,119 @@ class ShardedGradients(TaskGradients):
         return row
 
 
+class ExchangedGradients(ShardedGradients):
+    """Rows of tasks whose backward passes are shared out among processes: those of this one are kept whole until a
+    merge, where each process gets its shard of all.
+
+    A task that several have run is the mean over them; with ``mean`` that over all stays in it, wherever they were.
+
+    Args:
+        parameters, dtype, link: see ``ShardedGradients``.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None, link: Link) -> None:
+        super().__init__(parameters, dtype, link, answers=link.size)
+        self._held = TaskGradients(parameters)
+        self._unseen: Sequence[Tensor] = parameters  # until it is known that they are alike in all processes
+
+    @property
+    def tasks(self) -> list[int]:
+        """Those of this process; once rows were exchanged, all that any process has."""
+        return super().tasks or self._held.tasks
+
+    def most_held(self, tasks: int) -> tuple[int, int]:
+        """See ``ShardedGradients``: where the tasks are shared out evenly, and the first ones are being exchanged."""
+        return -(-tasks // self._link.size), min(tasks, self._link.size)
+
+    def take(self, task: int) -> Row | None:
+        """See ``TaskGradients``."""
+        if self._rows:
+            raise RuntimeError(f"task {task} was exchanged for a merge that failed: call merge() or discard() first")
+        self._check_whole()
+        return self._held.take(task)
+
+    def keep(self, task: int, row: Row) -> None:
+        """See ``TaskGradients``."""
+        self._held.keep(task, row)
+
+    def summary(self, tasks: int, mean: bool) -> tuple[object, ...]:
+        """See ``TaskGradients``; which tasks a process has is its own."""
+        return f"0 to {tasks - 1}", mean, self.digest
+
+    def collect(self, tasks: int, mean: bool) -> None:
+        """See ``TaskGradients``. All exchange what they have, each its first row, then each its second, and so on."""
+        if self._rows:
+            return
+        self._check_whole()
+        stays = self._all_stays(tasks)
+        runners = [sum(map(bool, of_task)) for of_task in zip(*stays, strict=True)]
+        divisors = list(map(sum, zip(*stays, strict=True))) if mean else runners
+        there = {task: [False] * len(self.widths) for task, count in enumerate(runners) if count}
+        shards: dict[int, list[Tensor]] = {}
+        self.at_risk = True
+        for turn in zip_longest(*([task for task, count in enumerate(own) if count] for own in stays)):
+            row: Row = []
+            if (own := turn[self._link.rank]) is not None:
+                row = self._held.take(own) or []
+                there[own] = [grad is not None for grad in row]
+            adds = []
+            for task in turn:
+                adds.append(task in shards)
+                if task is not None and task not in shards:
+                    shards[task] = self._new_shards()  # only now, as rows that were exchanged are gone
+            self._exchange(row, divisors[own or 0], [shards.get(task) for task in turn], adds)
+        for task, parts in shards.items():
+            self._keep_shards(task, parts, there[task])
+        self._held.free()
+        self.at_risk = False
+
+    def _exchange(self, row: Row, divisor: int, shards: Sequence[list[Tensor] | None], adds: Sequence[bool]) -> None:
+        """One row of each process that has one more.
+
+        Args:
+            row, divisor: of this process.
+            shards: by rank, those of the task whose row comes from there; None: none comes.
+            adds: by rank, whether it is added to what is there.
+        """
+        senders = [rank for rank, own in enumerate(shards) if own is not None]
+        for place, vector in enumerate(self._vectors):
+
+            def store(rank: int, part: Tensor, begin: int, place: int = place) -> None:
+                _store(adds[rank], shards[rank][place], part, begin)  # type: ignore[index]
+
+            vector.buckets.each(senders, self._writer(row, vector, divisor), store)
+
+    def _all_stays(self, tasks: int) -> list[list[int]]:
+        """How often each process has entered each task: a list of all processes, by rank.
+
+        Raises:
+            RuntimeError: in the first round, where the parameters are not alike in all. Nothing would make them so.
+        """
+        own = torch.tensor([_fingerprint(self._unseen), *map(self._held.stays, range(tasks))])
+        everywhere = own.new_empty(self._link.size * len(own))
+        self._link.gather(everywhere, own)
+        found: list[list[int]] = everywhere.view(-1, len(own)).tolist()
+        if len({numbers[0] for numbers in found}) > 1:
+            raise RuntimeError(
+                "processes that share tasks out have other parameters each: seed them alike, load one checkpoint, or "
+                "wrap the model with DistributedDataParallel before the first round"
+            )
+        self._unseen = ()
+        return [numbers[1:] for numbers in found]
+
+    def _forget(self) -> None:
+        self._held.clear()
+        super()._forget()
+        self._free = []  # in the next round there are the rows of this process before there are shards
+
+    def free(self) -> None:
+        """See ``TaskGradients``."""
+        super().free()
+        self._held.free()
+
+
 class ShardedCapture(Capture):
-    """Rows that are reduced once their task is left, from what this process' part of the batch has left in ``.grad``.
+    """Rows of which a process gets shards, from what its own backward passes have left in ``.grad``.
 
     What DistributedDataParallel has averaged by then stays as it is: a mean of equal numbers.
 
@@ -238,10 +363,26 @@ class ShardedCapture(Capture):
             p.grad = grad
 
     def close(self) -> None:
-        """See ``Capture``. All meet first: who has failed would leave the others waiting for its part."""
-        self._exchange.rounds.arrive("end of task", self.task, self.rows.digest)
+        """See ``Capture``. Where rows are reduced now all meet first: who has failed would leave the others waiting."""
+        if self._exchange.in_step:
+            self._exchange.rounds.arrive("end of task", self.task, self.rows.digest)
         super().close()
 
     def give(self, merged: Row) -> None:
         """See ``Capture``: of all processes' parts."""
         super().give(self.rows.whole(merged))
+
+
+def _store(adds: bool, shard: Tensor, part: Tensor, first: int) -> None:
+    """Columns of a shard from ``first`` on, or what is added to them."""
+    place = shard[first : first + len(part)]
+    place.add_(part) if adds else place.copy_(part)
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> int:
+    """A number of 62 bits that depends on every bit of the tensors."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        bits = flat(tensor.detach().contiguous()).view(_BITS[tensor.dtype.itemsize])
+        digest.update(repr(int(bits.sum(dtype=torch.int64))).encode())
+    return int.from_bytes(digest.digest(), "big") >> 2

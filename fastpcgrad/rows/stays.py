@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+
+from torch import Tensor
 
 from .._graph import explain
 from ..distributed.exchange import OutOfStep
 from ..distributed.groups import Processes
+from ..methods import Method
 from .capture import Capture, MovedCapture
 from .layout import Layout, Layouts
+from .task_gradients import TaskGradients
 
 
 class Stays:
@@ -39,8 +45,47 @@ class Stays:
                 "has cut it off, call discard()"
             )
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Within, an error of a process that has tasks of its own ends the round of all, which wait at the merge."""
+        try:
+            yield
+        except Exception:
+            exchange = self.resolve().exchange if self.processes.by_task else None
+            if exchange is not None:
+                exchange.rounds.fail()
+                self.discard()
+            raise
+
     def meet(self, point: str, *details: object) -> None:
-        """Wait for those who have other parts of the parameters, if any. Where they are elsewhere, the round ends."""
+        """Wait for those who have other parts of the parameters and enter the same tasks, if any. Where they are
+        elsewhere, the round ends."""
+        exchange = self.layouts.current.exchange
+        if exchange is not None and exchange.in_step:
+            self._arrive(point, *details)
+
+    def collect(self, method: Method, tasks: int, mean: bool) -> TaskGradients:
+        """The rows of a round, which all processes merge now.
+
+        Args:
+            method: that is going to.
+            tasks, mean: see ``TaskGradients.collect``.
+        Raises:
+            RuntimeError: there are none; see ``GradientSurgery.merge``.
+        """
+        if self.processes.by_task and not self.layouts.current.capture.rows.tasks:
+            self.resolve()  # a process that has no task in this round has not looked yet who the others are
+        layout = self.layouts.current
+        rows = layout.capture.rows
+        if layout.exchange is not None:
+            state = {key: list(value.shape) for key, value in method.state_dict().items() if isinstance(value, Tensor)}
+            self._arrive("merge() of tasks", *rows.summary(tasks, mean), type(method).__name__, state)
+        rows.collect(tasks, mean)
+        if not rows.tasks:
+            raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
+        return rows
+
+    def _arrive(self, point: str, *details: object) -> None:
         exchange = self.layouts.current.exchange
         if exchange is not None:
             try:
@@ -92,7 +137,9 @@ class Stay:
         """What is there comes aside. Without a look at whether the round may begin."""
         self._capture = capture
         self._aside = capture.aside()
+        self._silence = self._stays.processes.silence()
         self._stays.open = self
+        self._silence.begin()
         capture.enter()
 
     def __exit__(
@@ -111,6 +158,7 @@ class Stay:
     def leave(self) -> None:
         """End it. A task that is open is absent unless it is opened again: what there is is no whole gradient."""
         self._capture.leave(self._aside)
+        self._silence.end()
         self._stays.open = None
 
 
@@ -139,6 +187,7 @@ class Task(Stay):
             raise RuntimeError(f"discard() inside task({self._index}) has ended it: what came later is in no row")
         try:
             if kind is None:
+                self._silence.check()
                 self._capture.close()
         except BaseException as raised:
             error = raised

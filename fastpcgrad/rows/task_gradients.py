@@ -131,6 +131,20 @@ class TaskGradients:
         there = row[index]
         row[index] = grad if there is None else there + grad
 
+    def stays(self, task: int) -> int:
+        """How often a task was entered."""
+        return self._stays.get(task, 1) if task in self._rows else 0
+
+    def collect(self, tasks: int, mean: bool) -> None:
+        """All rows of a round, before they are merged.
+
+        Args:
+            tasks: T.
+            mean: divide the row of each task by how often it was entered.
+        """
+        if mean:
+            self.average()
+
     def average(self) -> None:
         """Divide the row of each task that was entered several times by their number."""
         if not self._stays or self._averaged:
@@ -169,11 +183,15 @@ class TaskGradients:
     def _columns(self, rows: Sequence[Row], pointers: Sequence[Sequence[int]]) -> Columns:
         return Columns(rows, pointers, self.widths, self.dtypes, self.devices)
 
-    def summary(self) -> str:
-        """A digest of what must be alike in all processes that have parts of the rows: stays, and where there are
-        gradients."""
+    def summary(self, tasks: int, mean: bool) -> tuple[object, ...]:
+        """What must be alike in all processes that have parts of the rows: tasks, stays, where there are gradients.
+
+        Args:
+            tasks, mean: see ``collect``.
+        """
         there = [bytes(grad is not None for grad in self._rows[task]) for task in self.tasks]
-        return hashlib.blake2b(repr((sorted(self._stays.items()), there)).encode(), digest_size=4).hexdigest()
+        alike = repr((sorted(self._stays.items()), there)).encode()
+        return *self.tasks, hashlib.blake2b(alike, digest_size=4).hexdigest()
 
     def snapshot(self) -> dict[str, Any]:
         """What a copy of this object needs to go on with the round, see ``restore``."""

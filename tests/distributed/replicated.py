@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastpcgrad
 from fastpcgrad import methods
 from fastpcgrad.distributed import buckets
+from fastpcgrad.distributed.cost import Step
 from tests.distributed.ranks import DEVICE
 from tests.distributed.scenarios import Scenarios
 from tests.distributed.sharded import (
@@ -229,9 +230,11 @@ def what_is_sent_is_one_reduction_a_task_and_the_merged_gradient():
     surgery = fastpcgrad.GradientSurgery(parameters, TASKS, methods.PCGrad("tensorflow"))
     surgery.backward(losses_of(net))
     elements = sum(q.numel() for q in parameters)
+    step = Step("data", p, TASKS, elements, len(parameters))
+    assert surgery._layouts.current.exchange.nbytes == step.sent
     padded = elements + -(-4 * elements // buckets.NBYTES) * p
-    control = 8 * (3 * TASKS**2 + TASKS) + TASKS * len(parameters) + 24 * (2 * TASKS + 2)
-    assert surgery._layouts.current.exchange.nbytes <= 4 * (TASKS + 1) * padded * (p - 1) / p + control
+    assert step.sent - step.messages <= 4 * (TASKS + 1) * padded * (p - 1) / p
+    assert step.messages <= 8 * (3 * TASKS**2 + TASKS) + TASKS * len(parameters) + 24 * (2 * TASKS + 2)
 
 
 @scenario
@@ -253,9 +256,12 @@ def memory_is_that_of_the_plan():
         patch.setattr(buckets, "NBYTES", 1 << 20)
         merged(new())
         net.zero_grad()
+        dist.barrier()  # what was sent is no longer held
         surgery = new()
         plan = surgery.memory_plan().device
         taken = most_memory(lambda: merged(surgery))
+        known = Step("data", size, tasks, elements).memory + 4 * width**2
+        assert abs(plan.total - known) < 0.01 * plan.total
     assert plan.total <= 4 * (elements * (tasks / size + 1) + width**2) + (3 << 20), plan
     assert 0.9 * plan.total <= taken <= 1.1 * plan.total, (taken, plan)
 

@@ -1,4 +1,4 @@
-"""The example of data parallelism trains on two processes."""
+"""The examples on several processes train on two."""
 
 import pytest
 
@@ -7,6 +7,6 @@ pytest.importorskip("sklearn", reason="the example's digits come with scikit-lea
 from tests.distributed import ranks
 
 
-def test_it_trains_on_two_processes(tmp_path):
-    said = ranks.run("tests.distributed.digits", 2, tmp_path, seconds=120)
+def test_they_train_on_two_processes(tmp_path):
+    said = ranks.run("tests.distributed.trained_examples", 2, tmp_path, seconds=120)
     assert all(not any(found) for found in said.values()), said
