@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import methods
+from ._gradients import added
 from ._graph import check_kept, explain, leaves, unreached
 from ._losses import check_losses_of_samples, check_tensors, present_losses
 from ._warnings import warn_of_fewer_losses, warn_of_one_loss
@@ -116,9 +117,8 @@ def backward(
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
             new, old = merged[id(target)], target.grad
-            if new is not None and old is not None:
-                new = old.add_(new) if old.layout == torch.strided else new.add_(old)
-            target.grad = old if new is None else new
+            if new is not None:
+                target.grad = new if old is None else added(old, new)
 
 
 def gramian(

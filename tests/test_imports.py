@@ -22,7 +22,7 @@ FLOORS = (
     {"_derivatives"},
     {"functional"},
     {"methods"},
-    {"rows.choice", "rows.hooks"},
+    {"rows.choice", "rows.hooks", "rows.sparse"},
     {"rows.products"},
     {"rows.factors"},
     {"rows.samples"},

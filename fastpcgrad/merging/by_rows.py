@@ -53,7 +53,8 @@ def merge(
     before = _versions(out)
     grads.at_risk = True
     try:
-        return _merge(columns, factors, tuple(grads.tasks), method, problems, out)
+        report, merged = _merge(columns, factors, tuple(grads.tasks), method, problems, out)
+        return report, columns.gradients(merged)
     except Exception:
         grads.at_risk = _versions(out) != before
         raise
@@ -65,7 +66,8 @@ def merge_apart(
     """Into fresh memory, see ``merge``."""
     out, problems = _prepared(columns, factors, method, division)
     out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-    return _merge(columns, factors, tasks, method, problems, out)
+    report, merged = _merge(columns, factors, tasks, method, problems, out)
+    return report, columns.gradients(merged)
 
 
 def _prepared(columns: Columns, factors: Settled, method: Method, division: Division) -> tuple[Row, Problems]:
