@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -178,34 +178,29 @@ class Finder:
                 return "an activation that is no dense tensor of the weight's device"
         return None
 
-    def look_for_hooks(self, known: Known, rows: Choice) -> set[int]:
+    def look_for_hooks(self, known: Known) -> set[int]:
         """Leave out weights with hooks on their way, and those that were found to be wrong.
 
         Returns:
-            those on whose way there may be a hook that cannot be seen: each of their gradients is to be compared. It
-            would not pay.
+            those on whose way there may be a hook that cannot be seen: each of their gradients is to be compared.
         """
         unsure = set()
         for index in list(self.found):
             if index not in known.right and index not in known.wrong and self._is_hooked(index):
                 known.wrong[index] = "a hook between the weight and its products"
-            reason = known.wrong.get(index)
-            if reason is None and not are_without_hooks(self._ways[index]):
-                if rows == "factored":
-                    unsure.add(index)
-                else:
-                    reason = "the first step, or a hook was registered since the graph was begun"
-            if reason is not None:
-                del self.found[index]
-                self.why[reason] += 1
+            if reason := known.wrong.get(index):
+                self.refuse([index], reason)
+            elif not are_without_hooks(self._ways[index]):
+                unsure.add(index)
         return unsure
 
     def _is_hooked(self, index: int) -> bool:
         return any(map(has_hooks, self._ways[index])) or any(map(has_post_hooks, self.found[index]))
 
-    def refuse_all(self, reason: str) -> None:
-        self.why[reason] += len(self.found)
-        self.found = {}
+    def refuse(self, indexes: Iterable[int], reason: str) -> None:
+        for index in list(indexes):
+            del self.found[index]
+            self.why[reason] += 1
 
 
 def _are_bare(way: Sequence[Node], products: Sequence[Node]) -> bool:

@@ -144,7 +144,7 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: boo
     graph = Graph([losses])
     finder = Finder(graph, parameters, "factored")
     known = hooks.known(hash((graph.signature, "samples", len(losses), *map(id, parameters))))
-    unsure = finder.look_for_hooks(known, "factored")
+    unsure = finder.look_for_hooks(known)
     weights = [Factored(index, nodes, 2, finder.transposed[index]) for index, nodes in finder.found.items()]
     weights += [_Bias(index, nodes, 2, False) for index, nodes in finder.biases().items()]
     weights = [weight for weight in weights if _have_rows_for(len(losses), weight)]
