@@ -24,6 +24,7 @@ FLOORS = (
     {"methods"},
     {"rows.choice", "rows.hooks", "rows.sparse"},
     {"rows.products"},
+    {"rows.apart"},
     {"rows.factors"},
     {"rows.samples"},
     {"rows.stacked"},

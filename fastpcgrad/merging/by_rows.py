@@ -82,8 +82,14 @@ def _prepared(columns: Columns, factors: Settled, method: Method, division: Divi
 
 def gram(columns: Columns, factors: Settled) -> torch.Tensor:
     """G alone, ``[T, T]`` float64."""
-    found = columns.only([index not in factors for index in range(len(columns.widths))]).gram(None, 1)[0]
-    return sum((own.to(found.device) for _, own in factors.values()), found)
+    inside = [index not in factors for index in range(len(columns.widths))]
+    grams = [own for _, own in factors.values()]
+    if any(inside) or not grams:
+        grams.append(columns.only(inside).gram(None, 1)[0])
+    total = grams[0].clone()
+    for own in grams[1:]:
+        total += own.to(total.device)
+    return total
 
 
 def _versions(out: Row) -> list[int]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -283,7 +283,7 @@ def symmetric_if_exact(gram: Tensor, bound: Tensor, is_zero: Tensor, dtype: torc
 
 def exact_dtypes(device: torch.device) -> Any:
     """Autocast would round what goes into a product."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 _MOST_UNSURE_STEPS = 2
