@@ -50,8 +50,8 @@ def grad(
             process merges by itself.
         rows: see ``GradientSurgery``.
         batch_dim: 0: ``losses`` is one tensor with a loss for each sample of a batch, and T is the batch size. Weights
-            of linear layers and their biases then take two backward passes for all samples together, with any method
-            that needs G alone; all other parameters one for each. No loss may depend on another's sample.
+            of linear layers and their biases then take one or two backward passes for all samples together, with any
+            method that needs G alone; all other parameters one for each. No loss may depend on another's sample.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
