@@ -331,3 +331,11 @@ def test_nothing_is_as_large_as_a_table(options):
         surgery.merge()
         surgery.backward(losses_of(net, IDS["overlapping"]))
     assert 0 < largest.elements < 200
+
+
+def test_tables_of_no_width():
+    table = nn.Embedding(5, 0, sparse=True)
+    x = torch.ones(2, requires_grad=True)
+    losses = [x.sum() + table(torch.tensor([1, 1])).sum(), -x.sum() + table(torch.tensor([3])).sum()]
+    merged, _ = fastpcgrad.grad(losses, [table.weight, x], method=methods.Sum())
+    assert merged.is_coalesced() and merged.shape == (5, 0)

@@ -80,7 +80,7 @@ class Coalescing:
 
     def __call__(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
         grad = grad.detach()
-        if grad.is_coalesced() or not grad._nnz():
+        if grad.is_coalesced() or not grad._values().numel():
             return grad.clone().coalesce().to(dtype)
         values, shape = grad._values(), grad.shape
         numbers, order, begins, indices = self._ordered(grad._indices(), shape)
