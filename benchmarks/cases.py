@@ -121,11 +121,19 @@ MEMORY_BATCH = Batch(1, 32)
 """Of the transformers' peaks, of which activations are no part: few of them save time."""
 
 
+Wide = Literal["mlp w=256", "mlp w=512", "mlp w=1024", "mlp w=2048"]
+Recommender = Literal["recommender V=3000", "recommender V=300000"]
+WIDTHS: dict[Wide, int] = {"mlp w=256": 256, "mlp w=512": 512, "mlp w=1024": 1024, "mlp w=2048": 2048}
+TABLES: dict[Recommender, int] = {"recommender V=3000": 3000, "recommender V=300000": 300_000}
+"""Of models with sparse gradients: the size of the table."""
+Named = Literal["tutorial", "mlp", "mlp 0.94M", "mlp 0.17M", "transformer", "wide transformer"] | Wide | Recommender
+
+
 @dataclass(frozen=True)
 class StepCase:
     """One training step of a model of ``benchmarks.models``: one by name, or a transformer of some size."""
 
-    model: Literal["tutorial", "mlp", "mlp 0.94M", "mlp 0.17M", "transformer", "wide transformer"] | Gpt
+    model: Named | Gpt
     tasks: int
     batch: Batch
 
@@ -153,7 +161,7 @@ class StepCase:
 class FactoredCase(StepCase):
     """A step of which it is of interest what factored rows make of it."""
 
-    model: Literal["mlp", "mlp 0.94M", "mlp 0.17M", "wide transformer"]
+    model: Literal["mlp", "mlp 0.94M", "mlp 0.17M", "wide transformer"] | Wide | Recommender
 
     @property
     def op(self) -> str:
@@ -162,6 +170,15 @@ class FactoredCase(StepCase):
     @property
     def label(self) -> str:
         return f"{super().label} B={str(self.batch).removesuffix(' x 1 tokens')}"
+
+
+@dataclass(frozen=True)
+class FloorCase(FactoredCase):
+    """A step of which it is of interest how it compares with T backward passes, as sizes grow."""
+
+    @property
+    def op(self) -> str:
+        return "floor"
 
 
 def kernel_cases(quick: bool) -> list[KernelCase]:
@@ -209,6 +226,23 @@ def factored_cases(quick: bool) -> list[FactoredCase]:
 
 def factored_memory_cases(quick: bool) -> list[FactoredCase]:
     return [FactoredCase("mlp", 2 if quick else 8, Batch(32))]
+
+
+def floor_cases(quick: bool) -> list[FloorCase]:
+    """MLPs of each width with batches of each size, and sparse tables of two sizes."""
+    recommenders = [FloorCase(model, 4, Batch(512)) for model in TABLES]
+    if quick:
+        return [FloorCase("mlp w=256", 8, Batch(16)), recommenders[0]]
+    mlps = [FloorCase(model, 8, Batch(batch)) for model in WIDTHS for batch in (4, 16, 64, 256)]
+    return [*recommenders, *mlps]
+
+
+def floor_memory_cases(quick: bool) -> list[FloorCase]:
+    """At several T, and at two sizes of a table."""
+    if quick:
+        return [FloorCase("mlp w=512", 2, Batch(16))]
+    mlps = [FloorCase("mlp w=2048", tasks, Batch(32)) for tasks in (2, 4, 8, 16)]
+    return [*mlps, *(FloorCase(model, 4, Batch(512)) for model in TABLES)]
 
 
 def large_cases(quick: bool) -> list[StepCase]:

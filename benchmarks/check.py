@@ -101,14 +101,19 @@ _ERRORS = {"gram": _gram_error, "combine": _combine_error, "mix_": _mix_error, "
 def task_gradients(problem: Problem) -> list[list[Tensor | None]]:
     parameters = problem.parameters_list()
     losses = problem().losses
-    return [list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)) for loss in losses]
+    found = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
+    return [[None if grad is None else _dense(grad) for grad in row] for row in found]
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
     pieces = []
     for i in indices:
         gradient = gradients[i]
-        pieces.append((torch.zeros_like(like[i]) if gradient is None else gradient).double().flatten())
+        pieces.append((torch.zeros_like(like[i]) if gradient is None else _dense(gradient)).double().flatten())
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
 
 

@@ -173,7 +173,7 @@ def peak_of(case: Case, subject: Subject, activations: bool = False, device: str
     problem = models.build(case, device)
     parameters = problem.parameters_list()
     problem.loss(0).backward()
-    gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    gradients = sum(_nbytes(p.grad) for p in parameters if p.grad is not None)
     models.clear_gradients(parameters)
     # What a subject allocates when it is made is part of its peak.
     with watch(device) as found:
@@ -187,6 +187,10 @@ def peak_of(case: Case, subject: Subject, activations: bool = False, device: str
                 for call in phases.values():
                     call()
     return Measured(found.bytes, gradients, sum(p.numel() for p in parameters))
+
+
+def _nbytes(gradient: torch.Tensor) -> int:
+    return gradient._indices().nbytes + gradient._values().nbytes if gradient.is_sparse else gradient.nbytes
 
 
 def _kernel_peak(case: KernelCase, contender: Contender) -> Measured:
@@ -314,7 +318,7 @@ def main() -> None:
     parser.add_argument("--activations", action="store_true", help="what subjects with such graphs have in common")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    of = (cases.memory_cases, cases.large_memory_cases, cases.factored_memory_cases)
+    of = (cases.memory_cases, cases.large_memory_cases, cases.factored_memory_cases, cases.floor_memory_cases)
     every: list[Case] = [case for quick in (True, False) for find in of for case in find(quick)]
     case = next(case for case in every if case.label == options.case)
     subject = next(subject for subject in subjects_of(case) if subject.name == options.subject)

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import TINY_GPT, Batch, Gpt, StepCase
+from benchmarks.cases import TABLES, TINY_GPT, WIDTHS, Batch, Gpt, StepCase
 
-MLPS = {"mlp 0.94M": (256, 512, 4), "mlp 0.17M": (64, 256, 3)}
+MLPS: dict[str, tuple[int, int, int]] = {
+    "mlp 0.94M": (256, 512, 4),
+    "mlp 0.17M": (64, 256, 3),
+    **{name: (w, w, 4) for name, w in WIDTHS.items()},
+}
 """What goes in, the width and number of hidden layers, of those that are smaller than the one of this size:"""
 # 512 -> 5 hidden layers of this width, and heads of 10 classes: 13.6 M parameters at T=4, 13.7 M at T=8.
 MLP_WIDTH = 1776
@@ -147,6 +151,25 @@ def mlp_trunk(width: int, inputs: int = 512, hidden: int = 5) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class LookUp(nn.Module):
+    """Sixteen entries of a table with sparse gradients, and an MLP over them."""
+
+    ENTRIES, WIDTH, OUT = 16, 32, 256
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(size, self.WIDTH, sparse=True)
+        self.layers = mlp_trunk(self.OUT, self.ENTRIES * self.WIDTH, 2)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        found: Tensor = self.layers(self.table(numbers).flatten(1))
+        return found
+
+
+def _recommender(size: int, batch: int, tasks: int) -> Classifier:
+    return Classifier(LookUp(size), torch.randint(0, size, (batch, LookUp.ENTRIES)), LookUp.OUT, tasks)
+
+
 def build(case: StepCase, device: str = "cpu") -> Problem:
     """On one device always the same parameters and batch, so every subject gets its own equal copy."""
     torch.manual_seed(0)
@@ -165,6 +188,8 @@ def _built(case: StepCase) -> Problem:
     if case.model in MLPS:
         inputs, width, hidden = MLPS[case.model]
         return Classifier(mlp_trunk(width, inputs, hidden), torch.randn(batch.sequences, inputs), width, tasks)
+    if case.model in TABLES:
+        return _recommender(TABLES[case.model], batch.sequences, tasks)
     if case.model == "wide transformer":
         return Classifier(MeanPooledEncoder(1000, 512, 2), _tokens(1000, batch), 512, tasks)
     tokens = _tokens(4000, batch)
@@ -184,6 +209,8 @@ def build_small(case: StepCase, device: str = "cpu") -> Problem:
         return Tutorial(case.tasks, 16)
     if case.model.startswith("mlp"):
         return Classifier(mlp_trunk(24, inputs=12, hidden=3), torch.randn(8, 12), 24, case.tasks)
+    if case.model in TABLES:
+        return _recommender(50, 8, case.tasks)
     return Classifier(MeanPooledEncoder(50, 16, 2), _tokens(50, Batch(4, 6)), 16, case.tasks)
 
 

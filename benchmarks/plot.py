@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rows, targets
-from benchmarks.modes import floor_of
+from benchmarks import rows, samples, targets
+from benchmarks.cases import WIDTHS
+from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS, floor_of
 from benchmarks.rows import FIGURES, LIBRARY, RESULTS, Row
 from benchmarks.tables import CPU_OPS, GPU_OPS, PAGES, by_case, origin
 
@@ -48,8 +49,9 @@ LARGE_COLOURS = {
 
 def draw(folder: Path) -> list[Path]:
     """All plots that the committed rows have data for, as PNG."""
-    cpu, large, gpu = (rows.latest(rows.read(RESULTS / f"{name}.jsonl")) for name in ("cpu", "large", "gpu"))
-    return [*draw_cpu(cpu, folder), *draw_large(large, folder), *draw_gpu(gpu, folder)]
+    names = ("cpu", "large", "floor", "gpu")
+    cpu, large, floor, gpu = (rows.latest(rows.read(RESULTS / f"{name}.jsonl")) for name in names)
+    return [*draw_cpu(cpu, folder), *draw_large(large, folder), *draw_floor(floor, folder), *draw_gpu(gpu, folder)]
 
 
 def _save(figure: Any, path: Path, dpi: int) -> Path:
@@ -227,6 +229,48 @@ def _step_points(at: Sequence[Row], subject: str) -> list[tuple[int, float]]:
 def _peak_points(at: Sequence[Row], subject: str) -> list[tuple[int, float]]:
     chosen = [row for row in at if row.kind == "memory" and row.subject == subject]
     return sorted((row.N or 0, row.peak_ratio) for row in chosen if row.peak_ratio is not None)
+
+
+def draw_floor(latest: Sequence[Row], folder: Path) -> list[Path]:
+    """Steps against T backward passes over the batch, a line for each width; peaks over T; one loss a sample."""
+    if not latest:
+        return []
+    figure, ((steps, peaks, samples_axis),) = _panels(1, 3, 11, 3.8)
+    timed = [row for row in latest if (row.kind, row.op) == ("step", "floor") and row.case.startswith("mlp")]
+    for colour, model in enumerate(WIDTHS):
+        for subject, style in ((LIBRARY, "o-"), (DENSE_ROWS, "o:")):
+            chosen = [row for row in timed if row.case.startswith(f"{model} ") and row.subject == subject]
+            points = sorted((int(row.case.rpartition("B=")[2]), row.ratios["plain"]) for row in chosen if row.ratios)
+            if points:
+                label = f"{model}, auto" if subject == LIBRARY else None
+                steps.plot(*zip(*points, strict=True), style, ms=3, lw=1, color=f"C{colour}", label=label)
+    for subject, style in ((LIBRARY, "o-"), (DENSE_ROWS, "s:"), (FACTORED_ROWS, "^--")):
+        chosen = [row for row in latest if (row.kind, row.op, row.subject) == ("memory", "floor", subject)]
+        mlps = [row for row in chosen if row.peak_ratio is not None and "mlp" in row.case]
+        points = sorted((row.T or 0, (row.peak_ratio or 0.0) * (row.T or 0)) for row in mlps)
+        if points:
+            peaks.plot(*zip(*points, strict=True), style, ms=4, label=subject.removeprefix(LIBRARY) or "auto")
+    for subject in (samples.PLAIN, samples.GRAM, samples.WHOLE, samples.ENGINE):
+        for widths, style in ((samples.NARROW, "o-"), (samples.WIDE, "s--")):
+            case = samples.Case(widths, 0).label.partition("B=")[0]
+            chosen = [row for row in latest if row.subject == subject and row.case.startswith(case)]
+            points = sorted((row.T or 0, row.whole_p50_ms) for row in chosen if row.whole_p50_ms is not None)
+            if points:
+                name = subject if widths == samples.NARROW else None
+                own = COLOURS.get(subject, RED if subject == samples.GRAM else PURPLE)
+                samples_axis.plot(*zip(*points, strict=True), style, ms=4, color=own, label=name)
+    steps.axhline(1, color="grey", lw=0.8)
+    peaks.axhline(1.5, color="grey", ls=":")
+    steps.set(xscale="log", xlabel="batch", title="T=8: pc_backward / T plain backwards\n(dotted: dense rows)")
+    peaks.set(xlabel="T", title="peak of two steps / N·itemsize")
+    samples_axis.set(xscale="log", yscale="log", xlabel="batch, one loss a sample", ylabel="ms")
+    samples_axis.set_title("forward included; narrow MLP (lines), wide one (dashed)", fontsize=9)
+    for axis in (steps, peaks, samples_axis):
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.suptitle(textwrap.fill(origin(latest), 130), fontsize=8)
+    return [_save(figure, folder / "floor.png", 100)]
 
 
 def draw_gpu(latest: Sequence[Row], folder: Path) -> list[Path]:

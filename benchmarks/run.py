@@ -8,6 +8,7 @@ Parts, each with the minutes that it may take; without ``--only`` the first thre
 - *method*: every method against TorchJD's, by pytest-benchmark (``benchmarks/test_methods.py``).
 - *gradnorm*: a step of GradNorm (``benchmarks.gradnorm``).
 - *factored*: steps and a peak with factored rows, where they pay and where they do not.
+- *floor*: steps below T backward passes: over width and batch, peaks over T, one loss a sample, sparse tables.
 - *large*: steps and peaks of a GPT-style transformer of 1 M to 1 G parameters in every mode of the library. What is
   predicted not to fit is skipped, and its row says so.
 
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, gradnorm, memory, rows, saved, steps, tables, targets
+from benchmarks import cases, gradnorm, memory, rows, samples, saved, steps, tables, targets
 from benchmarks.rows import RESULTS, ROOT
 from benchmarks.session import Run
 from benchmarks.timing import Clock
@@ -90,6 +91,12 @@ def factored(run: Run) -> None:
     memory.measure(run, cases.factored_memory_cases(run.quick))
 
 
+def floor(run: Run) -> None:
+    samples.measure(run, samples.cases(run.quick))
+    steps.measure(run, cases.floor_cases(run.quick))
+    memory.measure(run, cases.floor_memory_cases(run.quick))
+
+
 PARTS = {
     "kernel": Part("cpu", 6.0, calls("test_kernels.py")),
     "step": Part("cpu", 3.5, here(lambda run: steps.measure(run, cases.step_cases(run.quick)))),
@@ -97,6 +104,7 @@ PARTS = {
     "method": Part("methods", 7.0, calls("test_methods.py")),
     "gradnorm": Part("gradnorm", 2.0, here(lambda run: gradnorm.measure(run, gradnorm.cases(run.quick)))),
     "factored": Part("factored", 8.0, here(factored)),
+    "floor": Part("floor", 12.0, here(floor)),
     "large": Part("large", 8.5, here(large)),
 }
 DEFAULT = ("kernel", "step", "memory")
@@ -107,9 +115,9 @@ def show(run: Run) -> None:
     of_methods = [row for row in run.rows if row.kind == "method"]
     others = [row for row in run.rows if row.kind != "method"]
     shown = [tables.readme(others)] if others else []
-    shown += [tables.gradnorm(others), tables.factored(others), tables.large_steps(others)]
+    shown += [tables.gradnorm(others), tables.factored(others), tables.floor(others), tables.large_steps(others)]
     shown += [tables.methods(of_methods)] if of_methods else []
-    shown.append(tables.target_table(run.rows, (*targets.LARGE, *targets.FACTORED, *targets.GRADNORM)))
+    shown.append(tables.target_table(run.rows, (*targets.LARGE, *targets.FACTORED, *targets.FLOOR, *targets.GRADNORM)))
     print("\n" + "\n\n".join(part for part in shown if part) + "\n")
     run.show_failures()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import rows, targets
+from benchmarks import rows, samples, targets
 from benchmarks.cases import DTYPES, OPS
 from benchmarks.method_cases import FLOOR, PEER
 from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS
@@ -336,6 +336,29 @@ def gradnorm(latest: Sequence[Row]) -> str:
     return markdown(header, lines) if lines else ""
 
 
+def floor(latest: Sequence[Row]) -> str:
+    """One loss a sample against TorchJD's Engine, and sparse tables. Nothing where there are no rows."""
+    lines = []
+    for case, found in by_case(latest, "step", "samples").items():
+        shown = [
+            found[samples.ENGINE].ratios.get(samples.GRAM) if samples.ENGINE in found else None,
+            *(found[name].whole_ratios.get(samples.PLAIN) for name in (samples.GRAM, samples.WHOLE)),
+        ]
+        lines.append((case.removeprefix("per sample "), *("" if ratio is None else f"{ratio:.3g}×" for ratio in shown)))
+    header = ("one loss a sample", "Engine / `gramian`", "`gramian` / plain step", "step with PCGrad / plain step")
+    peaks = by_case(latest, "memory", "floor")
+    sparse = []
+    for case, found in by_case(latest, "step", "floor").items():
+        if case.startswith("recommender"):
+            peak = peaks.get(f"memory {case}", {}).get(LIBRARY)
+            shown_peak = "" if peak is None or peak.peak_bytes is None else f"{peak.peak_bytes / 2**20:.0f} MiB"
+            sparse.append((case.removeprefix("recommender "), _by_plain(found.get(LIBRARY), False), shown_peak))
+    if not lines and not sparse:
+        return ""
+    of_tables = ("sparse table", "`pc_backward` / T plain backward passes", "peak of two steps")
+    return "\n\n".join([markdown(header, lines), markdown(of_tables, sparse), origin(latest)])
+
+
 def factored(latest: Sequence[Row]) -> str:
     """Ways to keep rows, by plain backward passes; and peaks. Nothing where there are no rows."""
     subjects = {LIBRARY: '`rows="auto"`', DENSE_ROWS: '`rows="dense"`', FACTORED_ROWS: '`rows="factored"`'}
@@ -381,6 +404,7 @@ class Page:
 PAGES = (
     Page(ROOT / "README.md", RESULTS / "cpu.jsonl", "benchmark-table", readme),
     Page(ROOT / "README.md", RESULTS / "factored.jsonl", "factored-table", factored),
+    Page(ROOT / "docs" / "below_the_floor.md", RESULTS / "floor.jsonl", "floor-table", floor),
     Page(ROOT / "docs" / "kernels.md", RESULTS / "gpu.jsonl", "gpu-table", gpu),
     Page(ROOT / "docs" / "methods.md", RESULTS / "methods.jsonl", "methods-table", methods),
 )

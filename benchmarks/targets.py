@@ -9,6 +9,8 @@ from typing import Any, Literal
 from benchmarks.cases import LARGEST_WIDTH, PARAMETER_BYTES
 from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS, HOST_ROWS
 from benchmarks.rows import LIBRARY, Row
+from benchmarks.samples import ENGINE, GRAM, PLAIN
+from benchmarks.samples import WHOLE as WHOLE_STEP
 from benchmarks.steps import WHOLE
 
 Style = Literal["times", "percent"]
@@ -166,6 +168,26 @@ FACTORED = (
     _factored("mlp T=4 B=256", 0.95),
     *map(_like_dense, ("mlp 0.94M T=4 B=32", "mlp 0.17M T=8 B=32", "wide transformer T=4 B=8 x 64 tokens")),
     Target("factored rows: peak / N·itemsize", "<=", 1.5, _rows("memory", "factored", FACTORED_ROWS), _in_gradients),
+)
+_SPARSE = "`pc_backward`, a sparse table of 300 k rows, T=4: time against T plain backwards"
+FLOOR = (
+    Target(
+        "one loss a sample, G: speed against TorchJD's Engine", ">=", 30, _rows("step", "samples", GRAM), _speed(ENGINE)
+    ),
+    Target(
+        "one loss a sample, whole step with PCGrad: time against a plain one",
+        "<=",
+        2.5,
+        _rows("step", "samples", WHOLE_STEP),
+        lambda row: row.whole_ratios.get(PLAIN),
+    ),
+    Target(
+        _SPARSE,
+        "<=",
+        1.6,
+        _rows("step", "floor", case="recommender V=300000 T=4 B=512"),
+        lambda row: row.ratios.get(PLAIN),
+    ),
 )
 _DOUBLE = "double backward"
 GRADNORM = (

@@ -25,6 +25,11 @@ def dense(grad: Tensor) -> Tensor:
     return grad if grad.layout == torch.strided else grad.to_dense()
 
 
+def added(grad: Tensor, more: Tensor) -> Tensor:
+    """The sum of two gradients, in the memory of a dense one, as autograd adds to ``.grad``."""
+    return grad.add_(more) if grad.layout == torch.strided else more.add_(grad)
+
+
 @overload
 def as_real(tensor: Tensor) -> Tensor: ...
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import methods
+from ._gradients import added
 from ._graph import check_kept, explain, leaves, unreached
 from ._losses import check_losses_of_samples, check_tensors, present_losses
 from ._warnings import warn_of_fewer_losses, warn_of_one_loss
@@ -49,8 +50,8 @@ def grad(
             process merges by itself.
         rows: see ``GradientSurgery``.
         batch_dim: 0: ``losses`` is one tensor with a loss for each sample of a batch, and T is the batch size. Weights
-            of linear layers and their biases then take two backward passes for all samples together, with any method
-            that needs G alone; all other parameters one for each. No loss may depend on another's sample.
+            of linear layers and their biases then take one or two backward passes for all samples together, with any
+            method that needs G alone; all other parameters one for each. No loss may depend on another's sample.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
@@ -116,9 +117,8 @@ def backward(
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
             new, old = merged[id(target)], target.grad
-            if new is not None and old is not None:
-                new = old.add_(new) if old.layout == torch.strided else new.add_(old)
-            target.grad = old if new is None else new
+            if new is not None:
+                target.grad = new if old is None else added(old, new)
 
 
 def gramian(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import methods
+from ._gradients import added
 from ._losses import present_losses
 from ._warnings import warn, warn_of_fewer_losses, warn_of_one_loss
 from .merging.report import ConflictReport
@@ -167,7 +168,7 @@ class PCGrad(torch.optim.Optimizer):
                 p.grad = grad
             raise
         for p, grad in before:
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
+            p.grad = grad if p.grad is None else added(p.grad, grad)
         self._is_unused = True
 
     def _look_for_repeat(self) -> None:

@@ -77,7 +77,7 @@ class GradientSurgery:
         ``.grad``. On the CPU they stay mapped until the next round's gradients take their place, one by one. Rows of
         another dtype than the parameters are freed parameter by parameter as merged gradients take their place.
         Weights that are kept as factors take N elements instead of T·N, besides T gradients of activations.
-        ``memory_plan`` tells the bytes beforehand.
+        ``memory_plan`` tells the bytes beforehand. Sparse gradients stay so: of these N counts what some task touched.
     Numerics: G and merged gradients from factors have the rounding errors of matrix products, G in float64; their bits
         may differ from those with dense rows, and with the number of threads, as those of torch's products do.
     Many processes: unless they share tasks out, all must enter the same in the same order; one that fails ends the

@@ -10,6 +10,7 @@ from tests.late_copies import LateCopies
 from tests.linear_problems import KINDS
 
 SPARSE = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.ones(2, 2), (2, 2), check_invariants=True)
+ELSEWHERE = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.full((1, 2), 5.0), (2, 2), check_invariants=True)
 
 
 def filled(grads, task, *micro_batches):
@@ -50,9 +51,31 @@ def test_gradients_are_added_to_an_open_row():
     grads = MovedGradients([torch.zeros(2), torch.zeros(2, 2)], torch.float64)
     grown = torch.ones(2, requires_grad=True) * 3
     filled(grads, 0, [grown, SPARSE], [grown, SPARSE])
-    first, second = grads.columns().whole.tensors[0]
+    columns = grads.columns()
+    first, second = columns.whole.tensors[0]
     assert first.tolist() == [6.0, 6.0] and not first.requires_grad
-    assert second.tolist() == [[0, 0], [4, 4]] and second.dtype == torch.float64
+    assert second.tolist() == [[4, 4]] and second.dtype == torch.float64
+    assert columns.touched[1].indices.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("accumulate_dtype", [None, torch.float64])
+def test_sparse_and_dense_gradients_add_up_in_any_order(accumulate_dtype, dtype, copies):
+    orders = [[SPARSE, ELSEWHERE], [SPARSE, torch.ones(2, 2)], [torch.ones(2, 2), SPARSE], [ELSEWHERE] * 3]
+    grads = MovedGradients([torch.zeros(2, 2)], dtype, accumulate_dtype, copies)
+    for task, order in enumerate(orders):
+        filled(grads, task, *[[grad] for grad in order[:2]])
+        for grad in order[2:]:
+            filled(grads, task, [grad])
+    blocks = grads.columns().whole.tensors
+    assert [row[0].dtype for row in blocks] == [dtype] * 4
+    assert [row[0].tolist() for row in blocks] == [
+        [[5, 5], [2, 2]],
+        [[1, 1], [3, 3]],
+        [[1, 1], [3, 3]],
+        [[15, 15], [0, 0]],
+    ]
+    assert torch.equal(ELSEWHERE.to_dense(), torch.tensor([[5.0, 5.0], [0.0, 0.0]]))
 
 
 def test_a_gradient_that_two_parameters_share_is_added_to_each_by_itself(copies):

@@ -154,6 +154,7 @@ def test_sparse_gradients(any_share):
     rows = [[g.to_dense() for g in row] for row in rows_of(losses, [embedding.weight])]
     _, (merged,) = merge_in_two_phases(losses, [embedding.weight], methods.PCGrad("tensorflow"))
     expected = reference.merge(rows, [embedding.weight], "tensorflow")[0]
+    assert merged.is_coalesced()
     torch.testing.assert_close(merged.to_dense(), expected)
 
 

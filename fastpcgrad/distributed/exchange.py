@@ -123,7 +123,8 @@ class JointColumns(Columns):
     """
 
     def __init__(self, columns: Columns, link: Link) -> None:
-        super().__init__(columns.tensors, columns.pointers, columns.widths, columns.dtypes, columns.devices)
+        parts = columns.tensors, columns.pointers, columns.widths, columns.dtypes, columns.devices
+        super().__init__(*parts, columns.touched)
         self._link = link
 
     @property

@@ -53,7 +53,8 @@ def merge(
     before = _versions(out)
     grads.at_risk = True
     try:
-        return _merge(columns, factors, tuple(grads.tasks), method, problems, out)
+        report, merged = _merge(columns, factors, tuple(grads.tasks), method, problems, out)
+        return report, columns.gradients(merged)
     except Exception:
         grads.at_risk = _versions(out) != before
         raise
@@ -65,7 +66,8 @@ def merge_apart(
     """Into fresh memory, see ``merge``."""
     out, problems = _prepared(columns, factors, method, division)
     out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-    return _merge(columns, factors, tasks, method, problems, out)
+    report, merged = _merge(columns, factors, tasks, method, problems, out)
+    return report, columns.gradients(merged)
 
 
 def _prepared(columns: Columns, factors: Settled, method: Method, division: Division) -> tuple[Row, Problems]:
@@ -80,8 +82,14 @@ def _prepared(columns: Columns, factors: Settled, method: Method, division: Divi
 
 def gram(columns: Columns, factors: Settled) -> torch.Tensor:
     """G alone, ``[T, T]`` float64."""
-    found = columns.only([index not in factors for index in range(len(columns.widths))]).gram(None, 1)[0]
-    return sum((own.to(found.device) for _, own in factors.values()), found)
+    inside = [index not in factors for index in range(len(columns.widths))]
+    grams = [own for _, own in factors.values()]
+    if any(inside) or not grams:
+        grams.append(columns.only(inside).gram(None, 1)[0])
+    total = grams[0].clone()
+    for own in grams[1:]:
+        total += own.to(total.device)
+    return total
 
 
 def _versions(out: Row) -> list[int]:

@@ -17,6 +17,7 @@ from .._modes import is_fake
 from .._ops import Figures
 from ..methods import Elementwise, Method
 from ..rows.parameters import UNDIVIDED, Division
+from ..rows.sparse import stays_sparse
 from ..rows.task_gradients import Row, TaskGradients
 from .graph_pieces import Graph, Open
 from .problems import PARTIAL, SUM, WHOLE, Problems, weights_table
@@ -196,7 +197,7 @@ def _weighted_backward(
         with _grad_set_aside(inputs):
             torch.autograd.backward(losses, seeds, retain_graph=retain_graph or number < len(passes), inputs=inputs)
             for index, p in zip(chosen, inputs, strict=True):
-                merged[index] = p.grad
+                merged[index] = p.grad if p.grad is None or not stays_sparse(p.grad) else p.grad.coalesce()
     return merged
 
 

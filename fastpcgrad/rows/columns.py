@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import compress
 
@@ -14,6 +14,7 @@ from .._blocks import Blocks
 from .._ops import to_device
 from ..backends import kernels
 from ..methods import Elementwise, Method, Solution
+from .sparse import NOWHERE, Touched
 
 Tensors = Sequence[Sequence[Tensor | None]]
 
@@ -29,6 +30,7 @@ class Columns:
         pointers: where those begin.
         widths: the columns of each block.
         dtypes, devices: of each block.
+        touched: by its number, of each block that is part of a sparse gradient.
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class Columns:
         widths: array[int],
         dtypes: Sequence[torch.dtype],
         devices: Sequence[torch.device],
+        touched: Mapping[int, Touched] = NOWHERE,
     ) -> None:
         self.tensors, self.pointers, self.widths = tensors, pointers, widths
-        self.dtypes, self.devices = dtypes, devices
+        self.dtypes, self.devices, self.touched = dtypes, devices, touched
 
     @cached_property
     def whole(self) -> Blocks | None:
@@ -93,6 +96,13 @@ class Columns:
         for places, blocks in self.parts:
             chosen = _some(weights_of, places)
             kernels.combine_blocks(blocks, to_device(weights, blocks.device), chosen, [out[index] for index in places])
+
+    def gradients(self, blocks: list[Tensor | None]) -> list[Tensor | None]:
+        """What was combined as the parameters have it, in the same memory."""
+        for index, part in self.touched.items():
+            block = blocks[index]
+            blocks[index] = None if block is None else part.gradient(block)
+        return blocks
 
     def solve(self, method: Method, gram: Tensor, tasks: Sequence[int]) -> Solution:
         """What a method makes of G; see ``Method.checked_solve``."""

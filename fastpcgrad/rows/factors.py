@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -283,7 +283,11 @@ def symmetric_if_exact(gram: Tensor, bound: Tensor, is_zero: Tensor, dtype: torc
 
 def exact_dtypes(device: torch.device) -> Any:
     """Autocast would round what goes into a product."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+_MOST_UNSURE_STEPS = 2
+"""In a row, in which ``auto`` compares each gradient with its factors: that saves memory, not time."""
 
 
 def plan(losses: Sequence[Tensor], parameters: Sequence[Tensor], rows: Choice) -> Factors | RowsReport:
@@ -303,12 +307,16 @@ def plan(losses: Sequence[Tensor], parameters: Sequence[Tensor], rows: Choice) -
         return all_dense("a reentrant checkpoint hides what lies behind it", len(parameters))
     finder = Finder(graph, parameters, rows)
     if rows == "auto" and 0 < sum(parameters[index].numel() for index in finder.found) < LEAST_ELEMENTS:
-        finder.refuse_all(f"all weights that could be factored have less than {LEAST_ELEMENTS} elements")
+        finder.refuse(finder.found, f"all weights that could be factored have less than {LEAST_ELEMENTS} elements")
     if not finder.found:
         return RowsReport(dense=dict(finder.why))
     signature = hash((graph.signature, *map(id, parameters)))
     known = hooks.known(signature)
-    unsure = finder.look_for_hooks(known, rows)
+    unsure = finder.look_for_hooks(known)
+    steps = hooks.unsure_steps(signature, bool(unsure))
+    if rows == "auto" and steps > _MOST_UNSURE_STEPS:
+        finder.refuse(unsure, "hooks are registered in every step, after the graph was begun")
+        unsure = set()
     if not finder.found:
         return RowsReport(dense=dict(finder.why))
     factored = [Factored(index, uses, len(losses), finder.transposed[index]) for index, uses in finder.found.items()]

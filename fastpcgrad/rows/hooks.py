@@ -35,6 +35,7 @@ class _Seen:
         self._hooks = -1
         self._since: dict[int, int] = {}
         self._graphs: dict[int, Known] = {}
+        self._unsure: dict[int, int] = {}
 
     def known(self, signature: int) -> Known:
         """Of a graph, by what it looks like."""
@@ -45,6 +46,17 @@ class _Seen:
                 self._hooks = hooks_registered()
             self._since.setdefault(get_ident(), nodes_made())
             return self._graphs.setdefault(signature, Known())
+
+    def unsure_steps(self, signature: int, is_unsure: bool) -> int:
+        """In how many steps of a graph, up to this one, there may have been hooks that cannot be seen."""
+        with self._lock:
+            before = self._unsure.pop(signature, 0)
+            if not is_unsure:
+                return 0
+            self._unsure[signature] = before + 1
+            if len(self._unsure) > self._MOST:
+                del self._unsure[next(iter(self._unsure))]
+            return before + 1
 
     def register(self, register: Callable[..., Any], hook: Callable[..., None]) -> Any:
         """A hook of ours, which does not count. Cut off in between, it counts."""
@@ -63,7 +75,7 @@ class _Seen:
 
 
 _seen = _Seen()
-known, register = _seen.known, _seen.register
+known, register, unsure_steps = _seen.known, _seen.register, _seen.unsure_steps
 
 
 def are_without_hooks(nodes: Iterable[Node]) -> bool:

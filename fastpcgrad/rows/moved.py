@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .._blocks import addresses
-from .._gradients import dense, gradient_dtype
+from .._gradients import added, dense, gradient_dtype
 from ..functional import ROW_DTYPES
 from .columns import Columns
 from .host import Copies, HostRows
+from .sparse import stays_sparse
 from .task_gradients import Row, TaskGradients
 
 
@@ -64,7 +65,10 @@ class MovedGradients(TaskGradients):
 
     def add(self, index: int, grad: Tensor) -> None:
         """Add one parameter's gradient, of any dtype, to the open row."""
-        grad, there, total = dense(grad), self._row[index], self._sums[index]
+        there, total = self._row[index], self._sums[index]
+        if self._host is None and any(own is not None and stays_sparse(own) for own in (grad, there, total)):
+            return self._add_sparse(index, grad)
+        grad = dense(grad)
         if total is not None:
             total.add_(grad)
         elif self.accumulate_dtype is not None:
@@ -80,6 +84,20 @@ class MovedGradients(TaskGradients):
             there.add_(grad.to(there.dtype))  # a sum of two dtypes would take two copies on the CPU
         else:
             self._host.add(there, grad)
+
+    def _add_sparse(self, index: int, grad: Tensor) -> None:
+        """The same where that gradient is sparse, or what it is added to."""
+        self._some_are_sparse = True
+        dtype = self.accumulate_dtype or self.dtypes[index]
+        own = self._coalesced(grad, dtype) if stays_sparse(grad) else self._copy(index, dense(grad), dtype)
+        there = self._sums[index]
+        if there is None and (row := self._row[index]) is not None:
+            there = row.to(dtype)
+        own = own if there is None else added(there, own)
+        if self.accumulate_dtype is None:
+            self._row[index] = own
+        else:
+            self._row[index], self._sums[index] = None, own
 
     def close(self) -> None:
         """What arrived is the task's row."""
@@ -124,9 +142,9 @@ class MovedGradients(TaskGradients):
         self._check_whole()
         if self._host is not None:
             self._host.wait()
-        tensors = [self._rows[task] for task in self.tasks]
+        tensors, touched = self._in_blocks([self._rows[task] for task in self.tasks])
         pointers = [addresses(row) for row in tensors]
-        return self._columns(tensors, pointers)
+        return self._columns(tensors, pointers, touched)
 
     def give(self, merged: Row) -> Iterator[Tensor | None]:
         """The merged gradient as the parameters have it; the rows of each are freed before that of the next is made.
@@ -159,6 +177,8 @@ class MovedGradients(TaskGradients):
     def _store(self, index: int, grad: Tensor) -> Tensor:
         if self._host is not None:
             return self._host.copy(self._task, index, grad)
+        if stays_sparse(grad):
+            return self._coalesced(grad, self.dtypes[index])
         return self._copy(index, grad, self.dtypes[index])
 
     def _copy(self, index: int, grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -135,8 +135,12 @@ class Finder:
                     strays.add(index)
         return {index: nodes for index, nodes in uses.items() if index not in strays}
 
-    def biases(self) -> dict[int, list[Node]]:
-        """By the index of a parameter the products that it is added to, where that is all that is done with it."""
+    def biases(self, known: Known) -> dict[int, list[Node]]:
+        """By the index of a parameter the products that it is added to, where that is all that is done with it.
+
+        Args:
+            known: of those of which factors were right nobody has hooked the way.
+        """
         graph, place = self._graph, {id(p): index for index, p in enumerate(self._parameters)}
         owner = {node: place[id(leaf)] for node, leaf in graph.leaves.items() if id(leaf) in place and leaf.dim() == 1}
         uses: dict[int, list[Node]] = {}
@@ -154,7 +158,12 @@ class Finder:
                     uses.setdefault(index, []).append(node)
                 else:
                     strays.add(index)
-        return {index: nodes for index, nodes in uses.items() if index not in strays and _are_bare(ways[index], nodes)}
+        return {
+            index: nodes
+            for index, nodes in uses.items()
+            if index not in strays and are_without_hooks(ways[index])
+            if index in known.right or not _are_hooked(ways[index], nodes)
+        }
 
     def _why_not(self, p: Tensor, nodes: Sequence[Node], rows: Choice, tasks: int) -> str | None:
         """The reason that a weight is not to be factored."""
@@ -178,39 +187,34 @@ class Finder:
                 return "an activation that is no dense tensor of the weight's device"
         return None
 
-    def look_for_hooks(self, known: Known, rows: Choice) -> set[int]:
+    def look_for_hooks(self, known: Known) -> set[int]:
         """Leave out weights with hooks on their way, and those that were found to be wrong.
 
         Returns:
-            those on whose way there may be a hook that cannot be seen: each of their gradients is to be compared. It
-            would not pay.
+            those on whose way there may be a hook that cannot be seen: each of their gradients is to be compared.
         """
         unsure = set()
         for index in list(self.found):
             if index not in known.right and index not in known.wrong and self._is_hooked(index):
                 known.wrong[index] = "a hook between the weight and its products"
-            reason = known.wrong.get(index)
-            if reason is None and not are_without_hooks(self._ways[index]):
-                if rows == "factored":
-                    unsure.add(index)
-                else:
-                    reason = "the first step, or a hook was registered since the graph was begun"
-            if reason is not None:
-                del self.found[index]
-                self.why[reason] += 1
+            if reason := known.wrong.get(index):
+                self.refuse([index], reason)
+            elif not are_without_hooks(self._ways[index]):
+                unsure.add(index)
         return unsure
 
     def _is_hooked(self, index: int) -> bool:
-        return any(map(has_hooks, self._ways[index])) or any(map(has_post_hooks, self.found[index]))
+        return _are_hooked(self._ways[index], self.found[index])
 
-    def refuse_all(self, reason: str) -> None:
-        self.why[reason] += len(self.found)
-        self.found = {}
+    def refuse(self, indexes: Iterable[int], reason: str) -> None:
+        for index in list(indexes):
+            del self.found[index]
+            self.why[reason] += 1
 
 
-def _are_bare(way: Sequence[Node], products: Sequence[Node]) -> bool:
-    """Whether there is no hook between a parameter and its products."""
-    return not any(map(has_hooks, way)) and not any(map(has_post_hooks, products)) and are_without_hooks(way)
+def _are_hooked(way: Sequence[Node], products: Sequence[Node]) -> bool:
+    """Whether there are hooks of nodes between a parameter and its products."""
+    return any(map(has_hooks, way)) or any(map(has_post_hooks, products))
 
 
 def _adds(node: Any, p: Tensor) -> bool:

@@ -1,9 +1,10 @@
 """Gradients of one loss a sample as factors: one backward pass gives the δ of all.
 
 Where sample s has its own rows of the activations, its gradient of a weight is δ_sᵀ a_s, with δ_s what comes into these
-rows from the sum of all losses: no other loss depends on them. That it is so is not believed. A second pass has losses
-that are scaled by powers of two, another one for most. It must give each δ_s scaled by that of its sample, to the bit
-but for sums in another order, and shows on the way which rows are whose.
+rows from the sum of all losses: no other loss depends on them. That it is so is not believed. Where the graph alone
+does not show it, or may hide a hook, a second pass has losses that are scaled by powers of two, another one for most.
+It must give each δ_s scaled by that of its sample, to the bit but for sums in another order, and shows on the way which
+rows are whose.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from ..backends import kernels
 from . import hooks
+from .apart import are_apart
 from .factors import Factored, Factors, exact_dtypes, symmetric_if_exact
 from .products import Finder, Graph
 
 _LARGEST_POWER = {torch.float16: 1}
 _LARGEST_POWER_OF_WIDER = 15
+_LEAST_SQUARE = 1e-20
+"""From here up to its inverse ‖x‖² has lost nothing to the range of fp32 that would show in it."""
 _AT_ONCE = 1 << 22
 """Elements of what G is summed from."""
 
@@ -34,17 +38,21 @@ class Deltas:
         self.tensor = tensor
 
     @cached_property
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """See ``_pairs``, for S = 1."""
-        return _pairs(self.tensor[:, 0])
+    def pairs(self) -> Tensor:
+        """See ``_pairs``, for S = 1; float64."""
+        return _pairs(self.tensor[:, 0]).double()
 
 
-def _pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """x xᵀ of rows that are scaled, so that it stays in the range of their dtype, and the scales, float64."""
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    scaled = rows / torch.where(largest == 0, 1, largest)
+def _pairs(rows: Tensor) -> Tensor:
+    """x xᵀ; of rows whose squares may leave the range of fp32, by way of scaled ones, float64."""
     with exact_dtypes(rows.device):
-        return scaled @ scaled.T, largest.double()
+        pairs = rows @ rows.T
+        least, most = map(float, torch.aminmax(pairs.diagonal()))
+        if least >= _LEAST_SQUARE and most <= 1 / _LEAST_SQUARE:
+            return pairs
+        largest = rows.abs().amax(dim=1, keepdim=True)
+        scaled = rows / torch.where(largest == 0, 1, largest)
+        return (scaled @ scaled.T).double().mul_(largest.double()).mul_(largest.T.double())
 
 
 class Samples:
@@ -66,11 +74,8 @@ class Samples:
         """G, ``[B, B]`` float64: of a aᵀ and δ δᵀ, or where these take longer or are not exact, of gradients."""
         samples, rows, outer = self.delta.tensor.shape
         if rows == 1:
-            gram, largest = self.delta.pairs
-            if self.left is not None:
-                of_left, largest_of_left = _pairs(self.left[:, 0].to(self.delta.tensor.dtype))
-                gram, largest = gram * of_left, largest * largest_of_left
-            return gram.double().mul_(largest).mul_(largest.T)
+            gram = self.delta.pairs
+            return gram if self.left is None else gram * _pairs(self.left[:, 0].to(self.delta.tensor.dtype))
         if self.left is None:
             return kernels.gram(self.delta.tensor.sum(dim=1))
         inner = self.left.shape[2]
@@ -114,8 +119,9 @@ class Samples:
         """
         delta = self.delta.tensor
         own = weights.to(delta.device, delta.dtype)
-        left = None if self.left is None else self.left.flatten(0, 1)
-        return self._product((delta * own[:, None, None]).flatten(0, 1), left).to(dtype)
+        if self.left is None:
+            return (own @ delta.sum(dim=1)).to(dtype)
+        return self._product((delta * own[:, None, None]).flatten(0, 1), self.left.flatten(0, 1)).to(dtype)
 
 
 class _Bias(Factored):
@@ -144,26 +150,29 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: boo
     graph = Graph([losses])
     finder = Finder(graph, parameters, "factored")
     known = hooks.known(hash((graph.signature, "samples", len(losses), *map(id, parameters))))
-    unsure = finder.look_for_hooks(known, "factored")
-    weights = [Factored(index, nodes, 2, finder.transposed[index]) for index, nodes in finder.found.items()]
-    weights += [_Bias(index, nodes, 2, False) for index, nodes in finder.biases().items()]
+    unsure = finder.look_for_hooks(known)
+    passes = [torch.ones_like(losses)]
+    if not are_apart(graph, len(losses)) or not hooks.are_without_hooks(graph.order):
+        passes.append(_scales(losses))
+    count = len(passes)
+    weights = [Factored(index, nodes, count, finder.transposed[index]) for index, nodes in finder.found.items()]
+    weights += [_Bias(index, nodes, count, False) for index, nodes in finder.biases(known).items()]
     weights = [weight for weight in weights if _have_rows_for(len(losses), weight)]
     if not weights:
         return {}
     factors = Factors(weights, parameters, graph, [], known, unsure.intersection(w.index for w in weights), Counter())
-    scales = _scales(losses)
     with factors.noting():
-        for slot, scale in enumerate((torch.ones_like(losses), scales)):
+        for slot, scale in enumerate(passes):
             factors.begin(slot)
             # A parameter that was compared with its factors and is none of them needs rows after all.
-            is_last = slot == 1 and len(weights) == len(parameters) and not factors.unknown
+            is_last = slot + 1 == count and len(weights) == len(parameters) and not factors.unknown
             keep = retain_graph or not is_last or bool(factors.stopped)
             asked: Any = [*factors.edges, *(parameters[index] for index in factors.unknown)]
             found = torch.autograd.grad(losses, asked, scale, retain_graph=keep, allow_unused=True)
             factors.note_captured(found[: len(factors.edges)])
             factors.compare(found[len(factors.edges) :])
     right = [weight for weight in weights if weight.index not in factors.stopped]
-    return _by_sample(right, scales, parameters)
+    return _by_sample(right, len(losses), passes[1:], parameters)
 
 
 def _have_rows_for(samples: int, weight: Factored) -> bool:
@@ -181,7 +190,9 @@ def _scales(losses: Tensor) -> Tensor:
 _random = torch.Generator()
 
 
-def _by_sample(weights: Sequence[Factored], scales: Tensor, parameters: Sequence[Tensor]) -> dict[int, Samples]:
+def _by_sample(
+    weights: Sequence[Factored], samples: int, scales: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> dict[int, Samples]:
     """Each with its rows by sample; those of the same products, as a weight and its bias are, share δ."""
     seen: dict[tuple[Any, ...], tuple[Deltas, list[Callable[[Tensor], Tensor]]]] = {}
     found = {}
@@ -189,9 +200,14 @@ def _by_sample(weights: Sequence[Factored], scales: Tensor, parameters: Sequence
         starts = [first for _, first in weight.nodes]
         spans = [slice(*ends) for ends in zip(starts, [*starts[1:], weight.left.shape[0]], strict=True)]
         if tuple(weight.nodes) not in seen:
-            own, scaled = weight.delta
+            own, *scaled = weight.delta
             shape = parameters[weight.index].shape
-            views = [_view_by_sample(own[span], scaled[span], scales.to(own.dtype), shape) for span in spans]
+            views = [
+                _view_by_sample(
+                    samples, own[span], [(other[span], by) for other, by in zip(scaled, scales, strict=True)], shape
+                )
+                for span in spans
+            ]
             deltas = [view(own[span]) for view, span in zip(views, spans, strict=True)]
             seen[tuple(weight.nodes)] = Deltas(torch.cat(deltas, dim=1) if len(deltas) > 1 else deltas[0]), views
         delta, views = seen[tuple(weight.nodes)]
@@ -203,9 +219,14 @@ def _by_sample(weights: Sequence[Factored], scales: Tensor, parameters: Sequence
     return found
 
 
-def _view_by_sample(own: Tensor, scaled: Tensor, scales: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
-    """How rows are seen as ``[B, S, ...]``: those of a sample are neighbours, or the first ones of all come first."""
-    samples = len(scales)
+def _view_by_sample(
+    samples: int, own: Tensor, scaled: Sequence[tuple[Tensor, Tensor]], shape: torch.Size
+) -> Callable[[Tensor], Tensor]:
+    """How rows are seen as ``[B, S, ...]``: those of a sample are neighbours, or the first ones of all come first.
+
+    Args:
+        scaled: what a pass gave whose losses were scaled, and by what; none where they are known to be neighbours.
+    """
 
     def one_below_the_other(rows: Tensor) -> Tensor:
         return rows.view(samples, -1, rows.shape[1])
@@ -214,7 +235,7 @@ def _view_by_sample(own: Tensor, scaled: Tensor, scales: Tensor, shape: torch.Si
         return rows.view(-1, samples, rows.shape[1]).transpose(0, 1)
 
     for view in (one_below_the_other, first_of_all):
-        if _are_alike(view(scaled), view(own) * scales[:, None, None]):
+        if all(_are_alike(view(found), view(own) * by.to(own.dtype)[:, None, None]) for found, by in scaled):
             return view
     raise ValueError(
         "batch_dim=0 needs losses that depend on their own sample alone; found one that reaches rows of others, at a "

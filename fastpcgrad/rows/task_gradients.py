@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, compress
 from operator import attrgetter
 from typing import Any
@@ -19,6 +19,7 @@ from ..functional import ROW_DTYPES
 from .columns import Columns
 from .factors import Factors
 from .factors import Row as Row
+from .sparse import NOWHERE, Coalescing, Touched, in_blocks, stays_sparse
 
 _DTYPE = attrgetter("dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -28,7 +29,8 @@ class TaskGradients:
     """The rows of J, one a task, in blocks, one a parameter.
 
     Nothing is copied: a row is the tensors that a backward pass left, taken over from ``.grad``. A tensor that is not
-    dense, not alone in its memory, held by somebody else or of another dtype than the rows is replaced by a copy.
+    dense, not alone in its memory, held by somebody else or of another dtype than the rows is replaced by a copy. One
+    that is sparse is replaced by one that is coalesced.
 
     On the CPU the rows of the last round are kept, and each is freed just before its successor is made: the new
     gradients then take over its memory, still mapped, instead of faulting in fresh pages.
@@ -58,6 +60,7 @@ class TaskGradients:
         self._rows: dict[int, Row] = {}
         self._own: set[int] = set()  # tasks whose row is known to be dense and nobody else's
         self._spent: list[Row] = []
+        self._some_are_sparse, self._coalesced = False, Coalescing()
         self._stays: dict[int, int] = {}  # how often a task was entered, of those entered again
         self._averaged = False
         self.factors: Factors | None = None
@@ -166,22 +169,33 @@ class TaskGradients:
         """
         self._check_whole()
         tasks = self.tasks
-        rows = [self._rows[task] if task in self._own else self._settled(self._rows[task]) for task in tasks]
+        kept = [self._rows[task] if task in self._own else self._settled(self._rows[task]) for task in tasks]
+        rows, touched = self._in_blocks(kept)
         pointers = [addresses(row) for row in rows]
         if len(self._own) < len(tasks) and _coincide(pointers):
             rows = [_apart(row) for row in rows]
             pointers = [addresses(row) for row in rows]
             _check_apart(tasks, pointers)
-        self._rows = dict(zip(tasks, rows, strict=True))
-        return self._columns(rows, pointers)
+        self._rows = dict(zip(tasks, kept if touched else rows, strict=True))
+        return self._columns(rows, pointers, touched)
 
     def nothing(self, tasks: int) -> Columns:
         """J of tasks that have no gradient here."""
         empty: Row = [None] * len(self.dtypes)
         return self._columns([empty] * tasks, [[0] * len(empty)] * tasks)
 
-    def _columns(self, rows: Sequence[Row], pointers: Sequence[Sequence[int]]) -> Columns:
-        return Columns(rows, pointers, self.widths, self.dtypes, self.devices)
+    def _columns(
+        self, rows: Sequence[Row], pointers: Sequence[Sequence[int]], touched: Mapping[int, Touched] = NOWHERE
+    ) -> Columns:
+        widths = self.widths
+        if touched:
+            widths = array("q", widths)
+            for index, part in touched.items():
+                widths[index] = part.width
+        return Columns(rows, pointers, widths, self.dtypes, self.devices, touched)
+
+    def _in_blocks(self, rows: list[Row]) -> tuple[list[Row], Mapping[int, Touched]]:
+        return in_blocks(rows, self._strides) if self._some_are_sparse else (rows, NOWHERE)
 
     def summary(self, tasks: int, mean: bool) -> tuple[object, ...]:
         """What must be alike in all processes that have parts of the rows: tasks, stays, where there are gradients.
@@ -196,13 +210,19 @@ class TaskGradients:
     def snapshot(self) -> dict[str, Any]:
         """What a copy of this object needs to go on with the round, see ``restore``."""
         self._check_whole()
-        return {"rows": dict(self._rows), "stays": dict(self._stays), "averaged": self._averaged}
+        return {
+            "rows": dict(self._rows),
+            "stays": dict(self._stays),
+            "averaged": self._averaged,
+            "some_are_sparse": self._some_are_sparse,
+        }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Take up the rows of a copy's original; they are copies, too, and nobody else's."""
         for task, row in snapshot["rows"].items():
             self.keep(task, row)
         self._stays, self._averaged = snapshot["stays"], snapshot["averaged"]
+        self._some_are_sparse = snapshot["some_are_sparse"]
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -218,7 +238,8 @@ class TaskGradients:
 
     def _forget(self) -> None:
         self._rows, self._stays, self._own, self._averaged, self.at_risk = {}, {}, set(), False, False
-        self.factors = None
+        self.factors, self._some_are_sparse = None, False
+        self._coalesced.forget()
 
     def _check_whole(self) -> None:
         if self.at_risk:
@@ -257,6 +278,9 @@ class TaskGradients:
     ) -> Tensor:
         if self._may_stay(one, [size], [stride], [dtype], alone):
             return one[0]
+        if stays_sparse(one[0]):
+            self._some_are_sparse = True
+            return self._coalesced(one[0], dtype)
         grad = dense(one[0])
         return torch.empty_strided(grad.shape, stride, dtype=dtype, device=grad.device).copy_(grad)
 

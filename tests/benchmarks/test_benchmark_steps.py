@@ -57,7 +57,7 @@ def by_subject(rows):
 @pytest.mark.parametrize("quick", [True, False])
 def test_labels_tell_cases_apart(quick):
     of = (cases.kernel_cases, cases.step_cases, cases.memory_cases, cases.large_cases, cases.large_memory_cases)
-    of += (cases.factored_cases, cases.factored_memory_cases)
+    of += (cases.factored_cases, cases.factored_memory_cases, cases.floor_cases, cases.floor_memory_cases)
     for found in of:
         labels = [case.label for case in found(quick)]
         assert len(set(labels)) == len(labels) > 0

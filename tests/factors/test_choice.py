@@ -5,7 +5,8 @@ import torch
 
 import fastpcgrad
 from fastpcgrad.rows import choice, factors
-from tests.factors.setting import TASKS, losses_of_heads, surgery_of, trunk_and_heads
+from fastpcgrad.rows.task_gradients import TaskGradients
+from tests.factors.setting import TASKS, assert_merged, losses_of_heads, rows_of, surgery_of, trunk_and_heads
 
 
 class TestChoice:
@@ -22,17 +23,51 @@ class TestChoice:
         surgery.backward(losses())
         return surgery.backward(losses()).rows.factored
 
-    def test_the_first_step_is_dense_unless_factors_are_asked_for(self, net_and_losses):
+    def test_hooks_in_every_step_end_it_unless_factors_are_asked_for(self, net_and_losses):
         net, losses = net_and_losses
-        reason = "the first step, or a hook was registered since the graph was begun"
-        torch.ones(1, requires_grad=True).register_hook(print)
-        surgery = surgery_of(net.parameters(), rows="auto")
-        assert surgery.backward(losses()).rows.dense[reason] == 2
-        graph = losses()
+        reason = "hooks are registered in every step, after the graph was begun"
+        surgery, asked = (surgery_of(net.parameters(), rows=rows) for rows in ("auto", "factored"))
+
+        def hooked():
+            graph = losses()
+            graph[0].register_hook(lambda grad: None)
+            return graph
+
+        assert [surgery.backward(hooked()).rows.factored for _ in range(2)] == [2, 2]
+        assert [surgery.backward(hooked()).rows.dense[reason] for _ in range(2)] == [2, 2]
+        assert asked.backward(hooked()).rows.factored == 2 + TASKS
         assert surgery.backward(losses()).rows.factored == 2
-        graph[0].register_hook(print)
-        assert surgery.backward(graph).rows.dense[reason] == 2
-        assert surgery.backward(losses()).rows.factored == 2
+        assert surgery.backward(hooked()).rows.factored == 2
+
+    def test_the_first_step_compares_every_gradient(self, net_and_losses):
+        net, losses = net_and_losses
+        hidden = net[0][0].weight
+
+        def forward(x):
+            view = hidden.t()
+            view.register_hook(lambda grad: 2 * grad)
+            return torch.addmm(net[0][0].bias, x, view)
+
+        net[0][0].forward = forward
+        rows = rows_of(losses(), list(net.parameters()))
+        report = surgery_of(net.parameters(), rows="auto").backward(losses())
+        assert report.rows.dense["factors give another gradient than autograd does"] == 1
+        assert_merged(list(net.parameters()), rows, report)
+
+    def test_the_first_step_keeps_no_row_of_a_weight(self, net_and_losses, monkeypatch):
+        net, losses = net_and_losses
+        torch.ones(1, requires_grad=True).register_hook(print)  # from here on, a graph's first step is one after a hook
+        kept, keep = [], TaskGradients.keep
+
+        def noting(self, task, row):
+            kept.append([grad is not None for grad in row])
+            keep(self, task, row)
+
+        monkeypatch.setattr(TaskGradients, "keep", noting)
+        surgery_of(net.parameters(), rows="auto").backward(losses())
+        assert len(kept) == TASKS
+        for row in kept:
+            assert row[:4] == [False, True, False, True]
 
     def test_auto_takes_factors_of_what_several_tasks_reach(self, net_and_losses):
         net, losses = net_and_losses

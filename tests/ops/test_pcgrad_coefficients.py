@@ -178,3 +178,10 @@ def test_projected_rows_agree_with_the_vector_space(backend, case):
             if j != i and dot < 0:
                 row = row - dot / (rows[j] @ rows[j]) * rows[j]
         torch.testing.assert_close(found[i], row, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_threads_change_no_bit(backend, with_threads, batch):
+    gram, order = gram_and_order(133, batch)
+    one, several = (with_threads(threads, lambda: raw(gram, order)) for threads in (1, 3))
+    assert torch.equal(one, several)

@@ -79,20 +79,6 @@ def test_parameters_whose_gradients_autograd_makes_views_of_one_tensor():
     assert_merged([a, b], losses())
 
 
-def test_sparse_gradients_become_dense():
-    embedding = nn.Embedding(6, 3, sparse=True)
-    optimizer = fixed(torch.optim.SGD(embedding.parameters(), lr=0.1))
-    dense = nn.Embedding.from_pretrained(embedding.weight.detach().clone(), freeze=False)
-
-    def losses(module):
-        return [module(torch.tensor([0, 1, 1])).sum(), -module(torch.tensor([1, 5])).sum()]
-
-    optimizer.pc_backward(losses(embedding))
-    assert embedding.weight.grad.layout == torch.strided
-    assert_merged([embedding.weight], losses(dense), [dense.weight])
-    optimizer.step()
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointed_models(model, x, use_reentrant):
     optimizer = fixed(torch.optim.SGD(model.parameters(), lr=0.1))

@@ -65,7 +65,7 @@ int for_each_problem(int64_t count, int64_t work, int64_t least_work, int thread
 void gram(const Rows& rows, const std::vector<Piece>& pieces, double* result, int threads);
 
 // C of each problem.
-void solve(const SolveJob& job);
+void solve(const SolveJob& job, int threads);
 
 // `weights` [count, T]: each block takes those of its problem.
 void combine(const Rows& rows, const std::vector<Piece>& pieces, const double* weights, int64_t count, int threads);

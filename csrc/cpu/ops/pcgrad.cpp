@@ -12,7 +12,7 @@ void pcgrad(const Rows& rows, const SolveJob& job, double* matrices, bool in_pla
   const std::vector<Piece> pieces = plan(rows);
   const int64_t tasks = job.tasks;
   gram(rows, pieces, matrices, threads);
-  solve(job);
+  solve(job, threads);
   if (in_place) return mix(rows, pieces, job.coefficients, threads);
   for (int64_t k = 0; k < job.problems * tasks; ++k) {
     job.weights[k] = merged_weight(job.coefficients + k / tasks * tasks * tasks, tasks, k % tasks, job.scale);
