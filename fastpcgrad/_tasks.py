@@ -65,7 +65,7 @@ def in_order(losses: Any, count: int, names: TaskNames = ()) -> Any:
             if names:
                 raise ValueError(f"losses has the key {key!r}; the tasks have the names {list(names)}") from None
             raise TypeError(
-                f"losses must be a sequence, or a dict by indices in 0..{count - 1}, where tasks=[...] gives no names; "
-                f"found the key {key!r} of type {type(key).__name__}"
+                f"losses[{list(losses).index(key)}] must be a torch.Tensor; found {type(key).__name__}, the key {key!r} of "
+                "a dict: losses go by name where tasks=[...] has given names"
             ) from None
     return listed
