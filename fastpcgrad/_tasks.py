@@ -65,7 +65,7 @@ def in_order(losses: Any, count: int, names: TaskNames = ()) -> Any:
             if names:
                 raise ValueError(f"losses has the key {key!r}; the tasks have the names {list(names)}") from None
             raise TypeError(
-                f"losses[{list(losses).index(key)}] must be a torch.Tensor; found {type(key).__name__}, the key {key!r} of "
-                "a dict: losses go by name where tasks=[...] has given names"
+                f"losses[{list(losses).index(key)}] must be a torch.Tensor; found {type(key).__name__}: of a dict. "
+                f"Its keys, such as {key!r}, need the names that tasks=[...] gives"
             ) from None
     return listed

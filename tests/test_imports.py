@@ -38,7 +38,8 @@ FLOORS = (
     {"merging.by_rows", "merging.small_round"},
     {"merging.two_phase"},
     {"surgery", "autograd", "features", "arrays", "gradnorm"},
-    {"optimizer"},
+    {"optimizer", "monitor"},
+    {"integrations"},
     {"__init__"},
 )
 """From below to above: a room is a module, or a folder with all that is in it, unless its modules have floors of their
@@ -58,6 +59,10 @@ THIRD_PARTY = {
     "numpy": {"arrays", "backends.config", "_generators", "gradnorm", "methods"},
     "triton": {"backends.triton"},
     "matplotlib": {"merging.conflict_maps", "merging.report", "monitor"},
+    "accelerate": {"integrations.accelerate", "integrations.transformers"},
+    "transformers": {"integrations.transformers"},
+    "lightning": {"integrations.lightning"},
+    "pytorch_lightning": {"integrations.lightning"},
     "pandas": {"merging.conflict_maps", "merging.report", "monitor"},
 }
 """Packages and the modules (with what lies in them) that may import them; None: all."""

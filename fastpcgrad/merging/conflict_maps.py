@@ -118,7 +118,8 @@ def _layers(
 def _history(axes: Axes, pairs: Sequence[tuple[str, str]], history: Mapping[int, Tensor]) -> None:
     """The pairs with the lowest mean, where there are too many for a legend."""
     rows = {step: found.tolist() for step, found in history.items()}
-    means = [sum(row[p] for row in rows.values()) / len(rows) for p in range(len(pairs))]
+    seen = [[row[p] for row in rows.values() if row[p] == row[p]] for p in range(len(pairs))]  # not NaN: absent tasks
+    means = [sum(own) / len(own) if own else 1.0 for own in seen]
     chosen = sorted(sorted(range(len(pairs)), key=means.__getitem__)[:_HISTORY_PAIRS])
     for p in chosen:
         axes.plot(list(rows), [row[p] for row in rows.values()], ".-", lw=1, markersize=3, label=" – ".join(pairs[p]))
