@@ -100,6 +100,11 @@ class ConflictMonitor:
         self._norms: Tensor | None = None  # the same of norms; [2, T]
         self._history.clear()
 
+    @property
+    def is_time(self) -> bool:
+        """Whether the next call of ``observe`` will look."""
+        return self.calls % self.every == 0
+
     def observe(self, losses: Mapping[Any, Tensor | None] | Sequence[Tensor | None] | Tensor) -> bool:
         """Look at the gradients of these losses, if it is time to; before their own backward pass, whose graph is kept.
 
@@ -113,7 +118,7 @@ class ConflictMonitor:
             NotImplementedError: sharded parameters, of FSDP, fully_shard or tensor parallelism.
             RuntimeError: a graph that cannot be kept: a compiled model's, or one with reentrant checkpoints.
         """
-        is_time, self.calls = self.calls % self.every == 0, self.calls + 1
+        is_time, self.calls = self.is_time, self.calls + 1
         if not is_time:
             return False
         present = present_losses(in_order(losses, self.num_tasks, self.tasks))

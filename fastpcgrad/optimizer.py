@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import methods
+from ._loss_scales import refuse_unscaled
 from ._losses import present_losses
 from ._tasks import in_order
 from ._warnings import warn, warn_of_fewer_losses, warn_of_one_loss
@@ -150,12 +151,14 @@ class PCGrad(torch.optim.Optimizer):
         Raises:
             TypeError: objectives that are no real floating-point tensors.
             ValueError: none given, all absent, not scalar, without grad, on several devices. ``.grad`` is not changed.
+            RuntimeError: a trainer scales the losses of this optimizer, which backward passes here would pass by.
             Whatever a backward pass raises; then ``.grad`` is None where it held the last merged gradient, whose
             memory is that of the rows, and as before elsewhere.
         """
         surgery = self._surgery
         listed = in_order(objectives, surgery.num_tasks, surgery.tasks)
         losses = present_losses(listed)
+        refuse_unscaled(self)
         if surgery.tasks and max(losses) >= len(surgery.tasks):
             raise ValueError(f"{1 + max(losses)} losses for the tasks {list(surgery.tasks)}")
         surgery.discard()

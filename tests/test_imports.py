@@ -12,7 +12,7 @@ import fastpcgrad
 PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
-    {"_torch", "_tasks"},
+    {"_torch", "_tasks", "_loss_scales"},
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
     {"_checks", "_blocks", "variants", "distributed.links"},
     {"_ops", "_generators", "distributed.local_tensors", "distributed.buckets"},

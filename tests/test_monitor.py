@@ -149,7 +149,7 @@ def test_reports_of_surgeries_count_as_looks():
     assert monitor.log() == pytest.approx(noted.log(), rel=1e-12)
 
 
-def test_parameters_or_an_optimizer_will_do(monkeypatch):
+def test_parameters_or_an_optimizer_will_do():
     model, (x,) = model_of(), batches(1)
     losses = losses_of(model, x)
     found = []
@@ -232,4 +232,4 @@ def test_a_method_changes_nothing_in_what_is_seen():
     surgery = fastpcgrad.GradientSurgery(model.parameters(), tasks=TASKS, method=methods.GradVac())
     monitor = ConflictMonitor(model, TASKS, granularity="model")
     monitor.note(surgery.backward(losses_of(model, x)))
-    assert monitor.looks == 1 and "3" not in repr(monitor)
+    assert monitor.looks == 1 and "looks=1" in repr(monitor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import seed_worker
 
 from .._tasks import check_tasks, index_of
 from .._warnings import warn
 from ..merging.report import ConflictReport
+from ..monitor import ConflictMonitor
 from ..surgery import GradientSurgery
 from .accelerate import refuse_strategies
+from .probes import probe
 from .settings import Surgery as Surgery
 from .settings import factor_of, total_of
 from .task_batches import TaskBatchSampler, TaskCollator, TaskDatasets, indices_of, names_in, one_task, tasks_of_rows
@@ -344,3 +346,35 @@ class GradientSurgeryTrainer(GradientSurgeryMixin, Trainer):
     """``Trainer`` with gradient surgery: ``GradientSurgeryTrainer(..., surgery=Surgery(tasks=["qa", "nli"]))``; see
     ``GradientSurgeryMixin``.
     """
+
+
+class ConflictCallback(TrainerCallback):
+    """Watches how task gradients conflict: a ``ConflictMonitor``'s averages are in the Trainer's logs.
+
+    Callbacks that come after it see them, too. A trainer puts those that report to TensorBoard and the like first:
+    ``trainer.callback_handler.callbacks.insert(0, ConflictCallback(...))`` comes before them.
+
+    Args:
+        monitor: is given the losses by ``monitor.observe(...)`` in ``compute_loss``, or the reports of a
+            ``GradientSurgeryTrainer`` by ``monitor.note(...)``; or the losses by this callback.
+        losses: takes the model and gives the losses by task, of a batch that it knows; run before the steps at which it
+            is time to look, in evaluation mode. Weights and generators do not notice it.
+    """
+
+    def __init__(
+        self, monitor: ConflictMonitor, losses: Callable[[Any], Mapping[Any, Tensor | None]] | None = None
+    ) -> None:
+        self.monitor = monitor
+        self._losses, self._logged = losses, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._losses is not None:
+            probe(self.monitor, model, lambda: self._losses(model))  # type: ignore[misc]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs or self.monitor.looks == self._logged:
+            return
+        self._logged = self.monitor.looks
+        figures = self.monitor.log()
+        logs.update(figures)
+        state.log_history[-1].update(figures)

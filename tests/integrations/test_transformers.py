@@ -12,8 +12,8 @@ pytest.importorskip("accelerate", reason="pip install 'fastpcgrad[transformers]'
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastpcgrad
-from fastpcgrad import FastPCGradWarning, methods
-from fastpcgrad.integrations.transformers import GradientSurgeryTrainer, Surgery
+from fastpcgrad import ConflictMonitor, FastPCGradWarning, methods
+from fastpcgrad.integrations.transformers import ConflictCallback, GradientSurgeryTrainer, Surgery
 
 # Of other packages, when they are imported or used.
 pytestmark = [
@@ -499,3 +499,57 @@ def test_a_failure_leaves_no_half_round(arguments):
     Fails.fails = False
     trainer.train()
     assert trainer.surgery_report.tasks == (0, 1, 2)
+
+
+# Watching
+
+
+@pytest.mark.parametrize("kind", [Stock, Mine])
+def test_weights_are_those_without_a_monitor_to_the_bit(arguments, kind):
+    def probe(model):
+        data = Texts(6)
+        return {name: model(**collate([data[2 * t], data[2 * t + 1]])).loss for t, name in enumerate(TASKS)}
+
+    class Reports(TrainerCallback):
+        seen = ()
+
+        def on_log(self, args, state, control, logs=None, **_):
+            self.seen = (*self.seen, *logs)
+
+    runs = []
+    for watched in (False, True):
+        model, reports = language_model(), Reports()
+        trainer = kind(
+            model=model,
+            args=arguments(),
+            train_dataset=Texts(ROWS) if kind is Mine else without_tasks(),
+            data_collator=collate,
+            callbacks=[reports],
+            **({"surgery": Surgery(tasks=TASKS, method=fixed())} if kind is Mine else {}),
+        )
+        if watched:
+            monitor = ConflictMonitor(model, TASKS, every=2)
+            trainer.callback_handler.callbacks.insert(0, ConflictCallback(monitor, probe))
+        trainer.train()
+        runs.append(model)
+    assert torch.equal(flat(runs[0]), flat(runs[1]))
+    assert monitor.calls == 4 and monitor.looks == 2
+    logged = [entry for entry in trainer.state.log_history if "conflicts/cos/a-b" in entry]
+    assert [entry["step"] for entry in logged] == [1, 3]
+    assert "conflicts/conflict_rate/model.layers.1" in logged[0]
+    assert "conflicts/cos/a-b" in reports.seen
+
+
+def test_reports_of_a_trainer_are_looks(arguments):
+    monitor = None
+
+    class Noting(Mine):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if self.accelerator.sync_gradients:
+                monitor.note(self.surgery_report)
+            return loss
+
+    monitor = ConflictMonitor(language_model(), TASKS, granularity="model")
+    train(arguments, Noting, Surgery(tasks=TASKS))
+    assert monitor.looks == 4
