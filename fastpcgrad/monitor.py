@@ -38,7 +38,8 @@ class ConflictMonitor:
         granularity: ``layer``: also for each layer of the model (see ``GradientSurgery``) by itself, which is where
             conflicts show that cancel in the whole. ``parameter``: for each parameter. ``model``: over all alone. None:
             ``layer`` where a model is given, else ``model``.
-        every: ``observe`` looks at the first and then at each further ``every``-th call; the others cost nothing.
+        every: ``observe`` and ``note`` look at the first and then at each further ``every``-th call; the others cost
+            nothing.
         decay: of the running averages: a look counts 1, and what was there before ``decay`` times what it counted.
         history: of how many looks the figure shows the course.
     Attributes:
@@ -142,13 +143,18 @@ class ConflictMonitor:
             self._add(tuple(present), torch.cat([grams.sum(dim=0, keepdim=True), grams]), names)
         return True
 
-    def note(self, report: ConflictReport) -> None:
-        """Take the report of a surgery for a look, with the layers that it names; nothing is computed anew."""
+    def note(self, report: ConflictReport) -> bool:
+        """As ``observe``, where there is a surgery: its report, with the layers that it names, is what is looked at.
+        No backward pass runs for it.
+        """
+        is_time, self.calls = self.is_time, self.calls + 1
+        if not is_time:
+            return False
         grams = report.gram[None]
         if report.layers and report.segment_grams is not None:
             grams = torch.cat([grams, report.segment_grams])
-        self.calls += 1
         self._add(tuple(report.tasks), grams, list(report.layers))
+        return True
 
     def log(self, prefix: str = "conflicts/") -> dict[str, float]:
         """The running averages for a logger, with one copy to the host; empty before the first look.

@@ -11,6 +11,7 @@ from .._losses import present_losses
 from .._tasks import in_order
 from ..merging.report import ConflictReport
 from ..methods import Method
+from ..monitor import ConflictMonitor
 from .settings import Surgery as Surgery
 from .settings import refuse_wrapper
 
@@ -31,6 +32,7 @@ class GradientSurgery:
         tasks: their names, or how many there are.
         method, options: see ``fastpcgrad.GradientSurgery``.
         model: whose layers are meant by ``granularity="layer"``; also one with adapters.
+        monitor: notes the report of each merge.
     Attributes:
         report: of the last merge; None before the first.
     Raises:
@@ -56,6 +58,7 @@ class GradientSurgery:
         method: Method | None = None,
         *,
         model: nn.Module | None = None,
+        monitor: ConflictMonitor | None = None,
         **options: Any,
     ) -> None:
         refuse_strategies(accelerator)
@@ -63,7 +66,8 @@ class GradientSurgery:
             raise TypeError(f"optimizer must be what accelerator.prepare gave; found {type(optimizer).__name__}")
         refuse_wrapper(optimizer)
         self._accelerator = accelerator
-        self._surgery = Surgery(tasks=tasks, method=method, options=options).on(optimizer, model)
+        self._settings = Surgery(tasks=tasks, method=method, options=options, monitor=monitor)
+        self._surgery = self._settings.on(optimizer, model)
         self.report: ConflictReport | None = None
 
     @property
@@ -97,7 +101,7 @@ class GradientSurgery:
                     self._accelerator.backward(loss, retain_graph=is_kept or t != last, **kwargs)
             if not self._accelerator.sync_gradients:
                 return None
-            self.report = surgery.merge()
+            self.report = self._settings.merged(surgery)
         except BaseException:
             surgery.discard()
             raise

@@ -47,7 +47,7 @@ class GradientSurgeryMixin:
     surgery_report: ConflictReport | None = None
     trainer: Any
     automatic_optimization: bool
-    _settings: Surgery | None = None
+    _settings: Surgery
     _rounds: GradientSurgery | None = None
     _optimizers_of_rounds: Any = None
     _losses: Mapping[Any, Tensor | None] | None = None
@@ -101,8 +101,8 @@ class GradientSurgeryMixin:
                     super().backward(own * factor, *args, **{**kwargs, **kept})  # type: ignore[misc]
             self._log({f"surgery/loss/{name}": own.detach() for name, own in losses.items() if own is not None})
             if not self.trainer.fit_loop._should_accumulate():
-                self.surgery_report = surgery.merge()
-                self._log(self.surgery_report.as_dict())
+                self.surgery_report = self._settings.merged(surgery)
+                self._log(self._settings.figures(self.surgery_report))
         except BaseException:
             surgery.discard()
             raise
@@ -124,8 +124,8 @@ class GradientSurgeryMixin:
                 )
             if len(trainer.optimizers) != 1:
                 raise NotImplementedError(f"gradient surgery needs one optimizer; found {len(trainer.optimizers)}")
-            settings = self.configure_surgery()
-            self._rounds = settings.on(trainer.optimizers[0], self, list(losses))  # type: ignore[arg-type]
+            self._settings = self.configure_surgery()
+            self._rounds = self._settings.on(trainer.optimizers[0], self, list(losses))  # type: ignore[arg-type]
             self._optimizers_of_rounds = trainer.optimizers
         if self._state_to_load is not None:
             self._rounds.load_state_dict(self._state_to_load)
@@ -148,7 +148,8 @@ class ConflictCallback(Callback):
     """Watches how task gradients conflict: logs a ``ConflictMonitor``'s averages whenever it has looked.
 
     Args:
-        monitor: is given the losses by ``monitor.observe(...)`` in ``training_step``; or by this callback.
+        monitor: is given the losses by ``monitor.observe(...)`` in ``training_step``, or by this callback. Where there
+            is surgery, ``Surgery(monitor=...)`` does without either.
         losses: takes the module and a batch, and gives the losses by task; run for the batches at which it is time to
             look, in evaluation mode, before the batch is trained on. Weights and generators do not notice it.
     """

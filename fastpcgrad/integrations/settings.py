@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .._tasks import check_tasks
+from ..merging.report import ConflictReport
 from ..methods import Method, PCGrad, check_method
+from ..monitor import ConflictMonitor
 from ..optimizer import PCGrad as Wrapper
 from ..surgery import GradientSurgery
 
@@ -28,6 +30,7 @@ class Surgery:
             micro-batches, or over its own tokens, however many there are of the others. ``batch``: each loss is divided
             as the trainer divides it, by what all tasks have together, so that their sum is what the trainer takes.
         options: further arguments of ``GradientSurgery``, such as ``{"granularity": "layer"}``; ``model`` is there.
+        monitor: notes the report of each merge, and its averages are logged where the reports are.
     Raises:
         TypeError, ValueError: see ``GradientSurgery``; another ``normalize``.
     """
@@ -37,6 +40,7 @@ class Surgery:
     method: Method | None = None
     normalize: Literal["task", "batch"] = "task"
     options: Mapping[str, Any] = field(default_factory=dict)
+    monitor: ConflictMonitor | None = None
 
     def __post_init__(self) -> None:
         if self.tasks is not None:
@@ -63,6 +67,17 @@ class Surgery:
         names = tasks if self.tasks is None else self.tasks
         options = {"model": model, **self.options}
         return GradientSurgery(optimizer, tasks=names, method=self.method, **options)
+
+    def merged(self, surgery: GradientSurgery) -> ConflictReport:
+        """The report of a merge, noted."""
+        report = surgery.merge()
+        if self.monitor is not None:
+            self.monitor.note(report)
+        return report
+
+    def figures(self, report: ConflictReport) -> dict[str, float]:
+        """For a log."""
+        return report.as_dict() | ({} if self.monitor is None else self.monitor.log())
 
 
 def refuse_wrapper(optimizer: Any) -> None:

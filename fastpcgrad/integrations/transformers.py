@@ -213,7 +213,7 @@ class GradientSurgeryMixin:
         try:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
             if self.accelerator.sync_gradients:
-                self.surgery_report = self._built().merge()
+                self.surgery_report = self.surgery.merged(self._built())
                 self._means.end_round()
         except BaseException:
             if self._rounds is not None:
@@ -264,7 +264,7 @@ class GradientSurgeryMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.surgery_report is not None:
             means = {f"surgery/loss/{self._name_of(task)}": mean for task, mean in self._means.taken().items()}
-            logs.update(self.surgery_report.as_dict() | means)
+            logs.update(self.surgery.figures(self.surgery_report) | means)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -355,8 +355,8 @@ class ConflictCallback(TrainerCallback):
     ``trainer.callback_handler.callbacks.insert(0, ConflictCallback(...))`` comes before them.
 
     Args:
-        monitor: is given the losses by ``monitor.observe(...)`` in ``compute_loss``, or the reports of a
-            ``GradientSurgeryTrainer`` by ``monitor.note(...)``; or the losses by this callback.
+        monitor: is given the losses by ``monitor.observe(...)`` in ``compute_loss``, or by this callback. Where there
+            is surgery, ``Surgery(monitor=...)`` does without either.
         losses: takes the model and gives the losses by task, of a batch that it knows; run before the steps at which it
             is time to look, in evaluation mode. Weights and generators do not notice it.
     """

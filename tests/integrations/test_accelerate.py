@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import fastpcgrad
-from fastpcgrad import FastPCGradWarning, methods
+from fastpcgrad import ConflictMonitor, FastPCGradWarning, methods
 from fastpcgrad.integrations.accelerate import GradientSurgery, Surgery
 
 pytestmark = [
@@ -88,9 +88,12 @@ def by_hand(method, steps=STEPS, accumulation=2, clip=0.5, keep=all_tasks):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_accumulation_and_clipping_equal_a_loop_by_hand(accumulation):
-    method = methods.PCGrad("tensorflow")
-    accelerator, model, optimizer, surgery = prepared(accumulation, method=method)
+    monitor = ConflictMonitor(net(), ["near", "far"], every=1)
+    accelerator, model, optimizer, surgery = prepared(
+        accumulation, method=methods.PCGrad("tensorflow"), monitor=monitor
+    )
     run(accelerator, model, optimizer, surgery, accumulation=accumulation)
+    assert monitor.looks == STEPS
     expected = by_hand(methods.PCGrad("tensorflow"), accumulation=accumulation)
     assert distance(model, expected, net()) < 1e-10
     assert surgery.report.names == surgery.tasks == ("near", "far")

@@ -199,10 +199,12 @@ def test_figures_are_logged():
 def test_layers_of_the_module():
     class Layers(Mine):
         def configure_surgery(self):
-            return Surgery(options={"granularity": "layer"})
+            self.monitor = ConflictMonitor(self, TASKS)
+            return Surgery(options={"granularity": "layer"}, monitor=self.monitor)
 
     module = Layers()
-    fit(module, steps=1)
+    trainer = fit(module, steps=1, callbacks=[L.Callback()])
+    assert module.monitor.looks == 1 and "conflicts/conflict_rate/net.2" in trainer.callback_metrics
     assert list(module.surgery_report.layers) == ["net.0", "net.2"]
 
 

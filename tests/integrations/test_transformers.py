@@ -541,15 +541,10 @@ def test_weights_are_those_without_a_monitor_to_the_bit(arguments, kind):
 
 
 def test_reports_of_a_trainer_are_looks(arguments):
-    monitor = None
-
-    class Noting(Mine):
-        def training_step(self, *args, **kwargs):
-            loss = super().training_step(*args, **kwargs)
-            if self.accelerator.sync_gradients:
-                monitor.note(self.surgery_report)
-            return loss
-
-    monitor = ConflictMonitor(language_model(), TASKS, granularity="model")
-    train(arguments, Noting, Surgery(tasks=TASKS))
-    assert monitor.looks == 4
+    model = language_model()
+    monitor = ConflictMonitor(model, TASKS, every=2)
+    trainer = train(
+        arguments, surgery=Surgery(tasks=TASKS, monitor=monitor, options={"granularity": "layer"}), model=model
+    )
+    assert monitor.calls == 4 and monitor.looks == 2
+    assert trainer.state.log_history[0]["conflicts/conflict_rate/lm_head"] >= 0
