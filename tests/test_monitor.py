@@ -177,7 +177,7 @@ def test_a_plot_has_tasks_layers_and_time(tmp_path):
     tasks, layers, time = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
     figures = monitor.log(prefix="")
     texts = {text.get_text() for text in tasks.texts}
-    assert f"{figures['cos/seg-depth']:+.2f}\n{figures['conflict/seg-depth']:.0%} conflict" in texts
+    assert f"{figures['cos/seg-depth']:+.2f}\n({figures['conflict/seg-depth']:.0%})" in texts
     assert [label.get_text() for label in layers.get_xticklabels()] == ["0", "2", "4"]
     lines = {line.get_label(): line for line in time.get_lines()}
     assert list(lines["seg – depth"].get_xdata()) == [0, 2, 4, 6]

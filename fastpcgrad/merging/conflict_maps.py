@@ -88,10 +88,12 @@ def _tasks(axes: Axes, names: Sequence[str], cosines: Tensor, rates: Tensor | No
     size = 9 if len(names) <= 8 else 6
     for i, j in ((i, j) for i in range(len(names)) for j in range(len(names)) if i != j):
         value = float(cosines[i, j])
-        text = f"{value:+.2f}" + ("" if rates is None else f"\n{float(rates[i, j]):.0%} conflict")
+        text = f"{value:+.2f}" + ("" if rates is None else f"\n({float(rates[i, j]):.0%})")
         colour = "white" if abs(value) > 0.6 else "black"
         axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
-    axes.set_title("cosine of task gradients, all layers\nred: against each other   blue: together", fontsize=10)
+    how_often = "" if rates is None else "\n(in brackets: how often below 0, a conflict)"
+    title = "cosine of task gradients, all layers\nred: against each other   blue: together"
+    axes.set_title(title + how_often, fontsize=10)
     _bar(axes, image, "cosine")
 
 

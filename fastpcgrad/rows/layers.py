@@ -26,16 +26,18 @@ class Layers:
         Raises:
             ValueError: a parameter that is none of the model's.
         """
-        layers = {id(p): layer for layer, p in self._in_layers()}
+        layers = {id(p): layer for layer, p in self._in_layers()}  # in the order of the model
         for p in parameters:
             if id(p) not in layers:
                 raise ValueError(
                     f"model must have every parameter that undergoes surgery; one of shape {list(p.shape)} is none of "
                     "its parameters"
                 )
-        numbers: dict[str, int] = {}
-        of = [numbers.setdefault(layers[id(p)], len(numbers)) for p in parameters]
-        return of, list(numbers)
+        own = [layers[id(p)] for p in parameters]
+        there = set(own)
+        names = [name for name in dict.fromkeys(layers.values()) if name in there]
+        numbers = {name: number for number, name in enumerate(names)}
+        return [numbers[name] for name in own], names
 
     def _in_layers(self) -> Iterator[tuple[str, Tensor]]:
         holders = (nn.ModuleList, nn.Sequential)
