@@ -548,3 +548,57 @@ def test_reports_of_a_trainer_are_looks(arguments):
     )
     assert monitor.calls == 4 and monitor.looks == 2
     assert trainer.state.log_history[0]["conflicts/conflict_rate/lm_head"] >= 0
+
+
+# Datasets of the library that most use with the Trainer
+
+
+@pytest.fixture
+def datasets(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    return pytest.importorskip("datasets", reason="pip install 'fastpcgrad[test]'")
+
+
+def padded(rows):
+    return collate([{"input_ids": torch.as_tensor(row["input_ids"])} for row in rows])
+
+
+@pytest.mark.parametrize("form", ["column", "named column", "dict", "stream"])
+def test_datasets_of_every_form_give_the_same(arguments, datasets, form):
+    """A column of indices or names, a ``DatasetDict``, a stream of rows whose batches hold one task each."""
+    rows = [{"input_ids": row["input_ids"].tolist(), "task_id": row["task_id"]} for row in Texts(ROWS).rows]
+    extra = [{**row, "unused": "text"} for row in rows]
+    collator, kind = padded, Mine
+    if form == "column":
+        data = datasets.Dataset.from_list(extra)
+    elif form == "named column":
+        data = datasets.Dataset.from_list([{**row, "task_id": TASKS[row["task_id"]]} for row in extra])
+    elif form == "dict":
+        of_tasks = {name: [row for row in extra if row["task_id"] == t] for t, name in enumerate(TASKS)}
+        data = datasets.DatasetDict({name: datasets.Dataset.from_list(own) for name, own in of_tasks.items()})
+
+        class kind(GradientSurgeryTrainer):  # in turn, as the rows of the others come
+            def _get_train_sampler(self, *_):
+                each = ROWS // 3
+                order = [t * each + 2 * i + j for i in range(each // 2) for t in range(3) for j in range(2)]
+                return type(
+                    "InTurn",
+                    (torch.utils.data.Sampler,),
+                    {"__iter__": lambda _: iter(order), "__len__": lambda _: ROWS},
+                )()
+
+    else:
+        data = datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+        def collator(rows):
+            return {**padded(rows), "task_id": torch.tensor([row["task_id"] for row in rows])}
+
+    trainer = kind(
+        model=language_model(),
+        args=arguments(),
+        train_dataset=data,
+        data_collator=collator,
+        surgery=Surgery(tasks=TASKS, method=fixed()),
+    )
+    trainer.train()
+    assert distance(trainer.model, by_hand(arguments, fixed()), language_model()) < 1e-5
