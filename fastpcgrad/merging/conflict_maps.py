@@ -83,7 +83,7 @@ def draw(
 def _tasks(axes: Axes, names: Sequence[str], cosines: Tensor, rates: Tensor | None) -> None:
     shown = cosines.clone().fill_diagonal_(float("nan")).numpy()
     axes.set_facecolor("0.9")
-    image = axes.imshow(shown, cmap="RdBu", vmin=-1, vmax=1)
+    image = axes.imshow(shown, aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
     _label(axes, names, names)
     size = 9 if len(names) <= 8 else 6
     for i, j in ((i, j) for i in range(len(names)) for j in range(len(names)) if i != j):

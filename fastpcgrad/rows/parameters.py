@@ -102,7 +102,10 @@ def check_granularity(granularity: Granularity, model: nn.Module | None = None) 
     if isinstance(granularity, str) and granularity in ("layer", "parameter") and model is not None:
         return Layers(model, by_parameter=granularity == "parameter")
     if granularity == "layer":
-        raise ValueError("granularity='layer' needs the model whose layers are meant: give model=")
+        raise ValueError(
+            "granularity='layer' needs the model whose layers are meant: give model=, or choose 'model', 'group' or "
+            "'parameter'"
+        )
     if granularity in ("model", "group", "parameter"):
         return granularity
     if isinstance(granularity, str) or not isinstance(granularity, Iterable):
