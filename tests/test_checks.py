@@ -378,7 +378,7 @@ def test_compiled_code_refuses_what_eager_code_refuses(backend, name):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("start", [0, 1, 39, 40, 80, 81])
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, from importing inductor
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # torch's own, from importing inductor
 def test_compiled_code_combines_into_overlapping_memory_rightly_or_not_at_all(compiler, start):
     # not monkeypatch: what it puts back, the configuration counts as deleted
     from torch._inductor import config

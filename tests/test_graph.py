@@ -111,7 +111,7 @@ def test_another_error_of_a_backward_pass_comes_through_as_it_is(setting, method
         fastpcgrad.grad(losses, setting.parameters, method=method)
 
 
-importing_inductor = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+importing_inductor = pytest.mark.filterwarnings("ignore:.torch.jit")
 
 
 @importing_inductor

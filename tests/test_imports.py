@@ -39,8 +39,9 @@ FLOORS = (
     {"merging.two_phase"},
     {"surgery", "autograd", "features", "arrays", "gradnorm"},
     {"optimizer", "monitor"},
-    {"integrations"},
+    {"commands", "integrations"},
     {"__init__"},
+    {"__main__"},
 )
 """From below to above: a room is a module, or a folder with all that is in it, unless its modules have floors of their
 own."""
@@ -59,14 +60,15 @@ THIRD_PARTY = {
     "numpy": {"arrays", "backends.config", "_generators", "gradnorm", "methods"},
     "triton": {"backends.triton"},
     "matplotlib": {"merging.conflict_maps", "merging.report", "monitor"},
+    "pandas": {"merging.conflict_maps", "merging.report", "monitor"},
     "accelerate": {"integrations.accelerate", "integrations.transformers"},
     "transformers": {"integrations.transformers"},
     "lightning": {"integrations.lightning"},
     "pytorch_lightning": {"integrations.lightning"},
-    "pandas": {"merging.conflict_maps", "merging.report", "monitor"},
+    "torchjd": {"commands.bench"},
 }
 """Packages and the modules (with what lies in them) that may import them; None: all."""
-INSIDE_FUNCTIONS = {"matplotlib", "pandas"}
+INSIDE_FUNCTIONS = {"matplotlib", "pandas", "torchjd"}
 """Optional packages: importing the module must not need them."""
 
 

@@ -337,6 +337,7 @@ reads_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 needs_library = pytest.mark.skipif(cpu.why_unavailable("cpu") is not None, reason="needs the CPU library")
 
 
+@pytest.mark.slow
 @reads_proc
 @needs_library
 def test_partial_sums_of_many_parameters_do_not_add_up_in_memory():
@@ -350,6 +351,7 @@ def test_partial_sums_of_many_parameters_do_not_add_up_in_memory():
         assert all(0.9 * planned <= peak <= planned + (2 << 20) for peak in peaks), (planned, peaks)
 
 
+@pytest.mark.slow
 @reads_proc
 @pytest.mark.parametrize(
     ("backend", "inputs"),
@@ -366,6 +368,7 @@ def test_a_backend_takes_what_it_says(backend, inputs):
         assert max(peaks) <= planned + (3 << 20), (planned, peaks)
 
 
+@pytest.mark.slow
 @reads_proc
 @needs_library
 def test_a_problem_for_each_parameter_takes_what_the_plan_says():
@@ -379,6 +382,7 @@ def test_the_workspace_of_a_gpu_is_known_without_one():
     assert backend.workspace_nbytes(cuda.LARGEST_TASKS + 1, [16], SINGLE, 1) > 0
 
 
+@pytest.mark.slow
 @reads_proc
 @needs_library
 def test_a_round_takes_what_its_plan_says():

@@ -19,6 +19,7 @@ import pytest
 from fastpcgrad import _version
 from fastpcgrad.backends import native
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 NVCC = shutil.which(CUDA / "bin" / "nvcc") or shutil.which("nvcc")
@@ -59,7 +60,7 @@ class Project:
             shutil.copy(ROOT / name, folder)
         self.folder = folder
         self.package = folder / "fastpcgrad"
-        build_variables = ("CXXFLAGS", "CUDA_HOME", "FASTPCGRAD_BUILD", "PYTHONPATH")
+        build_variables = ("CXXFLAGS", "CUDA_HOME", "FASTPCGRAD_BUILD", "FASTPCGRAD_CUDA_ARCHS", "PYTHONPATH")
         self.env = {name: value for name, value in os.environ.items() if name not in build_variables}
 
     def use_small_csrc(self):
@@ -115,7 +116,6 @@ def native_files(wheel):
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_an_isolated_build_of_the_real_sources(tmp_path):
     """As `pip install .` does it, in an environment without torch; unoptimised and without CUDA, to be quick."""
     wheel = Project(tmp_path).wheel(FASTPCGRAD_BUILD="cpu", CXXFLAGS="-O0")
@@ -157,7 +157,6 @@ def test_cpu_builds_the_cpu_library_alone(project):
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_cuda_sources_are_compiled_for_every_architecture(project):
     project.write("csrc/cuda/gram.cu", SMALL_CUDA)
     result = project.run("setup.py", "build_ext", "--inplace", FASTPCGRAD_BUILD="cuda")
@@ -167,6 +166,12 @@ def test_cuda_sources_are_compiled_for_every_architecture(project):
         assert f"-gencode=arch=compute_{code} " in commands
     loaded, error = native._open(project.package / "libfastpcgrad_cuda.so")
     assert loaded is not None, error  # without a GPU as well: the driver is looked for at the first call
+
+
+@needs_nvcc
+def test_an_architecture_that_nvcc_does_not_know_is_an_error(project):
+    project.write("csrc/cuda/gram.cu", SMALL_CUDA)
+    assert "FASTPCGRAD_CUDA_ARCHS is '1'" in project.run_bad(*WHEEL, FASTPCGRAD_BUILD="cuda", FASTPCGRAD_CUDA_ARCHS="1")
 
 
 NO_CXX = "but no C++ compiler was found"

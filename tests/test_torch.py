@@ -153,7 +153,7 @@ def test_what_is_seen_of_a_call_is_the_same_or_more(monkeypatch, missing, contex
         assert found == right, "plain calls stay plain"
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torch_jit_is_seen_without_its_state(monkeypatch):
     stand_in(monkeypatch, ["_C._get_tracing_state"])
     assert in_jit_trace(lambda x: _modes.is_watched((x,)))

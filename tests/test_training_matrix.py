@@ -288,7 +288,7 @@ def test_a_step_gives_the_oracles_gradient(case):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, from importing inductor
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch's own, from importing inductor
 @pytest.mark.parametrize("mode", ["streaming", "pc_backward"])
 def test_a_step_of_a_model_that_inductor_compiled(mode):
     case = Case(mode, Dtypes(torch.float32), None, "no checkpoint", True, False)

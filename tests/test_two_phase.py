@@ -276,6 +276,7 @@ print(peak.bytes / sum(p.nbytes for p in parameters))
 """
 
 
+@pytest.mark.slow
 def test_the_peak_is_about_one_gradient():
     """Of four; in a process of its own, in which what is freed is gone."""
     done = subprocess.run(

@@ -199,6 +199,14 @@ def test_weights_that_fp32_cannot_hold(tasks, scale):
     assert cases.error(mixed.cpu(), rows, matrix) <= 1e-6
 
 
+@pytest.mark.parametrize("tasks", [3, 17])
+def test_weights_of_which_fp32_holds_a_few_bits(tasks):
+    rows = 1e36 * torch.randn(tasks, 1300)
+    weights, out = 1e-42 * torch.randn(tasks, dtype=torch.float64), torch.empty(1300, device=DEVICE)
+    cuda.combine(rows.to(DEVICE), weights.to(DEVICE), None, out)
+    assert cases.error(out.cpu(), rows, weights) <= 1e-6
+
+
 @pytest.mark.parametrize("tasks", [2, 8, 17])
 def test_one_row_out_of_range_does_not_spoil_the_others(tasks):
     rows = torch.randn(tasks, 3000)

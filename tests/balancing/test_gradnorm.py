@@ -92,10 +92,9 @@ def by_double_backward(net, data, alpha, lr):
     return torch.stack(log)
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 10])
-@pytest.mark.parametrize("lr", [1e-5, 1e-3])
+@pytest.mark.parametrize(("tasks", "lr"), [(1, 1e-3), (2, 1e-5), (2, 1e-3), (5, 1e-3)])
 def test_the_closed_form_is_the_double_backward(tasks, lr):
-    net, data = problem(tasks, 200)
+    net, data = problem(tasks, 80)
     expected = by_double_backward(copy.deepcopy(net), data, 1.5, lr)
     balancer = GradNorm(tasks, 1.5).double()
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)

@@ -153,6 +153,7 @@ def test_the_model_has_about_100_million_parameters_and_room_for_its_batch():
     assert gpu.STEPS.model.context >= gpu.STEPS.batch.length
 
 
+@pytest.mark.slow
 def test_steps_and_peaks_are_measured(run):
     gpu.measure_steps(run, StepCase(TINY_GPT, 2, TINY_GPT.batch))
     assert {row.kind for row in by(run)} == {"step", "memory"} and all(row.ok for row in by(run))
@@ -198,6 +199,7 @@ def test_kernels_are_compiled_in_other_processes(monkeypatch, capsys):
     assert "compiling for T=0" in said and "T=2" not in said and "of 2 kinds of rows" in said
 
 
+@pytest.mark.slow
 def test_nothing_but_torch_numpy_and_triton_is_needed():
     script = (
         "import sys\n"

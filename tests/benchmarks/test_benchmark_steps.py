@@ -163,6 +163,7 @@ def test_the_modes_of_a_gpu_are_measured_in_one_process(run, made_up):
     assert found[-1].worst == 2 and found[-1].met
 
 
+@pytest.mark.slow
 def test_a_mode_that_fails_says_why_and_the_others_are_measured(run, monkeypatch):
     def fail(*_):
         raise ValueError("not with this torch\nand more")
@@ -202,7 +203,8 @@ def test_what_is_wrong_in_the_process_is_in_the_answer(monkeypatch):
 
 @pytest.mark.slow
 def test_a_peak_in_a_fresh_process():
-    case = cases.large_memory_cases(quick=True)[0]
+    model = cases.GPTS[1]
+    case = cases.StepCase(model, 2, model.batch).for_peaks
     streaming = next(mode for mode in modes(case) if mode.name == "streaming")
     common, found = (memory.in_fresh_process(case, streaming, 1, only) for only in (True, False))
     assert not common.error and not found.error

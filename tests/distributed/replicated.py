@@ -18,12 +18,12 @@ from fastpcgrad.distributed import buckets
 from tests.distributed.ranks import DEVICE
 from tests.distributed.scenarios import Scenarios
 from tests.distributed.sharded import (
-    FEW,
     METHODS,
     TASKS,
     Net,
     Setting,
     assert_alike,
+    chosen_methods,
     data,
     exact_rows,
     loss,
@@ -86,7 +86,7 @@ def then_ordinary(wrap, *arguments, **options):
 
 @each(**WRAPPED)
 def losses_of_one_forward(wrap):
-    for chosen in METHODS if wrap is ddp else FEW:
+    for chosen in chosen_methods(wrap is ddp):
         then_ordinary(wrap, METHODS[chosen], of_one_forward, absent=(1,) if chosen == "paper" else ())
 
 
@@ -119,7 +119,7 @@ def functions(surgery, net, x, y, present):
 )
 def one_forward_a_task(case):
     wrap, call = case
-    for chosen in FEW:
+    for chosen in chosen_methods(False):
         then_ordinary(wrap, METHODS[chosen], call, absent=(1,) if chosen == "paper" else ())
 
 

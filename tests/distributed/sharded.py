@@ -245,15 +245,24 @@ METHODS = {
 
 FEW = ("paper", "tensorlogic", "NashMTL", "TrimmedMean")
 """One of each kind of problem and state that the drop-in's methods below do not have."""
+FEWER = ("paper", "TrimmedMean")
+"""One with a Gram matrix, and one that works on each column."""
+
+
+def chosen_methods(is_first):
+    """All of two processes with the first setting; of other settings, and of more processes, what may differ there."""
+    if dist.get_world_size() > 2:
+        return FEW if is_first else FEWER
+    return METHODS if is_first else FEW
 
 
 @in_each_setting
 def one_forward_a_task(name, setting):
-    for chosen in METHODS if name == "fully sharded" else FEW:
+    for chosen in chosen_methods(name == "fully sharded"):
         train(setting, METHODS[chosen], absent=(1,) if chosen in ("paper", "GradVac") else ())
 
 
 @in_each_setting
 def the_drop_in_and_losses_of_one_forward(name, setting):
-    for chosen in ("pytorch-pcgrad", "libmtl", "GradVac"):
+    for chosen in ("pytorch-pcgrad", "libmtl", "GradVac")[: 3 if dist.get_world_size() == 2 else 1]:
         train(setting, METHODS[chosen], of_one_forward)

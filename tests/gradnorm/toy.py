@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 VARIANTS = ("paper", "lucasbotang")
-STEPS = 200
+STEPS = 100
 for_each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 

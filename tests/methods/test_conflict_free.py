@@ -53,6 +53,15 @@ def test_exact_opposites_cancel():
     assert ConFIG().weights(gram(rows)).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("tasks", [3, 5, 7])
+@pytest.mark.parametrize("turn", [0.0, 0.1, 1.0])
+def test_where_the_preferences_have_no_part_in_the_span_rounding_is_no_direction(tasks, turn, solver):
+    """Directions around a circle, of any length: their units add up to zero, so that all cosines cannot be equal."""
+    angles = turn + 2 * torch.pi * torch.arange(tasks, dtype=torch.float64) / tasks
+    rows = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1.0, tasks + 1, dtype=torch.float64)[:, None]
+    assert not ConFIG().weights(gram(rows)).any()
+
+
 def test_a_zero_gradient_has_no_weight_and_changes_nothing():
     rows = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     weights = ConFIG().weights(gram(rows))

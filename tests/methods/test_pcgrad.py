@@ -55,7 +55,7 @@ def test_it_is_torchjds():
     """From the same seed, which it leaves in the same state. Left out: zero gradients, by which TorchJD divides."""
     weighting = pytest.importorskip("torchjd.aggregation").PCGradWeighting()
     compared = 0
-    for seed in range(300):
+    for seed in range(260):
         rows = random_rows(seed)
         if not rows.any(dim=1).all():
             continue

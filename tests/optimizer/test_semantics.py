@@ -12,7 +12,7 @@ import fastpcgrad
 from fastpcgrad import reference, variants
 from tests.linear_problems import KINDS, Problem, random_problem
 
-PROBLEMS = 500
+PROBLEMS = 160
 """For each variant."""
 
 # Problems of one task, and surgeries that follow each other without a step, are meant.

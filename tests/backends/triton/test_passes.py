@@ -31,10 +31,10 @@ pytestmark = MARKS
 
 SHAPES = [
     *[(tasks, 1000, dtype) for tasks in (1, 2, 3, 8) for dtype in (FP16, BF16, FP32, FP64)],
-    *[(17, width, dtype) for width, dtype in ((1000, BF16), (600, FP32), (129, FP64), (63, FP16))],
-    *[(33, width, dtype) for width, dtype in ((200, FP32), (63, BF16), (1, FP64))],
+    *[(17, width, dtype) for width, dtype in ((300, BF16), (200, FP32), (129, FP64), (63, FP16))],
+    *[(33, width, dtype) for width, dtype in ((63, BF16), (1, FP32))],
     *[(tasks, width, FP32) for tasks in (1, 2, 3, 12, 13) for width in (1, 63)],
-    *[(tasks, 5003, dtype) for tasks in (2, 8) for dtype in (BF16, FP32)],
+    *[(2, 5003, BF16), (8, 5003, FP32)],
 ]
 
 
@@ -46,7 +46,7 @@ def test_passes_match_the_oracle(tasks: int, width: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize(("tasks", "dtype"), [(3, FP32), (3, BF16), (13, FP32), (17, BF16)])
 @pytest.mark.parametrize(("offset", "padding"), [(0, 16), (0, 3), (1, 15), (5, 0)])
 def test_any_row_stride_and_start(tasks: int, dtype: torch.dtype, offset: int, padding: int) -> None:
-    width = 1100 if tasks == 3 else 300
+    width = 1100 if tasks == 3 else 150
     storage = random_rows(tasks, offset + width + padding, dtype)
     grads = storage[:, offset : offset + width]
     outside = storage.clone()
@@ -71,7 +71,7 @@ SEGMENTS = [0, 0, 5, 6, 700, 700, 1536, 2048, 2600, 2600]
 
 @pytest.mark.parametrize(("tasks", "dtype", "offset"), [(2, FP32, 0), (3, BF16, 1), (13, FP32, 0), (9, FP64, 1)])
 def test_segments(tasks: int, dtype: torch.dtype, offset: int) -> None:
-    offsets = SEGMENTS if tasks <= 3 else [0, 0, 3, 290, 400, 400]
+    offsets = SEGMENTS if tasks <= 3 else [0, 0, 3, 140, 200, 200]
     segments = torch.tensor(offsets, device=DEVICE)
     grads = random_rows(tasks, offsets[-1] + offset, dtype)[:, offset:]
     count = len(offsets) - 1
@@ -137,8 +137,7 @@ def test_gram_at_scales_whose_squares_fp32_cannot_hold(tasks: int, dtype: torch.
     check_gram(backend.gram(mixed, None), mixed)
 
 
-@pytest.mark.parametrize("tasks", [3, 13])
-@pytest.mark.parametrize("scale", cases.SUBNORMAL_SQUARES)
+@pytest.mark.parametrize(("tasks", "scale"), [*((3, scale) for scale in cases.SUBNORMAL_SQUARES), (13, 1e-22)])
 def test_gram_at_scales_whose_squares_fp32_holds_but_in_part(tasks: int, scale: float) -> None:
     grads = cases.rows_of_one_size(tasks, 600 if tasks < 13 else 300, scale).to(DEVICE)
     grads[1] /= scale
@@ -182,7 +181,7 @@ def test_weights_that_fp32_cannot_hold(tasks: int, scale: float) -> None:
 @pytest.mark.parametrize(("tasks", "dtype"), [(3, FP32), (3, BF16), (17, FP32)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_value_reaches_its_column_and_no_other(tasks: int, dtype: torch.dtype, bad: float) -> None:
-    width = 700 if tasks == 3 else 140
+    width = 700 if tasks == 3 else 70
     clean = random_rows(tasks, width, dtype)
     grads = clean.clone()
     columns = [0, 2 * width // 3, width - 1]

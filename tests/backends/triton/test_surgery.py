@@ -88,7 +88,7 @@ def test_a_bad_task_does_not_spoil_the_others_tests(bad: float) -> None:
     ("tasks", "dtype", "scale"), [(2, FP32, 1.0), (5, FP32, 1e-30), (8, BF16, 1.0), (3, FP32, 1e18), (17, FP32, 1.0)]
 )
 def test_fused_pcgrad(tasks: int, dtype: torch.dtype, scale: float) -> None:
-    width = 700 if tasks < 17 else 200
+    width = 700 if tasks < 17 else 70
     grads, order = (random_rows(tasks, width).double() * scale).to(dtype), random_order(tasks)
     expected_gram = reference.gram(grads)
     expected = reference.coefficients(expected_gram.cpu(), order.cpu()).to(DEVICE)
@@ -121,6 +121,7 @@ def test_fused_pcgrad_in_segments(orders: int) -> None:
         check_rows(rows[:, columns], reference.mix(part, expected), expected, part)
 
 
+@pytest.mark.slow
 def test_why_unavailable() -> None:
     assert backend.why_unavailable("cuda") is None
     ask = "from fastpcgrad.backends import triton; print(triton.why_unavailable('cpu'))"
@@ -137,6 +138,8 @@ def compiling() -> dict[str, str]:
 @pytest.mark.slow
 def test_every_kernel_compiles_without_spills() -> None:
     script = Path(__file__).with_name("compile_ahead.py")
-    result = subprocess.run([sys.executable, str(script)], env=compiling(), capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(script), "--tasks=2,32"], env=compiling(), capture_output=True, text=True
+    )
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr

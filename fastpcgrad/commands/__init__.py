@@ -1,0 +1,1 @@
+"""What ``python -m fastpcgrad`` does: config, doctor, bench."""
