@@ -34,8 +34,8 @@ def positive(text: str) -> int:
     return value
 
 
-def exit_if_missing(packages: Sequence[str]) -> None:
+def exit_if_missing(packages: Sequence[str], extras: str = "examples") -> None:
     """End the process with a line that says how to install what is missing, if anything is."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        sys.exit(f"missing: {', '.join(missing)}. Install with: pip install 'fastpcgrad[examples]'")
+        sys.exit(f"missing: {', '.join(missing)}. Install with: pip install 'fastpcgrad[{extras}]'")

@@ -1,7 +1,7 @@
 """Gradient surgery for PyTorch at memory speed: PCGrad and its relatives on task gradients."""
 
 from . import backends as backends  # registers the kernels of the ops
-from . import balancing, methods
+from . import balancing, integrations, methods
 from ._version import __version__
 from ._warnings import FastPCGradWarning
 from .arrays import apply
@@ -11,12 +11,14 @@ from .features import shared_features
 from .functional import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficients
 from .gradnorm import gradNorm
 from .merging.report import ConflictReport
+from .monitor import ConflictMonitor
 from .optimizer import PCGrad
 from .rows.choice import RowsReport, dense_rows
 from .rows.memory_plan import MemoryPlan, MemoryPlanWarning
 from .surgery import GradientSurgery
 
 __all__ = [
+    "ConflictMonitor",
     "ConflictReport",
     "FastPCGradWarning",
     "GradientSurgery",
@@ -34,6 +36,7 @@ __all__ = [
     "gradNorm",
     "gram",
     "gramian",
+    "integrations",
     "methods",
     "mix_",
     "pcgrad",

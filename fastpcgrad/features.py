@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ._blocks import addresses
 from ._losses import check_tensors
+from ._tasks import TaskNames, check_tasks
 from .distributed.exchange import Averaging
 from .distributed.processes import Choice, check_groups, groups_behind
 from .merging.by_rows import merge
@@ -25,9 +26,10 @@ OnReport = Callable[[ConflictReport], object]
 @overload
 def shared_features(
     z: Tensor,
-    num_tasks: int,
+    num_tasks: int | None = None,
     method: Method | None = None,
     *,
+    tasks: Sequence[str] | int | None = None,
     allow_absent: bool = False,
     on_report: OnReport | None = None,
     process_group: object = "auto",
@@ -37,9 +39,10 @@ def shared_features(
 @overload
 def shared_features(
     z: Sequence[Tensor],
-    num_tasks: int,
+    num_tasks: int | None = None,
     method: Method | None = None,
     *,
+    tasks: Sequence[str] | int | None = None,
     allow_absent: bool = False,
     on_report: OnReport | None = None,
     process_group: object = "auto",
@@ -48,9 +51,10 @@ def shared_features(
 
 def shared_features(
     z: Tensor | Sequence[Tensor],
-    num_tasks: int,
+    num_tasks: int | None = None,
     method: Method | None = None,
     *,
+    tasks: Sequence[str] | int | None = None,
     allow_absent: bool = False,
     on_report: OnReport | None = None,
     process_group: object = "auto",
@@ -68,8 +72,9 @@ def shared_features(
     Args:
         z: what the trunk gives, of any shape, fp16/bf16/fp32/fp64; or several such tensors, which form one problem.
             Where one is computed from another, that path does not count for the other.
-        num_tasks: T.
+        num_tasks: T; or ``tasks``.
         method: any ``methods.Method``; None: ``methods.PCGrad()``. One that keeps state must live between the steps.
+        tasks: their names, which the reports have, in the order of what is returned; or T.
         allow_absent: whether tasks may be without a gradient; they then take no part in the surgery. If they must
             not, which is the default, a task whose gradient does not come with the others' is an error: it is most
             often one whose loss is run backward in a call of its own, where there is nothing to merge it with.
@@ -105,23 +110,32 @@ def shared_features(
         >>> trunk.weight.grad.shape
         torch.Size([8, 4])
     """
-    if not isinstance(num_tasks, int) or num_tasks < 1:
-        raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
+    count, names = check_tasks(num_tasks, tasks)
     method = check_method(method, PCGrad)
     choice = check_groups(process_group)
     features = [z] if isinstance(z, Tensor) else check_tensors("z", z)
     if not features:
         raise ValueError("z must hold at least one tensor; found none")
+    if on_report is not None and names:
+        on_report = _naming(names, on_report)
     if torch.is_grad_enabled():
         hand_out = _hand_out
         if torch.compiler.is_compiling():
             hand_out = torch.compiler.disable(_hand_out, reason="surgery needs the gradients themselves")
-        flat = hand_out(features, num_tasks, method, allow_absent, on_report, choice)
+        flat = hand_out(features, count, method, allow_absent, on_report, choice)
     else:
-        flat = (*features,) * num_tasks
+        flat = (*features,) * count
     if isinstance(z, Tensor):
         return flat
     return tuple(flat[start : start + len(features)] for start in range(0, len(flat), len(features)))
+
+
+def _naming(names: TaskNames, on_report: OnReport) -> OnReport:
+    def named(report: ConflictReport) -> None:
+        report.names = names
+        on_report(report)
+
+    return named
 
 
 def _hand_out(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from . import methods
 from ._gradients import added
+from ._loss_scales import refuse_unscaled
 from ._losses import present_losses
+from ._tasks import in_order
 from ._warnings import warn, warn_of_fewer_losses, warn_of_one_loss
 from .merging.report import ConflictReport
 from .rows.choice import Choice
@@ -49,6 +51,8 @@ class PCGrad(torch.optim.Optimizer):
         generator: for the order of the projections; None: the global generator of the variant's original.
         row_dtype: dtype of the packed gradients; None: that of the parameters.
         process_group, parallel, rows: see ``GradientSurgery``.
+        tasks: the names of the tasks, in the order of the losses: ``pc_backward`` takes a dict of losses, too, and the
+            report has the names. None: as many as there are losses, without names.
         on_repeat: what ``pc_backward`` does where the last one's gradients were not cleared: ``replace`` them, as the
             original does, with one warning where no step has used them; ``add`` to whatever ``.grad`` holds, as
             backward passes do, so that several calls accumulate; or ``raise``.
@@ -88,6 +92,7 @@ class PCGrad(torch.optim.Optimizer):
         parallel: Literal["data", "task"] = "data",
         on_repeat: Literal["replace", "add", "raise"] = "replace",
         rows: Choice = "auto",
+        tasks: Sequence[str] | int | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: it would give this object groups and state of its own.
         missing = [name for name in _NEEDED if not hasattr(optimizer, name)]
@@ -109,8 +114,8 @@ class PCGrad(torch.optim.Optimizer):
         self.report: ConflictReport | None = None
         self._surgery = GradientSurgery(
             optimizer,
-            1,
-            method,
+            method=method,
+            tasks=1 if tasks is None else tasks,
             shared=shared,
             row_dtype=row_dtype,
             process_group=process_group,
@@ -135,30 +140,38 @@ class PCGrad(torch.optim.Optimizer):
         weakref.finalize(self, note.remove)
         self._is_told_of_steps = True
 
-    def pc_backward(self, objectives: Sequence[Tensor | None] | Tensor, retain_graph: bool = False) -> None:
+    def pc_backward(
+        self, objectives: Sequence[Tensor | None] | Mapping[Any, Tensor | None] | Tensor, retain_graph: bool = False
+    ) -> None:
         """Run each task loss backward and replace ``.grad`` by the merged gradient.
 
         Args:
             objectives: T scalar losses, None for a task that is absent or another process', or one tensor ``[T]`` or
                 ``[T, 1]``; they may share a graph. Elements of a tensor share at least that: a backward pass of one
-                gives what only others depend on zeros, which count as a gradient.
+                gives what only others depend on zeros, which count as a gradient. Where tasks have names, also a dict;
+                one that it lacks is absent.
             retain_graph: keep the graphs for another backward pass; else the last pass frees them.
         Raises:
             TypeError: objectives that are no real floating-point tensors.
             ValueError: none given, all absent, not scalar, without grad, on several devices. ``.grad`` is not changed.
+            RuntimeError: a trainer scales the losses of this optimizer, which backward passes here would pass by.
             Whatever a backward pass raises; then ``.grad`` is None where it held the last merged gradient, whose
             memory is that of the rows, and as before elsewhere.
         """
         surgery = self._surgery
         by_task = surgery._stays.processes.by_task
         with surgery._stays.telling():
-            losses = present_losses(objectives, may_be_none=by_task)
+            listed = in_order(objectives, surgery.num_tasks, surgery.tasks)
+            losses = present_losses(listed, may_be_none=by_task)
+            refuse_unscaled(self)
+            if surgery.tasks and max(losses, default=0) >= len(surgery.tasks):
+                raise ValueError(f"{1 + max(losses)} losses for the tasks {list(surgery.tasks)}")
         surgery.discard()
         if not by_task:
             warn_of_one_loss(len(losses))
-        warn_of_fewer_losses(objectives, surgery.method, surgery.method.known_tasks)
+        warn_of_fewer_losses(listed, surgery.method, surgery.method.known_tasks)
         self._look_for_repeat()
-        surgery.num_tasks = max(surgery.num_tasks, len(objectives) if by_task else 1 + max(losses))
+        surgery.num_tasks = max(surgery.num_tasks, len(listed) if by_task else 1 + max(losses))
         before = surgery._gradients() if self._on_repeat == "add" else []
         try:
             self.report = surgery._round(losses, retain_graph)

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ._generators import global_states, set_global_states, set_state, state_of
+from ._checkpoints import load_surgery_state, surgery_state
 from ._graph import check_kept
 from ._losses import Forward, check_loss, check_round, check_tensors
+from ._tasks import check_tasks, in_order, index_of
 from .distributed.groups import Processes
 from .merging.by_factors import planned
 from .merging.by_rows import merge
@@ -41,7 +42,7 @@ class GradientSurgery:
             optimizers take). An optimizer's parameters are looked up at each round, so that ones added, frozen or
             unfrozen later are seen; lazy ones, once a forward pass has given them a shape. The gradients of complex
             ones are rows of real and imaginary parts.
-        num_tasks: T.
+        num_tasks: T; or ``tasks``.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         shared: the parameters that undergo surgery; the gradients of the others are summed. None: as the method's
             original has it (nearly all: every parameter).
@@ -54,9 +55,13 @@ class GradientSurgery:
             add up either way.
         accumulate_dtype: dtype in which gradients within one stay add up, on the parameters' device, before they are
             rounded to the rows'; each further stay widens, adds and rounds once more. None: the rows' own.
+        tasks: their names, in the order of their indices, or T. What takes an index takes a name, what takes a list
+            of losses a dict, and the report has them.
         granularity: ``model``: one surgery over all parameters. ``group`` or ``parameter``: one for each parameter
-            group, or for each parameter. Collections of parameters, such as those of each layer: one for each, in
-            one pass over all. A method whose original works on each parameter does so anyway.
+            group, or for each parameter. ``layer``: one for each block of the model, the nearest of a ``ModuleList``
+            or ``Sequential`` that a parameter lies in, and for each other module. Collections of parameters: one for
+            each. All in one pass. A method whose original works on each parameter does so anyway.
+        model: whose layers are meant, by its ``named_parameters``; the report has their names.
         process_group: whose parts of a batch, or of the parameters, form one; see docs/distributed.md. Parameters that
             are DTensors have the processes of their meshes. Of others, ``auto``: rows are means over the processes
             over which DistributedDataParallel averages the parameters' gradients, as it is found in the first round;
@@ -105,26 +110,26 @@ class GradientSurgery:
     def __init__(
         self,
         optimizer_or_params: HasGroups | Iterable[Any],
-        num_tasks: int,
+        num_tasks: int | None = None,
         method: Method | None = None,
         *,
+        tasks: Sequence[str] | int | None = None,
         shared: Iterable[Tensor] | None = None,
         row_dtype: torch.dtype | None = None,
         row_device: torch.device | str | None = None,
         accumulate: Literal["sum", "mean"] = "sum",
         accumulate_dtype: torch.dtype | None = None,
         granularity: Granularity = "model",
+        model: nn.Module | None = None,
         process_group: object = "auto",
         parallel: Literal["data", "task"] = "data",
         rows: Choice = "auto",
     ) -> None:
-        if not isinstance(num_tasks, int) or num_tasks < 1:
-            raise ValueError(f"num_tasks must be an integer >= 1; found {num_tasks!r}")
         if accumulate not in ("sum", "mean"):
             raise ValueError(f"accumulate must be 'sum' or 'mean'; found {accumulate!r}")
-        self.num_tasks = num_tasks
+        self.num_tasks, self.tasks = check_tasks(num_tasks, tasks)
         self.method = check_method(method, PCGrad)
-        self.granularity = check_granularity(granularity)
+        self.granularity = check_granularity(granularity, model)
         self.row_dtype, self.row_device = row_dtype, row_device
         self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
         self.rows = check_rows(rows)
@@ -141,24 +146,22 @@ class GradientSurgery:
         """Bytes of T rows, whether or not they are there yet."""
         return self.num_tasks * self._layouts.current.capture.rows.row_nbytes
 
-    def task(self, index: int) -> AbstractContextManager[Any]:
-        """A context in which gradients go into the row of task ``index``.
+    def task(self, task: int | str) -> AbstractContextManager[Any]:
+        """A context in which gradients go into the row of a task, by its index or its name.
 
         Enter it again for further micro-batches of the same task: they add up. A task counts as present, with a
         zero gradient for what it did not touch, once it was entered and left without an exception.
 
         Raises:
-            IndexError: not in 0..num_tasks-1.
+            IndexError: not in 0..num_tasks-1, and no name.
             RuntimeError: inside another task, or the parameters changed since the round began.
             NotImplementedError: what would be wrong with several processes, see ``process_group``.
         """
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.num_tasks:
-            raise IndexError(f"task index must be an integer in 0..{self.num_tasks - 1}; found {index!r}")
-        return Task(self._stays, index)
+        return Task(self._stays, index_of(task, self.num_tasks, self.tasks))
 
     def backward(
         self,
-        losses: Sequence[Forward | None] | Sequence[Tensor | None] | Tensor,
+        losses: Sequence[Forward | None] | Sequence[Tensor | None] | Mapping[Any, Any] | Tensor,
         *,
         retain_graph: bool = False,
         two_phase: bool = False,
@@ -168,7 +171,7 @@ class GradientSurgery:
         Args:
             losses: one for each task, None for one that is absent. Functions run their own forward and return the
                 scalar loss, or None; each graph is freed before the next forward. Or scalar tensors, or one tensor
-                ``[T]``, which may share a graph.
+                ``[T]``, which may share a graph. A dict has them by their tasks' names; one that it lacks is absent.
             retain_graph: keep the graphs for another backward pass; else the last pass over tensors frees them.
             two_phase: make no rows, but the Gram matrix piece by piece of the graph, then the merged gradient in one
                 weighted backward pass: about N elements at once instead of T·N, for one more backward pass. For
@@ -195,7 +198,8 @@ class GradientSurgery:
         if filled := self._layouts.current.capture.rows.tasks:
             raise RuntimeError(f"backward() with rows of tasks {filled} filled: call merge() or discard() first")
         with self._stays.telling():
-            tensors, forwards = check_round(losses, self.num_tasks, may_be_none=self._stays.processes.by_task)
+            ordered = in_order(losses, self.num_tasks, self.tasks)
+            tensors, forwards = check_round(ordered, self.num_tasks, may_be_none=self._stays.processes.by_task)
         if two_phase:
             return self._in_two_phases(tensors, forwards, retain_graph)
         try:
@@ -249,6 +253,7 @@ class GradientSurgery:
         report, merged = merge(rows, self.method, layout.division, in_place=True, exchange=layout.exchange)
         report.rows = self._kept if rows.factors is None else rows.factors.report
         self._kept = BY_CALLER
+        report.names = self.tasks
         layout.capture.give(merged)
         self._stays.end_round()
         return report
@@ -281,8 +286,7 @@ class GradientSurgery:
             ``method``: the method's ``state_dict``; ``generator``: the state of its own generator, None without one;
             if asked for ``global_generators``. Tensors, numbers, strings and containers of them alone.
         """
-        state = {"method": self.method.state_dict(), "generator": state_of(self.method.generator)}
-        return {**state, "global_generators": global_states()} if global_generators else state
+        return surgery_state(self.method, global_generators=global_generators)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what ``state_dict`` gave, the states of global generators too where it holds them.
@@ -291,21 +295,7 @@ class GradientSurgery:
             ValueError: other keys, the state of another method or of another kind of generator. The surgery is then as
                 before.
         """
-        keys = set(state_dict)
-        if not {"method", "generator"} <= keys <= {"method", "generator", "global_generators"}:
-            raise ValueError(
-                "the state of a surgery has the keys method, generator and maybe global_generators; found "
-                f"{sorted(keys)}"
-            )
-        before = state_of(self.method.generator)
-        set_state(self.method.generator, state_dict["generator"])
-        try:
-            self.method.load_state_dict(state_dict["method"])
-        except BaseException:
-            set_state(self.method.generator, before)
-            raise
-        if "global_generators" in state_dict:
-            set_global_states(state_dict["global_generators"])
+        load_surgery_state(self.method, state_dict)
 
     def __repr__(self) -> str:
         exchange = self._layouts.current.exchange
@@ -332,6 +322,7 @@ class GradientSurgery:
             self._run(losses, retain_graph)
             self._small.look()
         elif (report := small.run(losses, retain_graph, self.method)) is not None:
+            report.names = self.tasks
             return report
         return self.merge()
 
@@ -397,6 +388,7 @@ class GradientSurgery:
                 division=layout.division,
                 retain_graph=retain_graph,
             )
+        report.names = self.tasks
         capture.give(merged)
         return report
 

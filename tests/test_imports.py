@@ -12,7 +12,7 @@ import fastpcgrad
 PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
-    {"_torch"},
+    {"_torch", "_tasks", "_loss_scales"},
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
     {"_checks", "_blocks", "variants", "distributed.links"},
     {"_ops", "_generators", "distributed.local_tensors", "distributed.buckets"},
@@ -22,13 +22,13 @@ FLOORS = (
     {"_derivatives"},
     {"functional"},
     {"methods"},
-    {"rows.choice", "rows.hooks", "rows.sparse"},
+    {"rows.choice", "rows.hooks", "rows.sparse", "rows.layers", "_checkpoints"},
     {"rows.products"},
     {"rows.apart"},
     {"rows.factors"},
     {"rows.samples"},
     {"rows.stacked"},
-    {"rows.columns", "rows.forms", "rows.host", "rows.parameters"},
+    {"rows.columns", "rows.forms", "rows.host", "rows.parameters", "merging.conflict_maps"},
     {"rows.task_gradients", "rows.memory_plan", "distributed.exchange", "merging.report", "merging.problems"},
     {"rows.moved"},
     {"rows.capture"},
@@ -39,8 +39,8 @@ FLOORS = (
     {"merging.by_rows", "merging.small_round"},
     {"merging.two_phase"},
     {"surgery", "autograd", "features", "arrays", "gradnorm"},
-    {"optimizer"},
-    {"commands"},
+    {"optimizer", "monitor"},
+    {"commands", "integrations"},
     {"__init__"},
     {"__main__"},
 )
@@ -60,19 +60,25 @@ THIRD_PARTY = {
     "torch": None,
     "numpy": {"arrays", "backends.config", "_generators", "gradnorm", "methods"},
     "triton": {"backends.triton"},
-    "matplotlib": {"merging.report"},
+    "matplotlib": {"merging.conflict_maps", "merging.report", "monitor"},
+    "pandas": {"merging.conflict_maps", "merging.report", "monitor"},
+    "accelerate": {"integrations.accelerate", "integrations.transformers"},
+    "transformers": {"integrations.transformers"},
+    "lightning": {"integrations.lightning"},
+    "pytorch_lightning": {"integrations.lightning"},
     "torchjd": {"commands.bench"},
 }
 """Packages and the modules (with what lies in them) that may import them; None: all."""
-INSIDE_FUNCTIONS = {"matplotlib", "torchjd"}
+INSIDE_FUNCTIONS = {"matplotlib", "pandas", "torchjd"}
 """Optional packages: importing the module must not need them."""
 
 
 def imports(module, source, is_package=False):
-    """The dotted name of each import, made absolute, and whether it is at module level."""
+    """The dotted name of each import, made absolute, and whether importing the module runs it."""
     tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    inside_functions = {inner for function in functions for inner in ast.walk(function)}
+    for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    inside_functions = {inner for outer in (*functions, *for_types) for inner in ast.walk(outer)}
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -275,6 +281,7 @@ def test_what_is_not_private_passes(source):
         ("methods.pcgrad", "from .. import _ops\nfrom ..functional import gram\nfrom .base import Method"),
         ("backends.config", "import numpy\nfrom . import native"),
         ("merging.report", "def plot():\n    import matplotlib.pyplot"),
+        ("merging.report", "if TYPE_CHECKING:\n    import pandas"),
     ],
 )
 def test_what_is_allowed_passes(module, source):

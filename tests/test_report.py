@@ -61,6 +61,25 @@ def test_cosines(parameters):
     torch.testing.assert_close(report.pair_cosines, torch.stack([report.cosines[i, j] for i, j in pairs]))
 
 
+def test_cosines_to_the_mean(parameters):
+    rows = gradients()
+    report = surgery_on(parameters, rows)
+    torch.testing.assert_close(report.cosines_to_mean, F.cosine_similarity(rows, rows.mean(dim=0)[None], eps=1e-30))
+
+
+def test_cosines_within_each_problem(parameters):
+    rows = gradients()
+    report = surgery_on(parameters, rows, granularity="parameter")
+    for found, piece in zip(report.segment_cosines, rows.split(12, dim=1), strict=True):
+        torch.testing.assert_close(found, F.cosine_similarity(piece[:, None], piece, dim=-1, eps=1e-30))
+
+
+def test_a_method_without_weights_has_none_in_the_dict(parameters):
+    report = surgery_on(parameters, gradients(), method=methods.TrimmedMean(1))
+    assert report.weights.isnan().all()
+    assert not [key for key, value in report.as_dict().items() if "weight/" in key or math.isnan(value)]
+
+
 def test_conflict_rate(parameters):
     rows = gradients()
     pairs = list(itertools.combinations(rows, 2))
@@ -134,7 +153,9 @@ def test_a_single_task_has_no_pairs(parameters):
     assert report.conflict_rate == 0 and report.cosines.tolist() == [[pytest.approx(1)]]
     assert report.pair_cosines.shape == (0,)
     figures = report.as_dict()
-    assert math.isnan(figures["surgery/cos_min"]) and math.isnan(figures["surgery/cos_mean"])
+    assert set(figures) == {
+        f"surgery/{key}" for key in ("conflict_rate", "grad_norm/0", "cos_to_mean/0", "weight/0", "removed_frac/0")
+    }
     assert figures["surgery/conflict_rate"] == 0 and figures["surgery/weight/0"] == 1
 
 
@@ -163,6 +184,8 @@ def test_as_dict_has_every_figure_as_a_float(parameters):
         **{f"surgery/grad_norm/{t}": report.norms[t].item() for t in range(TASKS)},
         **{f"surgery/weight/{t}": report.weights[t].item() for t in range(TASKS)},
         **{f"surgery/removed_frac/{t}": report.removed_fraction[t].item() for t in range(TASKS)},
+        **{f"surgery/cos_to_mean/{t}": report.cosines_to_mean[t].item() for t in range(TASKS)},
+        **{f"surgery/cos/{i}-{j}": report.cosines[i, j].item() for i in range(TASKS) for j in range(i + 1, TASKS)},
     }
 
 
@@ -198,7 +221,7 @@ def test_a_method_without_coefficients_has_no_removed_fraction(parameters):
 
     report = surgery_on(parameters, gradients(), method=Sum())
     assert report.coefficients is None and report.removed_fraction.isnan().all()
-    assert math.isnan(report.as_dict()["surgery/removed_frac/0"])
+    assert not [key for key, value in report.as_dict().items() if "removed_frac" in key or math.isnan(value)]
 
 
 def test_repr_shows_the_figures(parameters):

@@ -143,7 +143,7 @@ def _merge_by_weights(
     if method.scope == "parameter":  # one that some task does not have gets no gradient
         kept = zip(out, problems.of, problems.whole, strict=True)
         out = [place if whole or p == SUMMED else None for place, p, whole in kept]
-    return ConflictReport(tasks, figures), out
+    return ConflictReport(tasks, figures, problems.names), out
 
 
 def _merge_columns(columns: Columns, method: Elementwise, tasks: Sequence[int], problems: Problems, out: Row) -> Later:

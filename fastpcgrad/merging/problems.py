@@ -42,30 +42,32 @@ class Problems:
         whole: for each parameter whether every task has a gradient of it.
         count: S; 1 where there is one for all, even if all are summed.
         are_many: whether figures are those of each problem, ``[S, ...]``, also where S = 1.
+        names: one for each problem; empty where they have none.
     """
 
     of: list[int]
     whole: Sequence[bool]
     count: int
     are_many: bool
+    names: Sequence[str] = ()
 
     @classmethod
     def made(cls, method: Method, whole: Sequence[bool], division: Division = UNDIVIDED) -> Problems:
         """As the caller divides the parameters, and where nothing is said as the method's ``scope`` does."""
         shared: Sequence[bool] | None
-        shared, groups = division
+        shared, groups, names = division
         count = len(whole)
         if shared is groups is None and method.scope != "parameter" and all(whole):
             return _one_for_all(count)
         if shared is None:
             shared = whole if method.scope == "shared" else [True] * count
         if method.scope == "parameter":
-            groups = list(range(count))
+            groups, names = list(range(count)), names if len(names) == count else ()
         if groups is None:
             return cls([0 if inside else SUMMED for inside in shared], whole, 1, are_many=False)
         numbers = {group: n for n, group in enumerate(sorted(set(compress(groups, shared))))}
         of = [numbers[group] if inside else SUMMED for group, inside in zip(groups, shared, strict=True)]
-        return cls(of, whole, len(numbers), are_many=True)
+        return cls(of, whole, len(numbers), True, [names[group] for group in numbers] if names else ())
 
     @cached_property
     def is_one_for_all(self) -> bool:

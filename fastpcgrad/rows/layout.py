@@ -23,9 +23,8 @@ from .parameters import (
     CheckedGranularity,
     Division,
     HasGroups,
-    are_among,
     check_parameters,
-    problem_of_each,
+    divide,
 )
 from .sharded import ExchangedGradients, ShardedCapture, ShardedGradients
 from .task_gradients import TaskGradients
@@ -160,10 +159,7 @@ class Layouts:
         if parameters is None:
             parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
         check_parameters(parameters, self._shared)
-        division = Division(
-            shared=None if self._shared is None else are_among(parameters, self._shared),
-            groups=problem_of_each(parameters, self._granularity, self._source.param_groups, self._shared),
-        )
+        division = divide(parameters, self._granularity, self._source.param_groups, self._shared)
         lazy = any(map(is_lazy, found))
         capture, exchange = self._averaged(parameters) if self._group is not None else self._own(parameters)
         return Layout(found, _kinds(found), division, capture, exchange, lazy, is_large(parameters))

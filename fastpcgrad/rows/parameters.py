@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import Any, Literal, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._losses import check_tensors
+from .layers import Layers
 
-Granularity = Literal["model", "group", "parameter"] | Sequence[Iterable[Tensor]]
+Granularity = Literal["model", "group", "parameter", "layer"] | Sequence[Iterable[Tensor]]
 Collections = list[list[Tensor]]
-CheckedGranularity = Literal["model", "group", "parameter"] | Collections
+CheckedGranularity = Literal["model", "group", "parameter"] | Collections | Layers
 
 
 class Division(NamedTuple):
@@ -21,15 +22,18 @@ class Division(NamedTuple):
     Attributes:
         shared: for each whether it undergoes surgery; the others are summed. None: as the method's scope says.
         groups: for each the number of its problem; None: one problem, or as the method's scope says.
+        names: of the problems, by their number; empty where they have none.
     """
 
     shared: list[bool] | None = None
     groups: list[int] | None = None
+    names: Sequence[str] = ()
 
     def of(self, chosen: Sequence[int]) -> Division:
         """That of some of the parameters, by their index."""
         shared = None if self.shared is None else [self.shared[index] for index in chosen]
-        return Division(shared, None if self.groups is None else [self.groups[index] for index in chosen])
+        groups = None if self.groups is None else [self.groups[index] for index in chosen]
+        return Division(shared, groups, self.names)
 
 
 UNDIVIDED = Division()
@@ -91,13 +95,22 @@ def check_parameters(parameters: Sequence[Tensor], shared: Sequence[Tensor] | No
             raise ValueError(f"shared holds a tensor {list(p.shape)} that is none of the parameters")
 
 
-def check_granularity(granularity: Granularity) -> CheckedGranularity:
-    """Its name, or each collection as a list."""
+def check_granularity(granularity: Granularity, model: nn.Module | None = None) -> CheckedGranularity:
+    """Its name, each collection as a list, or where there are names of the model's the layers that have them."""
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
+    if isinstance(granularity, str) and granularity in ("layer", "parameter") and model is not None:
+        return Layers(model, by_parameter=granularity == "parameter")
+    if granularity == "layer":
+        raise ValueError(
+            "granularity='layer' needs the model whose layers are meant: give model=, or choose 'model', 'group' or "
+            "'parameter'"
+        )
     if granularity in ("model", "group", "parameter"):
         return granularity
     if isinstance(granularity, str) or not isinstance(granularity, Iterable):
         raise ValueError(
-            "granularity must be 'model', 'group', 'parameter' or a sequence of collections of parameters; "
+            "granularity must be 'model', 'group', 'parameter', 'layer' or a sequence of collections of parameters; "
             f"found {granularity!r}"
         )
     collections = [check_tensors(f"granularity[{g}]", collection) for g, collection in enumerate(granularity)]
@@ -111,26 +124,33 @@ def check_granularity(granularity: Granularity) -> CheckedGranularity:
     return collections
 
 
-def problem_of_each(
+def divide(
     parameters: Sequence[Tensor],
     granularity: CheckedGranularity,
     groups: Sequence[dict[str, Any]],
     shared: Sequence[Tensor] | None,
-) -> list[int] | None:
-    """For each parameter the number of its problem; None where there is one for all.
+) -> Division:
+    """Which of the parameters undergo surgery, and which form one problem.
 
     Raises:
-        ValueError: collections without a parameter that undergoes surgery, or with one that is not there.
+        ValueError: collections without a parameter that undergoes surgery, or with one that is not there; a model
+            without one.
     """
+    operated = None if shared is None else are_among(parameters, shared)
     if granularity == "model":
-        return None
+        return Division(operated)
     if granularity == "parameter":
-        return list(range(len(parameters)))
+        return Division(operated, list(range(len(parameters))))
+    if isinstance(granularity, Layers):
+        inside = parameters if operated is None else list(compress(parameters, operated))
+        numbers, names = granularity.of(inside)
+        owner = dict(zip(map(id, inside), numbers, strict=True))
+        return Division(operated, [owner.get(id(p), 0) for p in parameters], names)
     collections = [group["params"] for group in groups] if granularity == "group" else granularity
     owner = {id(p): g for g, collection in enumerate(collections) for p in collection}
     if isinstance(granularity, list):
         _check_collections(parameters, granularity, owner, shared)
-    return [owner.get(id(p), 0) for p in parameters]
+    return Division(operated, [owner.get(id(p), 0) for p in parameters])
 
 
 def _check_collections(

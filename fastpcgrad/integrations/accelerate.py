@@ -1,0 +1,127 @@
+"""Gradient surgery in a loop of Accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .._losses import present_losses
+from .._tasks import in_order
+from ..merging.report import ConflictReport
+from ..methods import Method
+from ..monitor import ConflictMonitor
+from .settings import Surgery as Surgery
+from .settings import refuse_wrapper
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class GradientSurgery:
+    """``surgery.backward(losses)`` in the place of ``accelerator.backward(loss)``.
+
+    Each loss goes through ``accelerator.backward`` inside its task, so that accumulation, mixed precision and its
+    loss scale are Accelerate's. Where gradients are synchronized, on the last micro-batch of an accumulation, the rows
+    are merged into ``.grad``: clip, step and zero as ever. A micro-batch may have the losses of some tasks only.
+
+    Args:
+        accelerator: the ``Accelerator``.
+        optimizer: as ``accelerator.prepare`` gave it.
+        tasks: their names, or how many there are.
+        method, options: see ``fastpcgrad.GradientSurgery``.
+        model: whose layers are meant by ``granularity="layer"``; also one with adapters.
+        monitor: notes the report of each merge.
+    Attributes:
+        report: of the last merge; None before the first.
+    Raises:
+        TypeError: the optimizer is a ``fastpcgrad.PCGrad``.
+        NotImplementedError: several processes, DeepSpeed, Megatron-LM, FSDP.
+    Example:
+        surgery = GradientSurgery(accelerator, optimizer, tasks=["seg", "depth"])
+        accelerator.register_for_checkpointing(surgery)
+        for batch in loader:
+            with accelerator.accumulate(model):
+                surgery.backward({"seg": seg_loss, "depth": depth_loss})
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        optimizer: Any,
+        tasks: Sequence[str] | int,
+        method: Method | None = None,
+        *,
+        model: nn.Module | None = None,
+        monitor: ConflictMonitor | None = None,
+        **options: Any,
+    ) -> None:
+        refuse_strategies(accelerator)
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"optimizer must be what accelerator.prepare gave; found {type(optimizer).__name__}")
+        refuse_wrapper(optimizer)
+        self._accelerator = accelerator
+        self._settings = Surgery(tasks=tasks, method=method, options=options, monitor=monitor)
+        self._surgery = self._settings.on(optimizer, model)
+        self.report: ConflictReport | None = None
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """The names of the tasks; empty where they have none."""
+        return self._surgery.tasks
+
+    def backward(
+        self, losses: Mapping[Any, Tensor | None] | Sequence[Tensor | None] | Tensor, **kwargs: Any
+    ) -> ConflictReport | None:
+        """Each loss backward inside its task; the merge, where gradients are synchronized.
+
+        Args:
+            losses: a dict by names, or one for each task; None, or not in the dict: absent in this micro-batch. They
+                may share a graph.
+            kwargs: of ``accelerator.backward``. ``retain_graph=True`` keeps the graphs after the last pass, too.
+        Returns:
+            the report, where rows were merged; else None.
+        Raises:
+            TypeError, ValueError: see ``fastpcgrad.GradientSurgery.backward``.
+            Whatever a backward pass raises; the rows of this accumulation are then discarded.
+        """
+        surgery = self._surgery
+        present = present_losses(in_order(losses, surgery.num_tasks, surgery.tasks))
+        if max(present) >= surgery.num_tasks:
+            raise ValueError(f"losses must hold at most one for each of the {surgery.num_tasks} tasks")
+        is_kept, last = kwargs.pop("retain_graph", False), max(present)
+        try:
+            for t, loss in present.items():
+                with surgery.task(t):
+                    self._accelerator.backward(loss, retain_graph=is_kept or t != last, **kwargs)
+            if not self._accelerator.sync_gradients:
+                return None
+            self.report = self._settings.merged(surgery)
+        except BaseException:
+            surgery.discard()
+            raise
+        return self.report
+
+    def state_dict(self) -> dict[str, Any]:
+        """For ``accelerator.register_for_checkpointing``; see ``fastpcgrad.GradientSurgery.state_dict``."""
+        return self._surgery.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._surgery.load_state_dict(state_dict)
+
+
+def refuse_strategies(accelerator: Accelerator) -> None:
+    """NotImplementedError for what owns the gradients itself, or has parts of them elsewhere."""
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind != "NO" or accelerator.num_processes > 1:
+        raise NotImplementedError(
+            f"found an Accelerator of {accelerator.num_processes} processes, distributed_type {kind}: the integrations "
+            "work in one process. With DistributedDataParallel or fully_shard use fastpcgrad.GradientSurgery in a loop "
+            "of your own (docs/distributed.md); DeepSpeed, Megatron-LM and FullyShardedDataParallel keep gradients of "
+            "their own, on which no surgery is possible"
+        )

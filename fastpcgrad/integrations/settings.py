@@ -1,0 +1,112 @@
+"""What a trainer is told about the surgery: the same for every trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._tasks import check_tasks
+from ..merging.report import ConflictReport
+from ..methods import Method, PCGrad, check_method
+from ..monitor import ConflictMonitor
+from ..optimizer import PCGrad as Wrapper
+from ..surgery import GradientSurgery
+
+
+@dataclass
+class Surgery:
+    """How a trainer is to merge task gradients.
+
+    Args:
+        tasks: names of the tasks, or how many there are. None: as the data have them, or the first dict of losses.
+        task_key: what a row of the data has its task in, by name or by index; where a micro-batch is of one task.
+        method: makes weights of the Gram matrix; None: ``methods.PCGrad()``, which sums as the paper does. Against
+            ``methods.PCGrad(reduction="mean")`` and ``fastpcgrad.PCGrad(optimizer)`` that is T times the length.
+        normalize: where a micro-batch is of one task. ``task``: the gradient of a task is the mean over its own
+            micro-batches, or over its own tokens, however many there are of the others. ``batch``: each loss is divided
+            as the trainer divides it, by what all tasks have together, so that their sum is what the trainer takes.
+        options: further arguments of ``GradientSurgery``, such as ``{"granularity": "layer"}``; ``model`` is there.
+        monitor: notes the report of each merge, and its averages are logged where the reports are.
+    Raises:
+        TypeError, ValueError: see ``GradientSurgery``; another ``normalize``.
+    """
+
+    tasks: Sequence[str] | int | None = None
+    task_key: str = "task_id"
+    method: Method | None = None
+    normalize: Literal["task", "batch"] = "task"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    monitor: ConflictMonitor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tasks is not None:
+            check_tasks(None, self.tasks)
+        if self.normalize not in ("task", "batch"):
+            raise ValueError(f"normalize must be 'task' or 'batch'; found {self.normalize!r}")
+        check_method(self.method, PCGrad)
+        if taken := {"tasks", "num_tasks", "method"} & set(self.options):
+            raise ValueError(
+                f"options are further arguments of GradientSurgery; found {sorted(taken)}, of Surgery itself"
+            )
+
+    def on(self, optimizer: Any, model: nn.Module | None, tasks: Sequence[str] | int | None = None) -> GradientSurgery:
+        """The surgery on the parameters of an optimizer.
+
+        Args:
+            optimizer: as the trainer has prepared it.
+            model: whose layers are meant.
+            tasks: their names, where there are none here.
+        Raises:
+            TypeError: the optimizer is a ``fastpcgrad.PCGrad`` already.
+        """
+        refuse_wrapper(optimizer)
+        names = tasks if self.tasks is None else self.tasks
+        options = {"model": model, **self.options}
+        return GradientSurgery(optimizer, tasks=names, method=self.method, **options)
+
+    def merged(self, surgery: GradientSurgery) -> ConflictReport:
+        """The report of a merge, noted."""
+        report = surgery.merge()
+        if self.monitor is not None:
+            self.monitor.note(report)
+        return report
+
+    def figures(self, report: ConflictReport) -> dict[str, float]:
+        """For a log."""
+        return report.as_dict() | ({} if self.monitor is None else self.monitor.log())
+
+
+def refuse_wrapper(optimizer: Any) -> None:
+    """TypeError for ``PCGrad(optimizer)``, also below what a trainer has wrapped it in."""
+    inner = optimizer
+    while inner is not None:
+        if isinstance(inner, Wrapper):
+            raise TypeError(
+                "found fastpcgrad.PCGrad(optimizer) where the integration does the surgery: give the optimizer itself"
+            )
+        inner = getattr(inner, "optimizer", None)
+
+
+def factor_of(loss: Tensor, total: Tensor) -> Tensor:
+    """What ``total`` was multiplied by until it became ``loss``: a trainer's share of an accumulation, a scale."""
+    if loss is total:
+        return torch.ones_like(total)
+    (factor,) = torch.autograd.grad(loss, total, retain_graph=True)
+    return factor
+
+
+def total_of(losses: Mapping[str, Tensor | None]) -> Tensor:
+    """The sum of those that are there.
+
+    Raises:
+        ValueError: none is.
+    """
+    present = [loss for loss in losses.values() if loss is not None]
+    if not present:
+        raise ValueError(f"losses must hold a task that is not absent; found {dict(losses)}")
+    first = present[0] * 1  # a tensor of its own, so that what became of it can be told from the loss
+    return sum(present[1:], first)
