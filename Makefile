@@ -4,7 +4,9 @@ ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-# --no-compile: Python compiles what is imported, which is a small part of what is installed
+# --no-compile: Python compiles what is imported, which is a small part of what is installed, and is to keep that, whatever
+# it is told elsewhere: the tests start many processes, and to compile torch takes each of them seconds
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
 EVERYTHING := $(VENV)/extra-test,check,bench,examples,plot
 NATIVE_SOURCES := setup.py $(shell find csrc)
