@@ -6,7 +6,7 @@ A graph does not show hooks on tensors. Their absence is inferred: none was regi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from threading import Lock, get_ident
+from threading import get_ident
 from typing import Any
 
 from torch.autograd.graph import Node
@@ -26,61 +26,65 @@ class Known:
 
 
 class _Seen:
-    """What is known of graphs that were run before, as long as nobody else registers a hook on anything."""
+    """What is known of graphs that were run before, as long as nobody else registers a hook on anything.
 
-    _MOST = 256
+    There is no lock, which a call that is cut off could leave locked. Threads may lose counts of our own hooks to each
+    other, never count one too many; then all is looked at anew.
+
+    Attributes:
+        hooks: how many there had been, and ours since.
+        since: for each thread the first node that is newer.
+        graphs: by what they look like.
+    """
 
     def __init__(self) -> None:
-        self._lock = Lock()
-        self._hooks = -1
-        self._since: dict[int, int] = {}
-        self._graphs: dict[int, Known] = {}
-        self._unsure: dict[int, int] = {}
-
-    def known(self, signature: int) -> Known:
-        """Of a graph, by what it looks like."""
-        with self._lock:
-            if hooks_registered() != self._hooks or len(self._graphs) > self._MOST:
-                self._graphs.clear()
-                self._since.clear()
-                self._hooks = hooks_registered()
-            self._since.setdefault(get_ident(), nodes_made())
-            return self._graphs.setdefault(signature, Known())
-
-    def unsure_steps(self, signature: int, is_unsure: bool) -> int:
-        """In how many steps of a graph, up to this one, there may have been hooks that cannot be seen."""
-        with self._lock:
-            before = self._unsure.pop(signature, 0)
-            if not is_unsure:
-                return 0
-            self._unsure[signature] = before + 1
-            if len(self._unsure) > self._MOST:
-                del self._unsure[next(iter(self._unsure))]
-            return before + 1
-
-    def register(self, register: Callable[..., Any], hook: Callable[..., None]) -> Any:
-        """A hook of ours, which does not count. Cut off in between, it counts."""
-        with self._lock:
-            handle = register(hook)
-            self._hooks += 1
-            return handle
-
-    def are_newer(self, nodes: Iterable[Node]) -> bool:
-        """Whether each of these nodes was made since the hooks were counted, in this thread: then it has none.
-
-        Those that add to a leaf's ``.grad`` have no age, and count as new.
-        """
-        since, born = self._since.get(get_ident()), [node._sequence_nr() for node in nodes if leaf_of(node) is None]
-        return since is not None and all(since <= number < nodes_made() for number in born)
+        self.hooks = hooks_registered()
+        self.since: dict[int, int] = {}
+        self.graphs: dict[int, Known] = {}
 
 
+_MOST = 256
+"""Graphs of which something is known."""
 _seen = _Seen()
-known, register, unsure_steps = _seen.known, _seen.register, _seen.unsure_steps
+_unsure: dict[int, int] = {}
+
+
+def known(signature: int) -> Known:
+    """Of a graph, by what it looks like."""
+    global _seen
+    seen = _seen
+    if hooks_registered() != seen.hooks or len(seen.graphs) > _MOST:
+        seen = _seen = _Seen()
+    seen.since.setdefault(get_ident(), nodes_made())
+    return seen.graphs.setdefault(signature, Known())
+
+
+def unsure_steps(signature: int, is_unsure: bool) -> int:
+    """In how many steps of a graph, up to this one, there may have been hooks that cannot be seen."""
+    before = _unsure.pop(signature, 0)
+    if not is_unsure:
+        return 0
+    _unsure[signature] = before + 1
+    if len(_unsure) > _MOST:
+        _unsure.pop(next(iter(_unsure)), None)
+    return before + 1
+
+
+def register(registering: Callable[..., Any], hook: Callable[..., None]) -> Any:
+    """A hook of ours, which does not count. Cut off in between, it counts."""
+    seen = _seen  # as it is before: one that is made in between may have counted the hook already
+    handle = registering(hook)
+    seen.hooks += 1
+    return handle
 
 
 def are_without_hooks(nodes: Iterable[Node]) -> bool:
-    """Whether nobody can have registered a hook on any of these nodes, but for those of leaves."""
-    return _seen.are_newer(nodes)
+    """Whether nobody can have registered a hook on these: each was made in this thread since hooks were counted.
+
+    Those that add to a leaf's ``.grad`` have no age, and count as new.
+    """
+    since, born = _seen.since.get(get_ident()), [node._sequence_nr() for node in nodes if leaf_of(node) is None]
+    return since is not None and all(since <= number < nodes_made() for number in born)
 
 
 def has_hooks(node: Node) -> bool:
@@ -92,9 +96,9 @@ def has_post_hooks(node: Node) -> bool:
     return _has_others(node.register_hook)
 
 
-def _has_others(register: Callable[..., Any]) -> bool:
+def _has_others(registering: Callable[..., Any]) -> bool:
     """Whether there are hooks besides one that is registered and removed here."""
-    handle = _seen.register(register, lambda *_: None)
+    handle = register(registering, lambda *_: None)
     count = len(handle.hooks_dict_ref())
     handle.remove()
     return count > 1

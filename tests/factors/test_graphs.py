@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._functorch.config  # not imported with torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
