@@ -263,9 +263,12 @@ def draw_floor(latest: Sequence[Row], folder: Path) -> list[Path]:
     peaks.axhline(1.5, color="grey", ls=":")
     steps.set(xscale="log", xlabel="batch", title="T=8: pc_backward / T plain backwards\n(dotted: dense rows)")
     peaks.set(xlabel="T", title="peak of two steps / N·itemsize")
-    samples_axis.set(xscale="log", yscale="log", xlabel="batch, one loss a sample", ylabel="ms")
-    samples_axis.set_title("forward included; narrow MLP (lines), wide one (dashed)", fontsize=9)
-    for axis in (steps, peaks, samples_axis):
+    samples_axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms")
+    samples_axis.set_title("one loss a sample, with the forward\n(dashed: the wide MLP)")
+    for axis, batches in ((steps, (4, 16, 64, 256)), (peaks, ()), (samples_axis, (32, 64, 128, 256))):
+        if batches:
+            axis.set_xticks(batches, batches, minor=False)
+            axis.tick_params(which="minor", labelbottom=False)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
         axis.grid(alpha=0.3)

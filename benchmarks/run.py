@@ -104,7 +104,7 @@ PARTS = {
     "method": Part("methods", 7.0, calls("test_methods.py")),
     "gradnorm": Part("gradnorm", 2.0, here(lambda run: gradnorm.measure(run, gradnorm.cases(run.quick)))),
     "factored": Part("factored", 8.0, here(factored)),
-    "floor": Part("floor", 12.0, here(floor)),
+    "floor": Part("floor", 15.0, here(floor)),
     "large": Part("large", 8.5, here(large)),
 }
 DEFAULT = ("kernel", "step", "memory")

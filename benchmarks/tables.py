@@ -356,7 +356,8 @@ def floor(latest: Sequence[Row]) -> str:
     if not lines and not sparse:
         return ""
     of_tables = ("sparse table", "`pc_backward` / T plain backward passes", "peak of two steps")
-    return "\n\n".join([markdown(header, lines), markdown(of_tables, sparse), origin(latest)])
+    how = " CPU time, on a machine that others use." if any("CPU time" in row.note for row in latest) else ""
+    return "\n\n".join([markdown(header, lines), markdown(of_tables, sparse), origin(latest) + how])
 
 
 def factored(latest: Sequence[Row]) -> str:
