@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import to_device
 from ..backends import kernels
 from . import hooks
 from .factors import Factored, Factors, exact_dtypes, symmetric_if_exact
@@ -113,7 +114,7 @@ class Samples:
             dtype: of the gradient.
         """
         delta = self.delta.tensor
-        own = weights.to(delta.device, delta.dtype)
+        own = to_device(weights, delta.device).to(delta.dtype)
         left = None if self.left is None else self.left.flatten(0, 1)
         return self._product((delta * own[:, None, None]).flatten(0, 1), left).to(dtype)
 
@@ -175,7 +176,7 @@ def _scales(losses: Tensor) -> Tensor:
     count = len(losses)
     largest = _LARGEST_POWER.get(losses.dtype, _LARGEST_POWER_OF_WIDER)
     places = torch.randperm(count, generator=_random, device="cpu")
-    return torch.exp2((places % (largest + 1)).to(losses.dtype)).to(losses.device)
+    return to_device(torch.exp2((places % (largest + 1)).to(losses.dtype)), losses.device)
 
 
 _random = torch.Generator()
