@@ -14,8 +14,6 @@ NATIVE_SOURCES := setup.py $(shell find csrc)
 WARNINGS := -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized
 # nvcc takes minutes: without a GPU the tests compile the CUDA library by themselves, once, and nothing else needs it
 export FASTPCGRAD_BUILD ?= $(if $(shell command -v nvidia-smi),auto,cpu)
-# With pytest-xdist tests share the cores: Triton's kernels are compiled there, which takes longer than to run them.
-IN_PARALLEL = $(shell $(PYTHON) -c 'import os, xdist; print("-p xdist.plugin --dist worksteal -n", min(16, os.cpu_count()))' 2>/dev/null)
 # The tests of a file stay together: some share what is slow to set up, such as processes or a compiled library.
 PYTEST := $(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 # What a change of the algorithms breaks first: no peers, no compilers, no other processes.
@@ -66,12 +64,10 @@ bench: $(EVERYTHING) $(VENV)/native ## measure, after the tests have passed
 plot: $(EVERYTHING) ## draw the benchmark results
 	$(RUN) -m benchmarks.plot $(ARGS)
 
-gpu: ## on a machine with a GPU: build in place, run the GPU tests, measure; needs torch, triton, numpy, pytest alone
+gpu: ## on a machine with a GPU, in 15 minutes: build, test, measure, tune into OUT; PARTS="tests figures": these alone
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 		|| { echo "make gpu: no torch in $(PYTHON) that finds a CUDA device here." >&2; exit 1; }
-	FASTPCGRAD_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 TRITON_INTERPRET=0 $(PYTHON) -m pytest -q $(IN_PARALLEL) tests/gpu tests/backends -m 'not slow' $(ARGS)
-	$(PYTHON) -m benchmarks.gpu --append
+	$(PYTHON) -m benchmarks.gpu_plan $(PARTS) $(ARGS)
 
 nccl: ## test surgery over several processes on the GPUs of this machine, one a process; needs torch, pytest alone
 	FASTPCGRAD_TEST_DEVICE=cuda PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PYTHON) -m pytest -q tests/test_sharded.py $(ARGS)

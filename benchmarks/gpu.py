@@ -26,6 +26,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from benchmarks.targets import GPU, verdicts
 from benchmarks.timing import Call, alone, replays_of, with_times
 from fastpcgrad import backends, variants
 from fastpcgrad._blocks import Blocks
-from fastpcgrad.backends import cuda
+from fastpcgrad.backends import cuda, triton
 from fastpcgrad.backends.stacked import Stacked
 from fastpcgrad.variants import Guards
 
@@ -253,15 +254,22 @@ class Scattered:
             yield op, Contender(LIBRARY, "", backend, partial(_made, call))
 
 
-def measure_blocks(run: Run) -> None:
-    """Blocks against packed rows of the same size by the CUDA library, and against packing them before each pass."""
+def measure_blocks(run: Run, by_triton: bool = False) -> None:
+    """Blocks against packed rows of the same size by the CUDA library, and against packing them before each pass.
+
+    Args:
+        by_triton: also those of Triton's kernels, which is what a user without the compiled library has.
+    """
     packing = Stacked(cuda.gram, cuda.pcgrad_coefficients, cuda.combine)
+    contenders: list[tuple[str, Any]] = [("cuda", cuda), ("cuda, packing", packing)]
+    if by_triton:
+        contenders.append(("triton", triton))
     lists = {} if run.late else block_lists(run.device)
     for (name, widths), tasks, dtype in _in_time(run, itertools.product(lists.items(), TASKS_IN_BLOCKS, DTYPES)):
         given = Scattered.of(widths, tasks, dtype, run.device)
         x = kernels.inputs(given.grads, given.order)
         packed = time_op(run, "pcgrad", given.packed(), x, note=f"{name}, packed")
-        for backend, functions in (("cuda", cuda), ("cuda, packing", packing)):
+        for backend, functions in contenders:
             for op, contender in given.in_blocks(backend, functions):
                 against = {"packed": packed.p50_ms} if op == "pcgrad_blocks" else None
                 time_op(run, op, contender, x, note=name, against=against)
@@ -286,15 +294,17 @@ def show(run: Run) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     results = RESULTS / "gpu.jsonl"
-    parser.add_argument("--append", action="store_true", help=f"append the rows to {results}")
+    parser.add_argument(
+        "--append", nargs="?", type=Path, const=results, help=f"the file for rows, by default {results}"
+    )
     parser.add_argument("--minutes", type=float, default=3.0, help="after these, kernels that are left are left out")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: this torch sees no CUDA device")
     torch.manual_seed(0)
-    run = Run(environment(), "cuda", results=results if arguments.append else None)
-    run.allow(arguments.minutes)
+    run = Run(environment(), "cuda", results=arguments.append)
     gpu_compile.compile_all(list(itertools.product(TASKS, DTYPES)), run.device)
+    run.allow(arguments.minutes)
     names = available(run)
     parts: dict[str, Callable[[], None]] = {
         "bandwidth": lambda: measure_bandwidths(run),
@@ -302,7 +312,7 @@ def main() -> None:
         "small J": lambda: measure_kernels(run, small_shapes(), names),
         "steps": lambda: measure_steps(run),
         "methods": lambda: measure_methods(run),
-        "blocks": lambda: measure_blocks(run) if "cuda" in names else None,
+        "blocks": lambda: measure_blocks(run, "triton" in names) if "cuda" in names else None,
         "other large J": lambda: measure_kernels(run, large_shapes(BYTES_OF_J[1:]), names),
     }
     for name, part in parts.items():

@@ -1,27 +1,26 @@
-"""``python -m benchmarks.tune [--write]``: the values of csrc/cuda/tuned.h, found on the GPU at hand.
+"""``python -m benchmarks.tune [--write [FILE]]``: the values of csrc/cuda/tuned.h, found on the GPU at hand.
 
-Shapes: the CUDA library is built anew for each candidate (for this GPU alone, into a temporary folder); gram, combine
-and the surgery in several launches are timed on 1 GiB of rows, and the surgery in one launch on a million columns; the
+Shapes: each candidate has a library, for this GPU alone, compiled here or before (``gpu_build``); gram, combine and the
+surgery in several launches are timed on 1 GiB of rows, and the surgery in one launch on a million columns; the
 smallest sum of times wins. Crossovers: both forms of the surgery are timed by graph replay over sizes of J, and the
 size that loses least of the faster form's time, over all sizes, is taken; once for rows that a thread holds, once for
-more. Prints the lines; ``--write`` puts them into the file, the crossovers in the line of this GPU's architecture.
+more. Prints the lines; ``--write`` puts them into the file or another, the crossovers in the line of this GPU's
+architecture.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_build
+from benchmarks.gpu_build import CANDIDATES, SLOT_CANDIDATES, VECTOR_CANDIDATES, VECTORS, Values
 from benchmarks.rows import ROOT
 from benchmarks.timing import Call, alone, replays_of
 from fastpcgrad import variants
@@ -30,9 +29,6 @@ from fastpcgrad.variants import Guards
 
 TUNED = ROOT / "csrc" / "cuda" / "tuned.h"
 BYTES = 1 << 30
-VECTORS = ({2: 1, 4: 1}, {2: 2, 4: 2}, {2: 4, 4: 2})
-"""Rows held -> vectors of each in flight. More than 32 products a lane and step would break the numerics."""
-SLOTS = ((256, 1024), (256, 2048), (256, 4096), (512, 2048), (1024, 4096))
 SIZES = [1 << power for power in range(20, 31)]
 HELD_ROWS = ((2, torch.float32), (4, torch.bfloat16), (8, torch.float32), (8, torch.bfloat16))
 MORE_ROWS = ((16, torch.float32), (16, torch.bfloat16), (32, torch.float32))
@@ -41,30 +37,12 @@ SMALL_WIDTH, SMALL_WEIGHT = 10**6, 10
 """A small surgery counts as often as that beside the large ones."""
 
 
-Values = dict[str, int]
-
-
-def build_all(folder: Path, candidates: list[Values]) -> list[ctypes.CDLL]:
-    """The library with each candidate's values, for this GPU's architecture."""
-    major, minor = torch.cuda.get_device_capability()
-    command = ["nvcc", "-O3", "-std=c++17", f"-arch=sm_{major}{minor}", "-Xcompiler=-fPIC", "-Icsrc"]
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    jobs = [(source, number) for source in sources for number in range(len(candidates))]
-
-    def compile_one(job: tuple[Path, int]) -> None:
-        source, number = job
-        flags = [f"-D{name}={value}" for name, value in candidates[number].items()]
-        target = folder / f"{number}_{source.stem}.o"
-        subprocess.run([*command, *flags, "-c", str(source), "-o", str(target)], cwd=ROOT, check=True)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, jobs))
-    libraries = []
-    for number in range(len(candidates)):
-        objects, library = map(str, sorted(folder.glob(f"{number}_*.o"))), folder / f"{number}.so"
-        subprocess.run(["nvcc", "-shared", "-cudart=static", *objects, "-o", str(library)], check=True)
-        libraries.append(cuda.declare(ctypes.CDLL(str(library))))
-    return libraries
+def libraries() -> list[ctypes.CDLL]:
+    """The library with each candidate's values, for this GPU's architecture, compiled unless it was before."""
+    architecture, numbers = gpu_build.architecture_here(), range(len(CANDIDATES))
+    folder = gpu_build.folder_for(architecture)
+    gpu_build.compile_all(folder, architecture, numbers)
+    return [cuda.declare(ctypes.CDLL(str(gpu_build.path_of(folder, number)))) for number in numbers]
 
 
 def calls(tasks: int, dtype: torch.dtype, size: int) -> list[Call]:
@@ -99,7 +77,7 @@ def milliseconds(tasks: list[int]) -> float:
     return total
 
 
-def fastest(candidates: list[Values], libraries: list[ctypes.CDLL], tasks: list[int]) -> Values:
+def fastest(candidates: Sequence[Values], libraries: Sequence[ctypes.CDLL], tasks: list[int]) -> Values:
     times = []
     for values, library in zip(candidates, libraries, strict=True):
         cuda._library = library
@@ -109,14 +87,11 @@ def fastest(candidates: list[Values], libraries: list[ctypes.CDLL], tasks: list[
 
 
 def best_shapes() -> Values:
-    vectors: list[Values] = [{f"FPG_VECTORS_OF_{held}": n for held, n in each.items()} for each in VECTORS]
-    slots: list[Values] = [{"FPG_FEW_SLOTS": few, "FPG_MANY_SLOTS": many} for few, many in SLOTS]
-    with tempfile.TemporaryDirectory() as folder:
-        libraries = build_all(Path(folder), vectors + slots)
-        best = fastest(slots, libraries[len(vectors) :], [2, 8, 16, 32])
-        for held in VECTORS[0]:
-            name = f"FPG_VECTORS_OF_{held}"
-            best[name] = fastest(vectors, libraries[: len(vectors)], [held])[name]
+    found = libraries()
+    best = fastest(SLOT_CANDIDATES, found[len(VECTOR_CANDIDATES) :], [2, 8, 16, 32])
+    for held in VECTORS[0]:
+        name = f"FPG_VECTORS_OF_{held}"
+        best = best | {name: fastest(VECTOR_CANDIDATES, found[: len(VECTOR_CANDIDATES)], [held])[name]}
     return best
 
 
@@ -162,7 +137,7 @@ def written(text: str, values: Values, architecture: int, crossovers: tuple[int,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"put what was found into {TUNED}")
+    parser.add_argument("--write", nargs="?", type=Path, const=TUNED, help=f"the file to write, by default {TUNED}")
     arguments = parser.parse_args()
     major, minor = torch.cuda.get_device_capability()
     built = cuda._library
@@ -171,7 +146,7 @@ def main() -> None:
     found = crossover(HELD_ROWS), crossover(MORE_ROWS)
     text = written(TUNED.read_text(encoding="utf-8"), values, 10 * major + minor, found)
     if arguments.write:
-        TUNED.write_text(text, encoding="utf-8")
+        arguments.write.write_text(text, encoding="utf-8")
     else:
         print(f"\n{TUNED.name}:\n{text}")
 

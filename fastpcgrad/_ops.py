@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_arguments
+from ._modes import is_fake
 
 LIBRARY = torch.library.Library("fastpcgrad", "DEF")
 
@@ -70,12 +71,15 @@ def flat(tensor: Tensor) -> Tensor:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A small tensor from the host's memory on ``device``, without a wait for what a GPU has queued.
 
-    The driver has copied pageable memory when the call returns. A captured graph would read it at each replay, long
-    after it is gone: there torch waits, which the capture refuses.
+    The driver may wait for copies from pageable memory, from about 64 KiB on. It copies from a page-locked copy of its
+    own, which nobody overwrites and torch's allocator keeps until the stream has read it. A captured graph would read
+    it at each replay, long after it is gone: there torch waits, which the capture refuses.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.compiler.is_compiling() or not tensor.is_cpu or is_fake(tensor):
         return tensor.to(device)
-    return tensor.to(device, non_blocking=not torch.cuda.is_current_stream_capturing())
+    if torch.cuda.is_current_stream_capturing():
+        return tensor.to(device)
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
 
 
 def new_gram(grads: Tensor, segments: Tensor | None) -> Tensor:

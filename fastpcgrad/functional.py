@@ -28,6 +28,7 @@ from ._checks import (
     is_readable,
 )
 from ._modes import is_batched
+from ._ops import to_device
 from .backends import kernels
 from .variants import Generator
 
@@ -283,7 +284,7 @@ def _offsets(segments: Segments | None, grads: Tensor) -> Tensor | None:
         if not torch.compiler.is_compiling() and is_batched(segments):
             raise ValueError("segments must be the same for all that vmap batches; found batched offsets")
         if not is_readable(segments):
-            return segments.to(grads.device)
+            return to_device(segments, grads.device)
         values = segments.tolist()
     else:
         try:
@@ -291,7 +292,7 @@ def _offsets(segments: Segments | None, grads: Tensor) -> Tensor | None:
         except TypeError:
             raise TypeError(f"segments must be a tensor or a sequence of integers; found {segments!r}") from None
     check_offsets(values, grads.shape[1])
-    return torch.tensor(values, dtype=torch.int64, device="cpu").to(grads.device)
+    return to_device(torch.tensor(values, dtype=torch.int64, device="cpu"), grads.device)
 
 
 def _problems(offsets: Tensor | None) -> int | None:
@@ -310,4 +311,4 @@ def _order_for(
         check_order(order, tasks, count, grads.device)
         return order
     variants.check_generator(generator)
-    return variant.draw_orders(tasks, count, generator).to(grads.device)
+    return to_device(variant.draw_orders(tasks, count, generator), grads.device)

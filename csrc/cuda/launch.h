@@ -34,10 +34,24 @@ inline int find_device(Device* device) {
   return error;
 }
 
+constexpr int kDevices = 64;  // of which something is kept
+constexpr int64_t kSharedWithoutAsking = 48 * 1024;
+
+// Lets a kernel have all the shared memory of a block, once per kernel and device. Never less: another thread may be
+// about to launch the same kernel with more.
+template <auto kKernel>
+inline int allow_shared_memory(const Device& device) {
+  static std::atomic<bool> known[kDevices];
+  std::atomic<bool>& mine = known[device.index % kDevices];
+  if (device.index < kDevices && mine.load(std::memory_order_acquire)) return 0;
+  const int error = allow_shared_memory(kKernel, device.shared_per_block);
+  if (error == 0 && device.index < kDevices) mine.store(true, std::memory_order_release);
+  return error;
+}
+
 // How many blocks of a kernel the device holds at a time. Asked for once per kernel, device and size.
 template <auto kKernel>
 inline int blocks_at_a_time(const Device& device, int64_t shared_bytes, int64_t* count) {
-  constexpr int kDevices = 64;
   static std::atomic<int64_t> known[kDevices];  // shared bytes + 1, then 8 bits of blocks
   std::atomic<int64_t>& mine = known[device.index % kDevices];
   int64_t value = device.index < kDevices ? mine.load(std::memory_order_relaxed) : 0;
@@ -51,16 +65,27 @@ inline int blocks_at_a_time(const Device& device, int64_t shared_bytes, int64_t*
   return 0;
 }
 
-// At most `block_count` blocks; a cooperative launch has no more than the device holds at a time.
+// At most `block_count` blocks; a cooperative launch has no more than the device holds at a time, and still less where
+// the stream has a part of the device's multiprocessors only, as in a green context.
 template <auto kKernel, class Job>
 inline int run(const Device& device, int64_t block_count, int64_t shared_bytes, bool cooperative, void* stream,
                const Job& job) {
-  if (cooperative || shared_bytes > 48 * 1024) {
+  if (shared_bytes > kSharedWithoutAsking) {
+    if (const int error = allow_shared_memory<kKernel>(device)) return error;
+  }
+  if (cooperative) {
     int64_t most = 0;
     if (const int error = blocks_at_a_time<kKernel>(device, shared_bytes, &most)) return error;
-    if (cooperative && block_count > most) block_count = most;
+    if (block_count > most) block_count = most;
   }
-  return start(kKernel, block_count < 1 ? 1 : block_count, kThreads, shared_bytes, cooperative, stream, job);
+  if (block_count < 1) block_count = 1;
+  int error = start(kKernel, block_count, kThreads, shared_bytes, cooperative, stream, job);
+  while (are_too_many_blocks(error) && block_count > 1) {
+    forget_error();
+    block_count = divide_up(block_count, 2);
+    error = start(kKernel, block_count, kThreads, shared_bytes, cooperative, stream, job);
+  }
+  return error;
 }
 
 template <class Row>

@@ -153,7 +153,7 @@ FPG_HOST_DEVICE constexpr int rows_of_strips(int64_t tasks, int64_t itemsize) {
   return tasks <= 16 ? 16 : tasks <= 32 ? 32 : 64;
 }
 inline int64_t mix_many_bytes(int64_t tasks, int64_t itemsize, int strips) {
-  if (strips == 0) return mix_tile_bytes(tasks, itemsize);
+  if (strips == 0) return mix_tile_bytes(tasks, itemsize, warps_of_mix(tasks, itemsize));
   return strips == 16 ? MixTensor<16>::kBytes : strips == 32 ? MixTensor<32>::kBytes : MixTensor<64>::kBytes;
 }
 

@@ -17,16 +17,25 @@ struct alignas(kNewRows<Acc> * sizeof(Acc)) NewRows {
 };
 
 // Shared memory: the tile, then the coefficients of one pass of the warps over the new rows.
-inline int64_t mix_tile_bytes(int64_t tasks, int64_t itemsize) {
-  return tasks * (kTileWidth * itemsize + kWarps * static_cast<int64_t>(sizeof(NewRows<float>)));
+FPG_HOST_DEVICE constexpr int64_t mix_tile_bytes(int64_t tasks, int64_t itemsize, int warps) {
+  return tasks * (kTileWidth * itemsize + warps * static_cast<int64_t>(sizeof(NewRows<float>)));
 }
+// Warps that compute: half of them where all the coefficients of a pass would take more than each device's block may
+// have, of which the smallest is 99 KiB. Two blocks of this size fit where one of the larger would.
+constexpr int64_t kMostTileBytes = 96 * 1024;
+FPG_HOST_DEVICE constexpr int warps_of_mix(int64_t tasks, int64_t itemsize) {
+  return mix_tile_bytes(tasks, itemsize, kWarps) <= kMostTileBytes ? kWarps : kWarps / 2;
+}
+static_assert(mix_tile_bytes(kLargestTasks, 8, warps_of_mix(kLargestTasks, 8)) <= kMostTileBytes, "any rows fit");
+static_assert(mix_tile_bytes(kLargestTasks, 4, warps_of_mix(kLargestTasks, 4)) <= kMostTileBytes, "any rows fit");
 static_assert(sizeof(NewRows<double>) == sizeof(NewRows<float>), "one size serves both");
 
-// The coefficients of the new rows [first, first + kWarps * kNewRows), for each warp [T].
+// The coefficients of the new rows [first, first + warps * kNewRows), for each warp [T].
 template <class Acc>
-__device__ inline void take_coefficients(const double* from, int64_t tasks, int64_t first, NewRows<Acc>* to) {
+__device__ inline void take_coefficients(const double* from, int64_t tasks, int64_t first, int warps,
+                                         NewRows<Acc>* to) {
   constexpr int kRows = kNewRows<Acc>;
-  for (int64_t k = thread_index(); k < kWarps * kRows * tasks; k += kThreads) {
+  for (int64_t k = thread_index(); k < warps * kRows * tasks; k += kThreads) {
     const int64_t i = first + k / tasks, t = k % tasks;
     to[k / tasks / kRows * tasks + t].values[k / tasks % kRows] = i < tasks ? static_cast<Acc>(from[i * tasks + t]) : 0;
   }
@@ -54,8 +63,10 @@ __device__ inline void mix_tile_rows(const Rows& rows, const Row* tile, const Ne
 template <class Row, class Acc>
 __device__ inline void mix_tile(const Rows& rows, const double* coefficients, int64_t column, Range columns, bool fresh,
                                 Row* tile, NewRows<Acc>* narrow) {
-  constexpr int64_t kVectors = kTileWidth / kVector<Row>, kPass = kWarps * kNewRows<Acc>;
+  constexpr int64_t kVectors = kTileWidth / kVector<Row>;
   const int64_t tasks = rows.tasks;
+  const int warps = warps_of_mix(tasks, sizeof(Row));
+  const int64_t pass = warps * kNewRows<Acc>;
   const bool whole = rows.aligned && contains(columns, column, kTileWidth);
   sync_block();  // the tile before is done with
   for (int64_t k = thread_index(); k < tasks * kVectors; k += kThreads) {
@@ -63,13 +74,13 @@ __device__ inline void mix_tile(const Rows& rows, const double* coefficients, in
     const int64_t first = column + k % kVectors * kVector<Row>;
     reinterpret_cast<Packed*>(tile)[k] = whole ? load_packed(row + first) : load_some(row, first, columns);
   }
-  for (int64_t first = 0; first < tasks; first += kPass) {
+  for (int64_t first = 0; first < tasks; first += pass) {
     if (first > 0) sync_block();
-    if (fresh || tasks > kPass) take_coefficients(coefficients, tasks, first, narrow);
+    if (fresh || tasks > pass) take_coefficients(coefficients, tasks, first, warps, narrow);
     sync_block();
     const int warp = thread_index() / 32;
     const int64_t own = first + warp * kNewRows<Acc>;
-    if (own < tasks) mix_tile_rows<Row>(rows, tile, narrow + warp * tasks, own, column, columns);
+    if (warp < warps && own < tasks) mix_tile_rows<Row>(rows, tile, narrow + warp * tasks, own, column, columns);
   }
 }
 

@@ -137,10 +137,11 @@ inline int device_attribute(int* value, DeviceAttribute attribute, int device) {
   return cudaDeviceGetAttribute(value, kAttributes[static_cast<int>(attribute)], device);
 }
 template <class Job>
+inline int allow_shared_memory(void (*kernel)(Job), int64_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+template <class Job>
 inline int resident_blocks(int* count, void (*kernel)(Job), int threads, int64_t shared_bytes) {
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) return error;
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(count, kernel, threads, static_cast<size_t>(shared_bytes));
 }
 template <class Job>
@@ -158,6 +159,7 @@ inline int start(void (*kernel)(Job), int64_t block_count, int threads, int64_t 
   config.numAttrs = cooperative ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, job);
 }
+inline bool are_too_many_blocks(int error) { return error == cudaErrorCooperativeLaunchTooLarge; }
 inline const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 // The first error stays until it is asked for: a launch's must not be found by somebody else.
 inline void forget_error() { static_cast<void>(cudaGetLastError()); }

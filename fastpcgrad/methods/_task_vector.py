@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._modes import is_faking
+from .._ops import to_device
 
 TaskVector = Tensor | Sequence[float]
 
@@ -55,7 +56,7 @@ class Preference:
             return vector
         source, version, copy = self._copies.get(device, (None, 0, vector))
         if source is not vector or version != vector._version:
-            copy = vector.to(device)
+            copy = to_device(vector, device)
             self._copies[device] = (vector, vector._version, copy)
         return copy
 

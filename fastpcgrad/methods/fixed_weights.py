@@ -115,7 +115,7 @@ class RandomWeights(FixedWeights):
             for problem in normal:
                 problem.normal_(generator=generator)
         weights = torch.softmax(normal, -1)
-        return Solution(weights if generator is None else weights.to(gram.device), None)
+        return Solution(weights if generator is None else to_device(weights, gram.device), None)
 
     def __repr__(self) -> str:
         return f"RandomWeights(generator={self.generator})"

@@ -105,7 +105,7 @@ class GradVac(Method):
         if self._phi.shape[:-2] != gram.shape[:-2]:
             raise self._no_state_for(gram)
         new = count - self._phi.shape[-1]
-        phi = self._phi.to(gram.device)
+        phi = to_device(self._phi, gram.device)
         return torch.nn.functional.pad(phi, (0, new, 0, new)) if new > 0 else phi
 
     def _no_state_for(self, gram: Tensor) -> ValueError:

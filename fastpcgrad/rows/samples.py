@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import to_device
 from ..backends import kernels
 from . import hooks
 from .apart import are_apart
@@ -118,7 +119,7 @@ class Samples:
             dtype: of the gradient.
         """
         delta = self.delta.tensor
-        own = weights.to(delta.device, delta.dtype)
+        own = to_device(weights, delta.device).to(delta.dtype)
         if self.left is None:
             return (own @ delta.sum(dim=1)).to(dtype)
         return self._product((delta * own[:, None, None]).flatten(0, 1), self.left.flatten(0, 1)).to(dtype)
@@ -184,7 +185,7 @@ def _scales(losses: Tensor) -> Tensor:
     count = len(losses)
     largest = _LARGEST_POWER.get(losses.dtype, _LARGEST_POWER_OF_WIDER)
     places = torch.randperm(count, generator=_random, device="cpu")
-    return torch.exp2((places % (largest + 1)).to(losses.dtype)).to(losses.device)
+    return to_device(torch.exp2((places % (largest + 1)).to(losses.dtype)), losses.device)
 
 
 _random = torch.Generator()

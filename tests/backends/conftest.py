@@ -17,5 +17,6 @@ def library(emulated, monkeypatch):
     if emulated is not None:
         monkeypatch.setattr(cuda, "_library", emulated)
         emulated.emulated_multiprocessors(2)
+        emulated.emulated_green_context(0)
         emulated.emulated_shared_memory(227)
     return emulated

@@ -24,6 +24,7 @@ _WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 _SLOTS = ["-DFPG_FEW_SLOTS=6", "-DFPG_MANY_SLOTS=6"]
 _OWN = """
 extern "C" FPG_EXPORT void emulated_multiprocessors(int count) { fpg::multiprocessors = count; }
+extern "C" FPG_EXPORT void emulated_green_context(int count) { fpg::part_of_device = count; }
 extern "C" FPG_EXPORT void emulated_shared_memory(int kilobytes) {
   fpg::shared_of_block = kilobytes * 1024;
   fpg::device = kilobytes;  // another one: what is known of a device is asked for once
@@ -33,7 +34,8 @@ extern "C" FPG_EXPORT void emulated_shared_memory(int kilobytes) {
 
 def compile_library(path: Path) -> ctypes.CDLL:
     """One translation unit of all sources; ``emulated_multiprocessors`` sets how many blocks run at a time,
-    ``emulated_shared_memory`` the kilobytes that one may have."""
+    ``emulated_green_context`` how many of these multiprocessors a stream has (0: all), ``emulated_shared_memory`` the
+    kilobytes that a block may have."""
     source = "".join(f'#include "cuda/{file.name}"\n' for file in sorted((CSRC / "cuda").glob("*.cu"))) + _OWN
     emulation = ['-DFPG_EMULATION="cuda_emulation.h"', f"-I{Path(__file__).parent}", f"-I{CSRC}"]
     command = [*CXX, *_FLAGS, *_WARNINGS, *_SLOTS, *emulation, "-xc++", "-", "-o", str(path)]

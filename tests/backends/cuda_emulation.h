@@ -11,7 +11,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include <ucontext.h>
@@ -78,6 +80,7 @@ inline jmp_buf scheduler;
 inline std::function<void()> entry;
 inline std::vector<std::unique_ptr<Fiber>> pool;
 inline int multiprocessors = 2;
+inline int part_of_device = 0;  // the multiprocessors of a green context; 0 for all of them
 inline int device = 0;
 
 [[noreturn]] inline void fail(const char* what) {
@@ -342,6 +345,19 @@ inline int device_attribute(int* value, DeviceAttribute attribute, int) {
   *value = values[static_cast<int>(attribute)];
   return kNoError;
 }
+// Bytes of shared memory that a kernel may have on a device; the runtime's own until somebody asks for more. Who asks
+// for less than another has asked for takes it from a launch that is on its way.
+inline std::map<std::pair<void (*)(), int>, int64_t> allowed;
+template <class Job>
+inline int64_t& allowed_of(void (*kernel)(Job)) {
+  return allowed.emplace(std::pair(reinterpret_cast<void (*)()>(kernel), device), 48 * 1024).first->second;
+}
+template <class Job>
+inline int allow_shared_memory(void (*kernel)(Job), int64_t bytes) {
+  if (bytes > shared_of_block || bytes < allowed_of(kernel)) return kInvalidValue;
+  allowed_of(kernel) = bytes;
+  return kNoError;
+}
 template <class Job>
 inline int resident_blocks(int* count, void (*)(Job), int, int64_t shared_bytes) {
   if (shared_bytes > shared_of_block) return kInvalidValue;
@@ -354,7 +370,9 @@ inline int start(void (*kernel)(Job), int64_t block_count, int threads, int64_t 
   if (stream == reinterpret_cast<void*>(~uintptr_t{0})) return kInvalidHandle;
   int resident = 0;
   if (resident_blocks(&resident, kernel, threads, shared_bytes) != kNoError) return kInvalidValue;
-  if (cooperative && block_count > int64_t{resident} * multiprocessors) return kTooManyBlocks;
+  if (shared_bytes > allowed_of(kernel)) return kInvalidValue;
+  const int at_hand = part_of_device > 0 ? part_of_device : multiprocessors;
+  if (cooperative && block_count > int64_t{resident} * at_hand) return kTooManyBlocks;
   entry = [&] { kernel(job); };
   grid = {block_count, 0, block_count * threads, 0};
   const int64_t together = cooperative ? block_count : 1;
@@ -376,6 +394,7 @@ inline int start(void (*kernel)(Job), int64_t block_count, int threads, int64_t 
   }
   return kNoError;
 }
+inline bool are_too_many_blocks(int error) { return error == kTooManyBlocks; }
 inline const char* error_text(int error) {
   return error == kInvalidHandle   ? "invalid resource handle"
          : error == kTooManyBlocks ? "too many blocks in cooperative launch"

@@ -282,6 +282,38 @@ def test_a_device_with_less_shared_memory(library, tasks, dtype, monkeypatch):
     test_pcgrad_is_the_same_in_one_launch_and_in_several(case, monkeypatch)
 
 
+@pytest.mark.parametrize("kilobytes", [99, 227])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tasks", [192, 193, 256])
+def test_mix_takes_any_number_of_tasks_on_any_device(library, tasks, dtype, kilobytes):
+    if library is not None:
+        library.emulated_shared_memory(kilobytes)
+    elif kilobytes == 99:
+        pytest.skip("a GPU has the shared memory that it has")
+    test_mix(cases.Case(tasks, 40, dtype))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+@pytest.mark.parametrize("tasks", [3, 20])
+@pytest.mark.parametrize("launches", LAUNCHES)
+def test_a_green_context_has_a_part_of_the_device(library, tasks, launches, multiprocessors, monkeypatch):
+    """A launch whose blocks wait for each other is refused there; fewer of them give the same bits."""
+    if library is None:
+        pytest.skip("torch makes no green contexts before 2.9")
+    monkeypatch.setattr(cuda, "launches", launches)
+    library.emulated_multiprocessors(7)
+    rows, order = torch.randn(tasks, 9000), torch.rand(tasks, tasks).argsort(dim=-1)
+    rows[1] *= 2.0**90  # read again by all blocks, in float64
+
+    def surgery():
+        out = torch.empty(9000)
+        return out, *cuda.pcgrad(rows, order, Guards(), 1.0, None, out)
+
+    expected = surgery()
+    library.emulated_green_context(multiprocessors)
+    assert all(torch.equal(a, b) for a, b in zip(surgery(), expected, strict=True))
+
+
 GUARDS = [(False, 0.0, 0.0), (True, 0.0, 0.0), (True, 1e-8, 0.0), (False, 0.0, 4.0)]
 
 

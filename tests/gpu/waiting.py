@@ -16,3 +16,14 @@ def no_waiting():
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def behind(cycles=500_000_000):
+    """Within, the GPU's stream sleeps for a quarter of a second; what waits for it, in torch's eyes or not, fails."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(cycles)
+    awake = torch.cuda.Event()
+    awake.record()
+    yield
+    assert not awake.query(), "the host waited for the stream"

@@ -6,8 +6,12 @@ Triton is imported at the first call, not with the package.
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ...variants import Guards
 from ..eager import LARGEST_TASKS, gradvac, method_weights, sign_sums, trimmed_mean
 
 if TYPE_CHECKING:
@@ -50,12 +54,29 @@ def why_unavailable(device_type: str) -> str | None:
         launch = importlib.import_module(".launch", __name__)
     except Exception as error:  # Triton raises more than ImportError where its libraries do not fit the machine.
         return f"triton cannot be imported: {type(error).__name__}: {error}"
-    if device_type == "cuda" or launch.interpreted():
+    if launch.interpreted():
         return None
+    if device_type == "cuda":
+        return _why_nothing_runs(torch.cuda.current_device()) if torch.cuda.is_available() else _NO_DEVICE
     return (
         f"Triton compiles for CUDA devices; found device type {device_type!r} "
         "(TRITON_INTERPRET=1, set before triton is imported, runs the kernels anywhere)"
     )
+
+
+_NO_DEVICE = "this torch sees no CUDA device"
+
+
+@cache
+def _why_nothing_runs(device: int) -> str | None:
+    """Found by the smallest launch, once a device: Triton can be imported where it finds no C compiler."""
+    launch = importlib.import_module(".launch", __name__)
+    one = torch.ones((1, 1), dtype=torch.float64, device=torch.device("cuda", device))
+    try:
+        launch.pcgrad_coefficients(one, torch.zeros_like(one, dtype=torch.int64), Guards())
+    except Exception as error:  # a compiler's, a driver's or Triton's own
+        return f"triton cannot run a kernel on this device: {type(error).__name__}: {error}"
+    return None
 
 
 def __getattr__(name: str) -> Any:

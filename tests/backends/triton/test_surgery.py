@@ -123,7 +123,6 @@ def test_fused_pcgrad_in_segments(orders: int) -> None:
 
 @pytest.mark.slow
 def test_why_unavailable() -> None:
-    assert backend.why_unavailable("cuda") is None
     ask = "from fastpcgrad.backends import triton; print(triton.why_unavailable('cpu'))"
     answer = subprocess.run([sys.executable, "-c", ask], env=compiling(), capture_output=True, text=True, check=True)
     assert "'cpu'" in answer.stdout and "TRITON_INTERPRET" in answer.stdout
