@@ -1,6 +1,6 @@
 """``python -m benchmarks.plot [--check]``: tables and plots, from the rows alone.
 
-Only rows of the latest run of each file count. The tables stand in README.md, docs/kernels.md and docs/methods.md
+Only rows of the latest run of each file count. The tables stand in README.md and docs/
 (``benchmarks.tables``); ``--check`` writes nothing and fails if one of them is not what the rows give.
 """
 

@@ -114,7 +114,7 @@ def show(run: Run) -> None:
     """What the pages would say of these rows, what was promised, and what has no numbers."""
     of_methods = [row for row in run.rows if row.kind == "method"]
     others = [row for row in run.rows if row.kind != "method"]
-    shown = [tables.readme(others)] if others else []
+    shown = [tables.cpu(others)] if others else []
     shown += [tables.gradnorm(others), tables.factored(others), tables.floor(others), tables.large_steps(others)]
     shown += [tables.methods(of_methods)] if of_methods else []
     shown.append(tables.target_table(run.rows, (*targets.LARGE, *targets.FACTORED, *targets.FLOOR, *targets.GRADNORM)))

@@ -1,4 +1,4 @@
-"""Tables from rows, in Markdown: of README.md, docs/kernels.md and docs/methods.md, and what a run shows.
+"""Tables from rows, in Markdown: of README.md and of docs/, and what a run shows.
 
 Pages hold what is written here between two markers, from the rows of the latest run alone.
 """
@@ -17,9 +17,10 @@ from benchmarks.rows import LIBRARY, MACHINE, RESULTS, ROOT, Row
 from benchmarks.steps import WHOLE
 
 CPU_OPS = {"pcgrad": "`pcgrad(J)`", "gram": "`gram(J)`", "combine": "`combine(J, w)`", "mix_": "`mix_(J, C)`"}
-"""In the order of README.md."""
+"""In the order of docs/benchmarks.md."""
 GPU_OPS = ("gram", "combine", "mix_", "pcgrad")
 GPU_PEERS = {"torchjd": "TorchJD", "loop": "loop"}
+SUMMARIZED = (LIBRARY, "torchjd", "loop", "pytorch_optimizer")
 STREAMING = 256 << 20
 """Bytes of J from which on rows of a GPU are named by them, and not by N."""
 _SHOWN = {"torch": "`torch.matmul`", "torchjd": "TorchJD", "loop": "the loop", "accumulate": "plain, summed"}
@@ -46,7 +47,15 @@ def _times(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.3g}"
 
 
-def readme(latest: Sequence[Row]) -> str:
+def summary(latest: Sequence[Row]) -> str:
+    """What whole steps and their peaks are by plain ones, of the library and of its peers."""
+    if not latest:
+        return "Not yet measured."
+    tables = _step_table(latest, SUMMARIZED, only_whole=True), _peak_table(latest, SUMMARIZED)
+    return "\n\n".join([*tables, origin(latest)])
+
+
+def cpu(latest: Sequence[Row]) -> str:
     """The CPU's: targets, kernels, steps, peaks, and where they were measured."""
     if not latest:
         raise ValueError("there are no rows: run `python -m benchmarks.run --append` first")
@@ -98,13 +107,19 @@ def _model(row: Row) -> str:
     return f"{row.case.removeprefix('memory ')}, {count} parameters"
 
 
-def _step_table(latest: Sequence[Row]) -> str:
+def _subjects(cases: Mapping[str, Mapping[str, Row]], of: Sequence[str] | None) -> list[str]:
+    """In the order of the rows; of some alone where they are given."""
+    return [s for s in dict.fromkeys(s for found in cases.values() for s in found) if of is None or s in of]
+
+
+def _step_table(latest: Sequence[Row], of: Sequence[str] | None = None, only_whole: bool = False) -> str:
     cases = by_case(latest, "step", "step")
-    subjects = [s for s in dict.fromkeys(s for found in cases.values() for s in found) if s != "plain"]
+    subjects = [s for s in _subjects(cases, of) if s != "plain"]
+    shown = ((": whole step", True),) if only_whole else (("", False), (": whole step", True))
     lines = [
         (f"{_model(next(iter(found.values())))}{label}", *(_by_plain(found.get(s), whole) for s in subjects))
         for found in cases.values()
-        for label, whole in (("", False), (": whole step", True))
+        for label, whole in shown
     ]
     header = ("T backwards and surgery / T plain backwards", *map(_display, subjects))
     return markdown(header, lines) if lines else ""
@@ -117,9 +132,9 @@ def _by_plain(row: Row | None, whole: bool) -> str:
     return f"{ratios['plain']:.2f}×" if "plain" in ratios else row.status.partition(" (")[0]
 
 
-def _peak_table(latest: Sequence[Row]) -> str:
+def _peak_table(latest: Sequence[Row], of: Sequence[str] | None = None) -> str:
     cases = by_case(latest, "memory", "step")
-    subjects = list(dict.fromkeys(s for found in cases.values() for s in found))
+    subjects = _subjects(cases, of)
     lines = []
     for found in cases.values():
         peaks = [found[s].peak_ratio if s in found else None for s in subjects]
@@ -403,8 +418,9 @@ class Page:
 
 
 PAGES = (
-    Page(ROOT / "README.md", RESULTS / "cpu.jsonl", "benchmark-table", readme),
-    Page(ROOT / "README.md", RESULTS / "factored.jsonl", "factored-table", factored),
+    Page(ROOT / "README.md", RESULTS / "cpu.jsonl", "summary-table", summary),
+    Page(ROOT / "docs" / "benchmarks.md", RESULTS / "cpu.jsonl", "benchmark-table", cpu),
+    Page(ROOT / "docs" / "benchmarks.md", RESULTS / "factored.jsonl", "factored-table", factored),
     Page(ROOT / "docs" / "below_the_floor.md", RESULTS / "floor.jsonl", "floor-table", floor),
     Page(ROOT / "docs" / "kernels.md", RESULTS / "gpu.jsonl", "gpu-table", gpu),
     Page(ROOT / "docs" / "methods.md", RESULTS / "methods.jsonl", "methods-table", methods),

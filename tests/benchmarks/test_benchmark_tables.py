@@ -86,7 +86,7 @@ def test_verdicts_take_the_worst_case_and_show_a_loss_as_a_loss():
 
 
 def test_the_readmes_table_holds_the_measured_values_and_their_origin():
-    table = tables.readme(CPU_ROWS)
+    table = tables.cpu(CPU_ROWS)
     lines = table.splitlines()
     assert "| `pcgrad(J)`, T=8 | 40 ms | 28.5 GB/s |  | 8× | 50× | skipped: memory |" in lines
     assert "| `gram(J)`, T=4 | 16 ms | 33 GB/s | 0.667× |  |  |  |" in lines
@@ -95,7 +95,7 @@ def test_the_readmes_table_holds_the_measured_values_and_their_origin():
     assert lines[-1].endswith("commit 0123456789ab; 2026-01-02.")
     assert "not measured" not in table
     with pytest.raises(ValueError, match="no rows"):
-        tables.readme([])
+        tables.cpu([])
 
 
 def gpu_kernel(op, tasks, fraction, backend="cuda", width=1000):
