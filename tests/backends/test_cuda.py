@@ -293,13 +293,19 @@ def test_mix_takes_any_number_of_tasks_on_any_device(library, tasks, dtype, kilo
     test_mix(cases.Case(tasks, 40, dtype))
 
 
+def test_a_kernels_shared_memory_is_not_lowered_by_a_smaller_launch(library):
+    """Between two calls of a thread there may be another's with fewer tasks: the emulation refuses to take it back."""
+    for tasks in (256, 150, 256):
+        test_mix(cases.Case(tasks, 40, torch.float64))
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 3])
 @pytest.mark.parametrize("tasks", [3, 20])
 @pytest.mark.parametrize("launches", LAUNCHES)
 def test_a_green_context_has_a_part_of_the_device(library, tasks, launches, multiprocessors, monkeypatch):
     """A launch whose blocks wait for each other is refused there; fewer of them give the same bits."""
     if library is None:
-        pytest.skip("torch makes no green contexts before 2.9")
+        pytest.skip("the emulation's green context is not a GPU's: tests/gpu has that")
     monkeypatch.setattr(cuda, "launches", launches)
     library.emulated_multiprocessors(7)
     rows, order = torch.randn(tasks, 9000), torch.rand(tasks, tasks).argsort(dim=-1)

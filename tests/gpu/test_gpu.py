@@ -225,6 +225,29 @@ def test_two_streams_do_not_disturb_each_other():
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("tasks", [3, 20])
+def test_a_green_context_has_a_part_of_the_gpu(tasks, backend, monkeypatch):
+    if backend != "cuda":
+        pytest.skip("the others' launches have no blocks that wait for each other")
+    green_contexts = pytest.importorskip("torch.cuda.green_contexts", exc_type=ImportError)
+    if not green_contexts.SUPPORTED:
+        pytest.skip("this torch makes no green contexts")
+    rows, order = torch.randn(tasks, 1_000_000, device=DEVICE), random_order(tasks)
+    rows[1] *= 2.0**90  # read again by all blocks, in float64
+    for launches in (cuda.ONE_LAUNCH, cuda.SEVERAL_LAUNCHES):
+        monkeypatch.setattr(cuda, "launches", launches)
+        expected = fastpcgrad.pcgrad(rows, order=order)
+        torch.cuda.synchronize()
+        context = green_contexts.GreenContext.create(num_sms=16, device_id=torch.cuda.current_device())
+        context.set_context()
+        try:
+            found = fastpcgrad.pcgrad(rows, order=order)
+            torch.cuda.synchronize()
+        finally:
+            context.pop_context()
+        assert torch.equal(found, expected)
+
+
 def test_nothing_waits_for_the_gpu():
     rows, order = torch.randn(8, 1_000_000, device=DEVICE), random_order(8)
 

@@ -48,7 +48,7 @@ def test_a_surgery_that_draws_its_order(tasks, segments, monkeypatch):
         methods.UPGrad(torch.linspace(0.5, 2.0, 4)),
         methods.GradVac(generator=torch.Generator()),
     ],
-    ids=str,
+    ids=lambda method: type(method).__name__,
 )
 def test_weights_of_methods(method, monkeypatch):
     monkeypatch.setenv("FASTPCGRAD_BACKEND", "cuda")
