@@ -2,8 +2,8 @@
 a quarter of an hour.
 
 The parts run in the order of worth, each with a limit of its own; none that fails or hangs stops the next, and the plan
-is printed first. Each writes what it says to ``gpu_<part>.txt`` as it says it, and what must be kept beside it: rows
-of measurements to ``gpu.jsonl``, the values that tuning found to ``tuned.h``. The folder is ``OUT``, by default
+is printed first. What they say goes to ``gpu_plan.txt`` as they say it, and what must be kept beside it: rows of
+measurements to ``gpu.jsonl``, the values that tuning found to ``tuned.h``. The folder is ``OUT``, by default
 benchmarks/results. What ``python -m benchmarks.gpu_build`` compiled elsewhere is taken, not compiled again. Needs
 torch, triton, numpy, pytest alone; with pytest-xdist tests share the cores, as they should: Triton compiles in them.
 """
@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from benchmarks.rows import RESULTS, ROOT
 
@@ -68,45 +68,46 @@ def run(plan: Sequence[Part], out: Path, minutes: float) -> bool:
     """Whether all of them succeeded. What is left of the minutes limits a part as its own limit does."""
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
-    with (out / "gpu_plan.txt").open("w", encoding="utf-8") as lines:
+    with (out / "gpu_plan.txt").open("w+b") as lines:
 
         def say(text: str) -> None:
             print(text, flush=True)
-            print(text, file=lines, flush=True)
+            lines.write(f"{text}\n".encode())
+            lines.flush()
 
         for part in plan:
             say(f"{part.name:10} about {part.seconds:3} s, {part.limit:3} at most: {part.what}")
         succeeded = True
         for part in plan:
             start, left = time.monotonic(), end - time.monotonic()
-            result = run_part(part, out, min(part.limit, left)) if left > 0 else "no time was left"
+            result = run_part(part, lines, min(part.limit, left)) if left > 0 else "no time was left"
             say(f"=== {part.name}: {result}, {time.monotonic() - start:.0f} s")
             succeeded &= result == "done"
     return succeeded
 
 
-def run_part(part: Part, out: Path, limit: float) -> str:
+def run_part(part: Part, lines: BinaryIO, limit: float) -> str:
     """What became of it. It has a process group of its own, which ends with it: tests and checkers start processes."""
-    path = out / f"gpu_{part.name}.txt"
+    first = lines.tell()
     # Only the plug-in that is named: others would measure, or need what is not there.
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
-    with path.open("wb") as said:
-        try:
-            process = subprocess.Popen(
-                part.command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            return f"not begun: {error}"
-        try:
-            code = process.wait(limit)
-            result = "done" if code == 0 else f"failed with status {code}"
-        except subprocess.TimeoutExpired:
-            result = f"ended after {limit:.0f} s"
-        finally:
-            with suppress(ProcessLookupError):  # none of the group is left
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    print(path.read_bytes()[-TAIL:].decode(errors="replace"), flush=True)
+    try:
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, env=environment, stdout=lines, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    except OSError as error:
+        return f"not begun: {error}"
+    try:
+        code = process.wait(limit)
+        result = "done" if code == 0 else f"failed with status {code}"
+    except subprocess.TimeoutExpired:
+        result = f"ended after {limit:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):  # none of the group is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    lines.seek(max(first, lines.seek(0, os.SEEK_END) - TAIL))
+    print(lines.read().decode(errors="replace"), flush=True)
     return result
 
 
