@@ -9,7 +9,7 @@ import fastpcgrad
 import fastpcgrad.integrations
 
 fastpcgrad.integrations.Surgery(), dir(fastpcgrad.integrations)
-others = ("transformers", "accelerate", "lightning", "pytorch_lightning", "peft", "pandas", "matplotlib")
+others = ("transformers", "accelerate", "lightning", "pytorch_lightning", "peft", "torchjd", "pandas", "matplotlib")
 print([name for name in others if name in sys.modules])
 try:
     fastpcgrad.integrations.keras
@@ -23,4 +23,4 @@ def test_importing_the_package_and_its_integrations_imports_no_other_library():
     assert result.returncode == 0, result.stderr
     found, error = result.stdout.splitlines()
     assert found == "[]"
-    assert "it has Surgery and accelerate, lightning, transformers" in error
+    assert "it has Surgery and accelerate, lightning, torchjd, transformers" in error

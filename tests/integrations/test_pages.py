@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-for needed in ("transformers", "accelerate", "peft", "lightning", "matplotlib"):
+for needed in ("transformers", "accelerate", "peft", "lightning", "matplotlib", "torchjd"):
     pytest.importorskip(needed, reason="pip install 'fastpcgrad[test]'")
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
