@@ -66,6 +66,7 @@ THIRD_PARTY = {
     "transformers": {"integrations.transformers"},
     "lightning": {"integrations.lightning"},
     "pytorch_lightning": {"integrations.lightning"},
+    "jax": {"integrations.jax"},
     "torchjd": {"commands.bench", "integrations.torchjd"},
 }
 """Packages and the modules (with what lies in them) that may import them; None: all."""
