@@ -67,6 +67,7 @@ THIRD_PARTY = {
     "lightning": {"integrations.lightning"},
     "pytorch_lightning": {"integrations.lightning"},
     "jax": {"integrations.jax"},
+    "LibMTL": {"integrations.libmtl"},
     "torchjd": {"commands.bench", "integrations.torchjd"},
 }
 """Packages and the modules (with what lies in them) that may import them; None: all."""

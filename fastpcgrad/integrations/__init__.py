@@ -7,7 +7,7 @@ from typing import Any
 
 from .settings import Surgery as Surgery
 
-_MODULES = ("accelerate", "jax", "lightning", "torchjd", "transformers")
+_MODULES = ("accelerate", "jax", "libmtl", "lightning", "torchjd", "transformers")
 
 
 def __getattr__(name: str) -> Any:
