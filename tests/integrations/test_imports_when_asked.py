@@ -23,4 +23,7 @@ def test_importing_the_package_and_its_integrations_imports_no_other_library():
     assert result.returncode == 0, result.stderr
     found, error = result.stdout.splitlines()
     assert found == "[]"
-    assert "it has Surgery and accelerate, jax, libmtl, lightning, torchjd, transformers" in error
+    assert (
+        "it has Surgery and accelerate, jax, libmtl, lightning, sentence_transformers, torchjd, transformers, trl"
+        in error
+    )
