@@ -1,4 +1,4 @@
-"""apply: dicts of arrays in, one merged dict out, in the library that they came from.
+"""apply: dicts, lists or trees of arrays in, one merged out, in the library that they came from.
 
 Arrays change hands through DLPack. A library is known by the type of the arrays that the caller gives, so none but
 NumPy and torch is ever imported here.
@@ -7,7 +7,7 @@ NumPy and torch is ever imported here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, reduce
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -27,19 +27,21 @@ _DEFAULT_VARIANT = "tensorlogic"
 
 
 def apply(
-    task_gradients: Iterable[Mapping[str, Any]],
+    task_gradients: Iterable[Mapping[str, Any] | Sequence[Any]],
     *,
     variant: str = _DEFAULT_VARIANT,
     method: Method | None = None,
     reduction: Reduction | None = None,
     generator: Generator | None = None,
-) -> dict[str, Any]:
-    """Merge task gradients that are dicts of arrays, in any library that speaks DLPack.
+) -> Any:
+    """Merge task gradients that are dicts, lists or trees of arrays, in any library that speaks DLPack.
 
     Args:
         task_gradients: T dicts, one a task: name → array of NumPy, torch, CuPy, JAX, TensorFlow or another library
             with DLPack, fp16/bf16/fp32/fp64, dense, of any shape and strides. Under one name all tasks have the same
-            library, dtype, shape and device; all arrays lie on one device. Not changed.
+            library, dtype, shape and device; all arrays lie on one device. Not changed. Or T lists or tuples of
+            arrays, as TensorFlow's ``tape.gradient`` gives them, or T trees of dicts, lists and tuples: each place is
+            a name. None: the task lacks that name, or all below it.
         variant: which published PCGrad, see ``pcgrad``. ``tensorlogic``: each name is a problem of its own, and one
             that any task lacks is left out. The others see one vector over all names: ``libmtl`` sums the names that
             some task lacks; elsewhere what a task lacks counts as zero.
@@ -49,12 +51,16 @@ def apply(
             global generator of the variant's original.
     Returns:
         name → array, of the library, dtype, shape and device that came in: names in the order in which they first
-        appear. None shares memory with what was given; together they may lie in one block of memory.
+        appear. None shares memory with what was given; together they may lie in one block of memory. Lists, tuples
+        and trees come back as such, any mapping as a dict; a name without an array is None where a task has None, and
+        left out where it is not there.
     Raises:
-        TypeError: no iterable of dicts of arrays, arrays that are not real floating point or that DLPack cannot hand
-            over (traced, sharded); a method or generator of another type.
-        ValueError: no task, arrays that differ under one name in more than their values, arrays on several devices,
-            sparse arrays; unknown variant or reduction; one of them, or a generator, together with ``method``.
+        TypeError: no iterable of dicts or lists of arrays, arrays that are not real floating point or that DLPack
+            cannot hand over (traced, see ``integrations.jax.merge``; sharded; TensorFlow's ``IndexedSlices``); a method
+            or generator of another type.
+        ValueError: no task, arrays that differ under one name in more than their values, trees of different shapes,
+            arrays on several devices, sparse arrays; unknown variant or reduction; one of them, or a generator,
+            together with ``method``.
     Numerics: see ``gram`` and ``combine``. Names of several dtypes are merged in the dtype that holds them all, and
         each is rounded to its own at the end, so float64 keeps its precision. There is no derivative.
     Memory: (T + 1)·N·itemsize bytes for N elements under all names, in the dtype that holds them all; N·itemsize
@@ -68,13 +74,13 @@ def apply(
         {'w': array([[0.25, 0.75]]), 'b': array([2.])}
     """
     chosen = _method(variant, method, reduction, generator)
-    tasks, first = _read(task_gradients)
+    tasks, first, tree = _read(task_gradients)
     everywhere = {name: all(name in task for task in tasks) for name in first}
     names = sorted(first, key=everywhere.__getitem__, reverse=True)
     if chosen.scope == "parameter":
         names = [name for name in names if everywhere[name]]
     if not names:
-        return {}
+        return tree.filled({})
     ends = list(accumulate(first[name].tensor.numel() for name in names))
     rows = _pack(tasks, {name: first[name].tensor for name in names})
     merged = _merge(rows, ends, chosen, Problems.made(chosen, [everywhere[name] for name in names]))
@@ -82,7 +88,7 @@ def apply(
         # Other libraries do not know torch's stream: it must have read their arrays before their owners go on.
         torch.cuda.current_stream(merged.device).synchronize()
     pieces = {name: merged[start:end] for name, start, end in zip(names, [0, *ends], ends, strict=False)}
-    return {name: entry.like_this(pieces[name]) for name, entry in first.items() if name in pieces}
+    return tree.filled({name: first[name].like_this(piece) for name, piece in pieces.items()})
 
 
 def _method(variant: str, method: Method | None, reduction: Reduction | None, generator: Generator | None) -> Method:
@@ -125,29 +131,92 @@ class _Entry(NamedTuple):
         return f"{self.library.name} {dtype} {list(self.tensor.shape)} on {self.tensor.device}"
 
 
+_Path = tuple[Hashable, ...]
+"""Where in a tree: the keys and indices that lead there. What the arguments call a name."""
+
+
+class _Tree:
+    """The places that tasks have together, in dicts, lists and tuples as deep as they go."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[_Path, str] = {}
+        self._build: dict[_Path, Callable[[dict[Any, Any]], Any]] = {}
+        self._keys: dict[_Path, dict[Any, None]] = {}
+        self._nones: set[_Path] = set()
+
+    def arrays(self, where: str, node: Any, path: _Path = ()) -> Iterator[tuple[_Path, str, Any]]:
+        """The arrays of a task, each with its place and with what errors call it; takes up the places.
+
+        Raises:
+            ValueError: a task before has something else there than this one.
+        """
+        if node is None:
+            self._nones.add(path)
+            return
+        kind, items, build = _opened(node)
+        if (before := self._kinds.setdefault(path, kind)) != kind:
+            raise ValueError(f"{where} must be {before}, as in a task before; found {kind}")
+        if build is None:
+            yield path, where, node
+            return
+        self._build[path] = build
+        keys = self._keys.setdefault(path, {})
+        for key, below in items.items():
+            keys[key] = None
+            yield from self.arrays(f"{where}[{key!r}]", below, (*path, key))
+
+    def filled(self, merged: Mapping[_Path, Any], path: _Path = ()) -> Any:
+        """The answer: as the tasks are, with the merged arrays."""
+        if path not in self._build:
+            return merged.get(path)
+        below = {key: (*path, key) for key in self._keys[path]}
+        return self._build[path](
+            {
+                key: self.filled(merged, place)
+                for key, place in below.items()
+                if place in merged or place in self._build or place in self._nones
+            }
+        )
+
+
+def _opened(node: Any) -> tuple[str, Mapping[Any, Any], Callable[[dict[Any, Any]], Any] | None]:
+    """What a node of a tree is, what lies below it, and what makes one like it; None for an array."""
+    if isinstance(node, Mapping):
+        return "a dict", node, dict
+    if isinstance(node, list):
+        return f"a list of {len(node)}", dict(enumerate(node)), lambda below: list(below.values())
+    if isinstance(node, tuple):
+        make = getattr(type(node), "_make", tuple)  # of a named tuple
+        return f"a {type(node).__name__} of {len(node)}", dict(enumerate(node)), lambda below: make(below.values())
+    return "an array", {}, None
+
+
 def _read(
-    task_gradients: Iterable[Mapping[str, Any]],
-) -> tuple[list[dict[str, _Entry]], dict[str, _Entry]]:
-    """Every task's arrays, and under each name the first of them, with which the others agree."""
+    task_gradients: Iterable[Mapping[str, Any] | Sequence[Any]],
+) -> tuple[list[dict[_Path, _Entry]], dict[_Path, _Entry], _Tree]:
+    """Every task's arrays, under each name the first of them, with which the others agree, and their tree."""
     if isinstance(task_gradients, Mapping) or not isinstance(task_gradients, Iterable):
-        raise TypeError(f"task_gradients must be a list of dicts, one a task; found {type(task_gradients).__name__}")
-    tasks: list[dict[str, _Entry]] = []
-    first: dict[str, _Entry] = {}
+        raise TypeError(
+            f"task_gradients must be a list of dicts or lists, one a task; found {type(task_gradients).__name__}"
+        )
+    tasks: list[dict[_Path, _Entry]] = []
+    first: dict[_Path, _Entry] = {}
+    tree = _Tree()
     for t, task in enumerate(task_gradients):
-        if not isinstance(task, Mapping):
-            raise TypeError(f"task_gradients[{t}] must be a dict of arrays; found {type(task).__name__}")
+        if not isinstance(task, Mapping | list | tuple):
+            raise TypeError(f"task_gradients[{t}] must be a dict or a list of arrays; found {type(task).__name__}")
         tasks.append({})
-        for name, array in task.items():
-            entry = tasks[t][name] = _entry(f"task_gradients[{t}][{name!r}]", array)
+        for name, where, array in tree.arrays(f"task_gradients[{t}]", task):
+            entry = tasks[t][name] = _entry(where, array)
             before = first.setdefault(name, entry)
             if not entry.agrees_with(before):
-                raise ValueError(f"task_gradients[{t}][{name!r}] must be {before}, as in a task before; found {entry}")
+                raise ValueError(f"{where} must be {before}, as in a task before; found {entry}")
     if not tasks:
         raise ValueError("task_gradients must hold at least one task; found none")
     devices = {entry.tensor.device for entry in first.values()}
     if len(devices) > 1:
         raise ValueError(f"all arrays must be on one device; found {', '.join(sorted(map(str, devices)))}")
-    return tasks, first
+    return tasks, first, tree
 
 
 def _entry(where: str, array: Any) -> _Entry:
@@ -156,7 +225,7 @@ def _entry(where: str, array: Any) -> _Entry:
     if library is None:
         raise TypeError(
             f"{where} must be an array of NumPy, torch, CuPy, JAX, TensorFlow or another library with DLPack; "
-            f"found {kind.__name__}"
+            f"found {kind.__name__}{_REMEDIES.get(kind.__name__, '')}"
         )
     if (dtype := _dtype_name(array.dtype)) not in _DTYPES:
         raise TypeError(f"{where} must be {', '.join(_DTYPES)}; found {dtype}")
@@ -165,7 +234,15 @@ def _entry(where: str, array: Any) -> _Entry:
     try:
         return _Entry(array, library, library.read(array))
     except Exception as error:  # every library raises its own for what has no memory to read: traced, sharded, deleted
-        raise TypeError(f"{where} cannot be read through DLPack: {type(array).__name__}: {error}") from error
+        remedy = "; under jax.jit use fastpcgrad.integrations.jax.merge" if "Tracer" in kind.__name__ else ""
+        raise TypeError(f"{where} cannot be read through DLPack: {kind.__name__}: {error}{remedy}") from error
+
+
+_REMEDIES = {
+    "IndexedSlices": ": tf.convert_to_tensor makes a dense gradient of it",
+    "ResourceVariable": ": give its value, tf.convert_to_tensor(variable)",
+}
+"""What to do with what TensorFlow has besides tensors."""
 
 
 @cache
@@ -177,7 +254,7 @@ def _dtype_name(dtype: Any) -> str:
 _DTYPES = [_dtype_name(dtype) for dtype in functional.ROW_DTYPES]
 
 
-def _pack(tasks: Sequence[Mapping[str, _Entry]], like: Mapping[str, Tensor]) -> Tensor:
+def _pack(tasks: Sequence[Mapping[_Path, _Entry]], like: Mapping[_Path, Tensor]) -> Tensor:
     """J ``[T, N]`` in the dtype that holds all, with columns in the order of ``like``; zero where a task lacks one."""
     tensors = like.values()
     dtype = reduce(torch.promote_types, (x.dtype for x in tensors))

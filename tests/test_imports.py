@@ -64,13 +64,18 @@ THIRD_PARTY = {
     "pandas": {"merging.conflict_maps", "merging.report", "monitor"},
     "accelerate": {"integrations.accelerate", "integrations.transformers"},
     "transformers": {"integrations.transformers"},
+    "sentence_transformers": {"integrations.sentence_transformers"},
+    "trl": {"integrations.trl"},
+    "datasets": {"integrations.trl"},
     "lightning": {"integrations.lightning"},
     "pytorch_lightning": {"integrations.lightning"},
-    "torchjd": {"commands.bench"},
+    "jax": {"integrations.jax"},
+    "LibMTL": {"integrations.libmtl"},
+    "torchjd": {"commands.bench", "integrations.torchjd"},
 }
 """Packages and the modules (with what lies in them) that may import them; None: all."""
 INSIDE_FUNCTIONS = {"matplotlib", "pandas", "torchjd"}
-"""Optional packages: importing the module must not need them."""
+"""Optional packages: importing the module must not need them, unless it is an integration of theirs."""
 
 
 def imports(module, source, is_package=False):
@@ -127,7 +132,7 @@ def violations(module, source, is_package=False):
             continue
         elif top not in THIRD_PARTY or not _within(module, THIRD_PARTY[top]):
             reasons.append(f"{module} imports {name}")
-        elif top in INSIDE_FUNCTIONS and at_module_level:
+        elif top in INSIDE_FUNCTIONS and at_module_level and module != f"fastpcgrad.integrations.{top}":
             reasons.append(f"{module} imports the optional {name} at module level")
     return reasons
 

@@ -7,7 +7,16 @@ from typing import Any
 
 from .settings import Surgery as Surgery
 
-_MODULES = ("accelerate", "lightning", "transformers")
+_MODULES = (
+    "accelerate",
+    "jax",
+    "libmtl",
+    "lightning",
+    "sentence_transformers",
+    "torchjd",
+    "transformers",
+    "trl",
+)
 
 
 def __getattr__(name: str) -> Any:

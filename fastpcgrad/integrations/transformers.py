@@ -74,10 +74,7 @@ class GradientSurgeryMixin:
         self._means = _MeanLosses()
         super().__init__(*args, **kwargs)
         self._refuse()
-        if isinstance(self.train_dataset, Mapping):
-            self.train_dataset: Any = TaskDatasets(self.train_dataset, self.surgery.task_key)
-            if self._tasks is None or self._tasks == len(self.train_dataset.names):
-                self._tasks = self.train_dataset.names
+        self._take_datasets()
 
     # What a trainer is made of, as far as it is used here.
     args: Any
@@ -87,6 +84,17 @@ class GradientSurgeryMixin:
     data_collator: Any
     current_gradient_accumulation_steps: int
     _signature_columns: Any
+
+    def _take_datasets(self) -> None:
+        """One dataset of a dict of them, and the names of the tasks."""
+        if isinstance(self.train_dataset, Mapping):
+            self.train_dataset: Any = TaskDatasets(self.train_dataset, self.surgery.task_key)
+            self._name_tasks(self.train_dataset.names)
+
+    def _name_tasks(self, names: Sequence[str]) -> None:
+        """What the datasets are called, where the tasks have no names of their own."""
+        if self._tasks is None or self._tasks == len(names):
+            self._tasks = names
 
     def task_losses(self, losses: Mapping[str, Tensor | None]) -> Tensor:
         """The losses of several tasks on one micro-batch, for ``compute_loss`` to return: their sum, which knows them.
@@ -122,11 +130,7 @@ class GradientSurgeryMixin:
         self._tasks = self._tasks or names_in(found)
         count, names = check_tasks(None, self._tasks)
         tasks = indices_of(found, count, names)
-        if len(set(tasks)) > self.args.gradient_accumulation_steps:
-            warn(
-                f"gradient_accumulation_steps={self.args.gradient_accumulation_steps} micro-batches for "
-                f"{len(set(tasks))} tasks: in no step are all of them there to be merged"
-            )
+        self._warn_of_few_micro_batches(len(set(tasks)))
         with self._keeping(key):
             collator = self.data_collator
             if hasattr(dataset, "column_names"):
@@ -155,6 +159,13 @@ class GradientSurgeryMixin:
             worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
         return self.accelerator.prepare(loader)
+
+    def _warn_of_few_micro_batches(self, tasks: int) -> None:
+        if tasks > self.args.gradient_accumulation_steps:
+            warn(
+                f"gradient_accumulation_steps={self.args.gradient_accumulation_steps} micro-batches for {tasks} tasks: "
+                "in no step are all of them there to be merged"
+            )
 
     @contextmanager
     def _keeping(self, key: str) -> Iterator[None]:

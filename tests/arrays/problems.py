@@ -1,8 +1,10 @@
 """Dicts of arrays to merge, and what TensorLogic's loops and the oracle make of them."""
 
 import random
+import warnings
 
 import numpy as np
+import pytest
 import torch
 
 from fastpcgrad import reference
@@ -73,3 +75,10 @@ def distance(found, expected):
 
 def copied(tasks):
     return [{name: np.array(array) for name, array in task.items()} for task in tasks]
+
+
+def optional(name):
+    """A library that may be missing; what it warns of while it is imported is not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(name)

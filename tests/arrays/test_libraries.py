@@ -3,14 +3,13 @@
 import random
 import sys
 import types
-import warnings
 
 import numpy as np
 import pytest
 
 from fastpcgrad.arrays import apply
 
-from .problems import distance, oracle, random_tasks, scale_of
+from .problems import distance, optional, oracle, random_tasks, scale_of
 
 
 @pytest.fixture
@@ -65,23 +64,6 @@ def run_in_library(to_array, to_numpy, dtype, tolerance):
 LIBRARY_DTYPES = pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 8e-3)]
 )
-
-
-def optional(name):
-    """A library that may be missing; what it warns of while it is imported is not ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name)
-
-
-@pytest.fixture(scope="module")
-def jax():
-    """JAX with float64 and, as it is used here for the first time, two devices on the host."""
-    module = optional("jax")
-    module.config.update("jax_num_cpu_devices", 2)
-    module.config.update("jax_enable_x64", True)
-    yield module
-    module.config.update("jax_enable_x64", False)
 
 
 @LIBRARY_DTYPES

@@ -9,8 +9,8 @@ import fastpcgrad
 import fastpcgrad.integrations
 
 fastpcgrad.integrations.Surgery(), dir(fastpcgrad.integrations)
-others = ("transformers", "accelerate", "lightning", "pytorch_lightning", "peft", "pandas", "matplotlib")
-print([name for name in others if name in sys.modules])
+others = "transformers accelerate lightning pytorch_lightning peft torchjd jax LibMTL sentence_transformers trl pandas"
+print([name for name in [*others.split(), "matplotlib"] if name in sys.modules])
 try:
     fastpcgrad.integrations.keras
 except AttributeError as error:
@@ -23,4 +23,7 @@ def test_importing_the_package_and_its_integrations_imports_no_other_library():
     assert result.returncode == 0, result.stderr
     found, error = result.stdout.splitlines()
     assert found == "[]"
-    assert "it has Surgery and accelerate, lightning, transformers" in error
+    assert (
+        "it has Surgery and accelerate, jax, libmtl, lightning, sentence_transformers, torchjd, transformers, trl"
+        in error
+    )

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
-from tests.integrations.tiny import TASKS, VOCABULARY, Texts, collate, distance, flat, language_model
+from tests.integrations.tiny import BATCH, TASKS, VOCABULARY, Texts, collate, distance, flat, language_model
 
 pytest.importorskip("transformers", reason="pip install 'fastpcgrad[transformers]'")
 pytest.importorskip("accelerate", reason="pip install 'fastpcgrad[transformers]'")
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 import fastpcgrad
 from fastpcgrad import ConflictMonitor, FastPCGradWarning, methods
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-ROWS, BATCH = 144, 2
+ROWS = 144
 
 
 class InOrder:
@@ -45,29 +45,6 @@ class Weights(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **_):
         self.steps.append(flat(model))
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    def made(**options):
-        given = {
-            "per_device_train_batch_size": BATCH,
-            "gradient_accumulation_steps": 6,
-            "max_steps": 4,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "linear",
-            "weight_decay": 0.01,
-            "max_grad_norm": 0.5,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        return TrainingArguments(str(tmp_path / "out"), **{**given, **options})
-
-    return made
 
 
 def fixed():

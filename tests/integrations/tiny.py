@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 VOCABULARY = 32
+BATCH = 2
 TASKS = ["a", "b", "c"]
 
 
