@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
 from torch import Tensor
@@ -15,6 +15,8 @@ from ..methods import Method
 from .capture import Capture, MovedCapture
 from .layout import Layout, Layouts
 from .task_gradients import TaskGradients
+
+_NOBODY_WAITS = nullcontext()
 
 
 class Stays:
@@ -45,13 +47,16 @@ class Stays:
                 "has cut it off, call discard()"
             )
 
-    @contextmanager
-    def telling(self) -> Iterator[None]:
+    def telling(self) -> AbstractContextManager[None]:
         """Within, an error of a process that has tasks of its own ends the round of all, which wait at the merge."""
+        return self._telling() if self.processes.by_task else _NOBODY_WAITS
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
         try:
             yield
         except Exception:
-            exchange = self.resolve().exchange if self.processes.by_task else None
+            exchange = self.resolve().exchange
             if exchange is not None:
                 exchange.rounds.fail()
                 self.discard()
