@@ -34,7 +34,7 @@ from torch import Tensor
 
 from benchmarks import bandwidth, gpu_compile, kernels, memory, method_cases, models, rows, steps, tables
 from benchmarks.cases import Batch, Gpt, Op, StepCase, bytes_moved
-from benchmarks.kernels import Contender, Inputs, forced_backend
+from benchmarks.kernels import Contender, Inputs
 from benchmarks.modes import modes
 from benchmarks.peers import torchjd_algorithm
 from benchmarks.rows import LIBRARY, MACHINE, RESULTS, Environment, Row, failed, missing, version_of
@@ -160,7 +160,7 @@ def measure_shape(run: Run, grads: Tensor, names: Iterable[str]) -> None:
     for backend, op in itertools.product(names, kernels.LIBRARY_OPS):
         graph = ["pcgrad[graph]"] if op == "pcgrad" and grads.nbytes < min(BYTES_OF_J) else []
         for timed_op in (op, *graph):
-            with forced_backend(backend):
+            with backends.forcing(backend):
                 row = time_op(run, timed_op, ours(op, backend), x)
             if op == "pcgrad" and row.p50_ms:
                 name = timed_op.replace(op, LIBRARY)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -69,19 +67,6 @@ def library_backend(device: str = "cpu") -> str:
     return backends.select(device).__name__.rsplit(".", 1)[-1]
 
 
-@contextmanager
-def forced_backend(name: str) -> Iterator[None]:
-    before = os.environ.get("FASTPCGRAD_BACKEND")
-    os.environ["FASTPCGRAD_BACKEND"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["FASTPCGRAD_BACKEND"]
-        else:
-            os.environ["FASTPCGRAD_BACKEND"] = before
-
-
 def _pcgrad(x: Inputs) -> Call:
     if x.order is None:
         return lambda: fastpcgrad.pcgrad(x.rows, variant="torchjd")
@@ -119,7 +104,7 @@ def _eager(build: Build) -> Build:
         call = build(inputs)
 
         def forced() -> object:
-            with forced_backend("eager"):
+            with backends.forcing("eager"):
                 return call()
 
         return forced

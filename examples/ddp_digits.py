@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpcgrad
-from examples import command_line
-from examples.processes import process_group, say
+from examples.processes import run, say
 
 NEEDED = ("sklearn",)
 WIDTH, FEATURES = 64, 8
@@ -24,10 +23,7 @@ BATCH = 128
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = command_line.torchrun_parser("ddp_digits", "Two digits under DDP.", 500).parse_args(arguments)
-    command_line.exit_if_missing(NEEDED)
-    with process_group() as device:
-        train(options.steps, options.seed, device)
+    run(train, "ddp_digits", "Two digits under DDP.", 500, NEEDED, arguments)
 
 
 def train(steps: int, seed: int, device: torch.device) -> list[float]:

@@ -15,9 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fastpcgrad
-from examples import command_line
 from examples.lm_model import LanguageModel, ModelConfig
-from examples.processes import process_group, say
+from examples.processes import run, say
 
 NEEDED = ("sklearn",)
 CONFIG = ModelConfig(context=64, width=64, layers=2, heads=4)
@@ -26,10 +25,7 @@ SEQUENCES = 4
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = command_line.torchrun_parser("fsdp_lm", "A language model, fully sharded.", 60).parse_args(arguments)
-    command_line.exit_if_missing(NEEDED)
-    with process_group() as device:
-        train(options.steps, options.seed, device)
+    run(train, "fsdp_lm", "A language model, fully sharded.", 60, NEEDED, arguments)
 
 
 def train(steps: int, seed: int, device: torch.device) -> list[float]:

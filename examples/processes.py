@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+from examples import command_line
+
+
+def run(
+    train: Callable[[int, int, torch.device], object],
+    module: str,
+    summary: str,
+    steps: int,
+    needed: Sequence[str],
+    arguments: Sequence[str] | None,
+) -> None:
+    """The command of an example: ``train`` is given its steps, its seed and the device of this process.
+
+    Args:
+        module, summary, steps: see ``command_line.torchrun_parser``.
+        needed: packages, without which the command says how to install them.
+        arguments: of the command; None: of this process.
+    """
+    options = command_line.torchrun_parser(module, summary, steps).parse_args(arguments)
+    command_line.exit_if_missing(needed)
+    with process_group() as device:
+        train(options.steps, options.seed, device)
 
 
 @contextmanager

@@ -11,16 +11,12 @@ import torch
 import torch.distributed as dist
 
 import fastpcgrad
-from examples import command_line
 from examples.ddp_digits import BATCH, FEATURES, NEEDED, WIDTH, say_progress, tested
-from examples.processes import process_group
+from examples.processes import run
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = command_line.torchrun_parser("task_parallel", "Two digits, tasks shared out.", 500).parse_args(arguments)
-    command_line.exit_if_missing(NEEDED)
-    with process_group() as device:
-        train(options.steps, options.seed, device)
+    run(train, "task_parallel", "Two digits, tasks shared out.", 500, NEEDED, arguments)
 
 
 def train(steps: int, seed: int, device: torch.device) -> list[float]:

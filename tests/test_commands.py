@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import __main__, functional
+from fastpcgrad import __main__, backends, functional
 from fastpcgrad.backends import cpu
 from fastpcgrad.commands import bench, doctor
 
@@ -64,7 +64,7 @@ def test_a_wrong_result_is_found_whatever_it_is(capsys, monkeypatch, factor):
 
 def test_the_environment_is_left_as_it_was(monkeypatch):
     monkeypatch.setenv("FASTPCGRAD_BACKEND", "eager")
-    with doctor._forced("cpu"):
+    with backends.forcing("cpu"):
         assert doctor.os.environ["FASTPCGRAD_BACKEND"] == "cpu"
     assert doctor.os.environ["FASTPCGRAD_BACKEND"] == "eager"
 

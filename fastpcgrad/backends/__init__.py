@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
@@ -40,6 +42,20 @@ def forced() -> str | None:
     if _variables is None:
         return os.environ.get(_VARIABLE) or None
     return os.environ.decodevalue(_variables[_KEY]) or None if _KEY in _variables else None
+
+
+@contextmanager
+def forcing(name: str) -> Iterator[None]:
+    """Within, ``FASTPCGRAD_BACKEND`` names a backend; afterwards it is as before."""
+    before = os.environ.get(_VARIABLE)
+    os.environ[_VARIABLE] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_VARIABLE]
+        else:
+            os.environ[_VARIABLE] = before
 
 
 def why_unavailable(name: str, device_type: str) -> str | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -33,10 +32,12 @@ def examine() -> int:
     print(f"fastpcgrad {__version__} from {Path(__file__).parents[1]}")
     print(f"Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores")
     show_config()
-    slow = list(_what_makes_slow())
-    wrong: list[str] = []
+    runtimes = openmp_runtimes()
+    print(f"OpenMP runtimes in this process: {', '.join(map(str, runtimes)) or 'none, or this system does not tell'}")
+    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    slow, wrong = list(_what_makes_slow(devices, runtimes)), list[str]()
     print("self-test:")
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    for device in devices:
         for name in backends.NAMES:
             if backends.why_unavailable(name, device) is None:
                 wrong += _test(name, device)
@@ -50,13 +51,11 @@ def examine() -> int:
     return int(bool(wrong))
 
 
-def _what_makes_slow() -> Iterator[str]:
+def _what_makes_slow(devices: Sequence[str], runtimes: Sequence[Path]) -> Iterator[str]:
     """What this process has that costs time, each with its remedy."""
-    runtimes = openmp_runtimes()
-    print(f"OpenMP runtimes in this process: {', '.join(map(str, runtimes)) or 'none, or this system does not tell'}")
     if len(runtimes) > 1:
         yield "several OpenMP runtimes compete for the cores: install torch and what else brings one from one source"
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    for device in devices:
         if backend_in_use(device, detailed=False) != device:
             reason = backends.why_unavailable(device, device) or "FASTPCGRAD_BACKEND forces another"
             yield f"the compiled {device} library does not run {device} tensors: {reason}"
@@ -72,19 +71,6 @@ def openmp_runtimes() -> list[Path]:
     return sorted({path.resolve() for path in files if path.name.startswith(OPENMP)})
 
 
-@contextmanager
-def _forced(name: str) -> Iterator[None]:
-    before = os.environ.get("FASTPCGRAD_BACKEND")
-    os.environ["FASTPCGRAD_BACKEND"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["FASTPCGRAD_BACKEND"]
-        else:
-            os.environ["FASTPCGRAD_BACKEND"] = before
-
-
 def _test(name: str, device: str) -> list[str]:
     """Each dtype on one backend against the oracle; what is wrong."""
     wrong = []
@@ -93,7 +79,7 @@ def _test(name: str, device: str) -> list[str]:
         order = torch.arange(5).repeat(5, 1)
         coefficients = reference.coefficients(reference.gram(rows), order, False, 0.0, 0.0)
         expected, scale = coefficients.sum(dim=0) @ rows.double(), float(_reach(coefficients, rows))
-        with _forced(name):
+        with backends.forcing(name):
             found = functional.pcgrad(rows.to(device), order=order.to(device)).cpu().double()
         error = float((found - expected).norm()) / scale
         if not error <= tolerance:

@@ -11,6 +11,7 @@ from benchmarks import gpu, gpu_compile, method_cases, rows
 from benchmarks.cases import TINY_GPT, StepCase
 from benchmarks.kernels import Contender, inputs
 from benchmarks.session import Run
+from fastpcgrad import backends
 from fastpcgrad.backends import cpu
 
 ENVIRONMENT = rows.Environment("r", "2026-01-01", "c", "a GPU", 1, "2", "2", "0")
@@ -184,7 +185,7 @@ def test_every_width_needs_the_kernels_that_are_compiled_before(run, monkeypatch
         for width in (*gpu.WIDTHS, (256 << 20) // (tasks * dtype.itemsize)):
             grads = torch.empty(tasks, width, dtype=dtype)
             x = inputs(grads, gpu.order_of(grads))
-            with gpu.forced_backend("triton"):
+            with backends.forcing("triton"):
                 for op in gpu.kernels.LIBRARY_OPS:
                     gpu.ours(op, "triton").build(x)()
         assert found == compiled
