@@ -15,7 +15,7 @@ from fastpcgrad import methods
 from fastpcgrad.distributed import buckets, exchange
 from fastpcgrad.distributed.cost import Step
 from tests.distributed.ranks import DEVICE
-from tests.distributed.replicated import Normed, ddp, in_small_buckets, ordinary_steps_are_right
+from tests.distributed.replicated import Normed, ddp, in_small_buckets, ordinary_steps_are_right, planned_and_taken
 from tests.distributed.scenarios import Scenarios
 from tests.distributed.sharded import (
     METHODS,
@@ -31,7 +31,6 @@ from tests.distributed.sharded import (
     mesh,
     wholes,
 )
-from tests.distributed.together import most_memory
 
 SCENARIOS = Scenarios(in_small_buckets)
 scenario, each = SCENARIOS.one, SCENARIOS.each
@@ -289,16 +288,8 @@ def memory_is_that_of_the_plan():
         net.zero_grad()
         merged(surgery)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "NBYTES", 1 << 20)
-        merged(new())
-        net.zero_grad()
-        dist.barrier()  # what was sent is no longer held
-        surgery = new()
-        plan = surgery.memory_plan().device
-        taken = most_memory(lambda: twice(surgery))
-        known = Step("task", size, tasks, elements).memory + 4 * width**2
-        assert abs(plan.total - known) < 0.01 * plan.total
+    step = Step("task", size, tasks, elements)
+    plan, taken = planned_and_taken(net, new, merged, step, largest=width**2, measured=twice)
     held = -(-tasks // size)
     assert plan.total <= 4 * (elements * (held + min(tasks, size) / size) + width**2) + (5 << 20), plan
     assert taken <= 1.1 * plan.total, (taken, plan)
