@@ -21,11 +21,15 @@ BATCH = 8
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Train, draw, and give each task's losses."""
-    parser = command_line.parser("accelerate_adapters", SUMMARY, "the model and the rows")
-    parser.add_argument("--steps", type=command_line.positive, default=100, help="training steps (%(default)s)")
-    parser.set_defaults(threads=1)  # so small a model has no work for two
-    options = parser.parse_args(argv)
-    command_line.exit_if_missing(NEEDED, "peft,examples")
+    options = command_line.trainer_options(
+        argv,
+        "accelerate_adapters",
+        SUMMARY,
+        seeded="the model and the rows",
+        needed=NEEDED,
+        extras="peft,examples",
+        steps=100,
+    )
     from accelerate import Accelerator
     from peft import LoraConfig, get_peft_model
 

@@ -18,6 +18,33 @@ def parser(module: str, summary: str, seeded: str) -> argparse.ArgumentParser:
     return made
 
 
+def trainer_options(
+    argv: Sequence[str] | None,
+    module: str,
+    summary: str,
+    *,
+    seeded: str,
+    needed: Sequence[str],
+    extras: str,
+    **length: int,
+) -> argparse.Namespace:
+    """What ``python -m examples.<module>`` is told, which trains a small model in a trainer; see ``exit_if_missing``.
+
+    Args:
+        argv: its arguments; None: of this process.
+        module, summary, seeded: see ``parser``.
+        needed, extras: of ``exit_if_missing``.
+        length: the name of the option that says how long it trains, and its default.
+    """
+    made = parser(module, summary, seeded)
+    for name, default in length.items():
+        made.add_argument(f"--{name}", type=positive, default=default, help=f"training {name} (%(default)s)")
+    made.set_defaults(threads=1)  # so small a model has no work for two
+    options = made.parse_args(argv)
+    exit_if_missing(needed, extras)
+    return options
+
+
 def torchrun_parser(module: str, summary: str, steps: int) -> argparse.ArgumentParser:
     """Options of ``torchrun -m examples.<module>``, which trains for so many steps."""
     made = argparse.ArgumentParser(prog=f"torchrun -m examples.{module}", description=summary)

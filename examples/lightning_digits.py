@@ -56,11 +56,15 @@ def digits_data() -> torch.utils.data.TensorDataset:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, draw, and give what was logged last."""
-    parser = command_line.parser("lightning_digits", SUMMARY, "the model and the order of the images")
-    parser.add_argument("--epochs", type=command_line.positive, default=4, help="epochs (%(default)s)")
-    parser.set_defaults(threads=1)  # so small a model has no work for two
-    options = parser.parse_args(argv)
-    command_line.exit_if_missing(NEEDED, "lightning,examples")
+    options = command_line.trainer_options(
+        argv,
+        "lightning_digits",
+        SUMMARY,
+        seeded="the model and the order of the images",
+        needed=NEEDED,
+        extras="lightning,examples",
+        epochs=4,
+    )
     import lightning as L
 
     import fastpcgrad

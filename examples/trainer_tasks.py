@@ -21,11 +21,15 @@ FIGURE = "trainer_conflicts.png"
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, draw, and give the last step's figures."""
-    parser = command_line.parser("trainer_tasks", SUMMARY, "the model and the order of the rows")
-    parser.add_argument("--steps", type=command_line.positive, default=120, help="training steps (%(default)s)")
-    parser.set_defaults(threads=1)  # so small a model has no work for two
-    options = parser.parse_args(argv)
-    command_line.exit_if_missing(NEEDED, "transformers,examples")
+    options = command_line.trainer_options(
+        argv,
+        "trainer_tasks",
+        SUMMARY,
+        seeded="the model and the order of the rows",
+        needed=NEEDED,
+        extras="transformers,examples",
+        steps=120,
+    )
     from transformers import TrainingArguments
 
     import fastpcgrad
