@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain, compress
 from operator import attrgetter
+from types import NoneType
 from typing import Any
 
 import torch
@@ -110,15 +111,12 @@ class TaskGradients:
         What somebody else holds, or its memory (a view, NumPy, a hook that saved it, another leaf's ``.grad``), is
         copied now: a later backward pass may write there, and a merge must not.
         """
-        self._rows[task] = row if self.may_keep(row) else self._settled(_detached(row), alone=True)
+        self._rows[task] = row if self.may_keep(row) else self._settled(row, alone=True)
         self._own.add(task)
 
     def may_keep(self, row: Sequence[Any]) -> bool:
         """Whether a row that was taken from ``.grad`` has no gaps, and is as rows are and nobody else's."""
-        try:
-            return self._may_stay(row, self._sizes, self._strides, self.dtypes, True)
-        except (AttributeError, TypeError):  # a None
-            return False
+        return NoneType not in map(type, row) and self._may_stay(row, self._sizes, self._strides, self.dtypes, True)
 
     def row(self, task: int) -> Row:
         """A task's row, to look at."""
@@ -262,6 +260,7 @@ class TaskGradients:
         if alone:
             row.clear()
         if not self._may_stay(there, sizes, strides, dtypes, alone):
+            there = list(map(Tensor.detach, there)) if any(map(_REQUIRES_GRAD, there)) else there
             # What came out of one collective shares memory, and may go on doing so.
             views = self._views(there, strides, dtypes) if alone else set()
             there.reverse()
