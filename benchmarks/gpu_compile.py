@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -15,20 +16,25 @@ from multiprocessing import get_context
 import torch
 
 from fastpcgrad import backends, variants
+from fastpcgrad._blocks import Blocks, addresses
 from fastpcgrad.variants import Guards
 
 WIDTH = 4096
-"""A kernel depends on T, the dtype and whether rows are 16-byte aligned (``backends/triton/launch.py``), not on N."""
+"""A kernel depends on T, the dtype and whether rows are 16-byte aligned (``backends/triton/choices.py``), not on N."""
 
 
 def compile_kernels(tasks: int, dtype: torch.dtype, device: str) -> None:
-    """Of all ops on packed, aligned rows without segments."""
+    """Of all ops on packed, aligned rows without segments, and on blocks."""
     from fastpcgrad.backends import triton
 
     grads = torch.randn(tasks, WIDTH, dtype=dtype, device=device)
     order = variants.get("paper").draw_orders(tasks, None, None).to(device)
     triton.mix_(grads, torch.eye(tasks, dtype=torch.float64, device=device), None)
-    triton.pcgrad(grads, order, Guards(), 1.0, None, grads.new_empty(WIDTH))
+    out = grads.new_empty(WIDTH)
+    triton.pcgrad(grads, order, Guards(), 1.0, None, out)
+    rows = [[row] for row in grads]
+    blocks = Blocks(rows, list(map(addresses, rows)), array("q", [WIDTH]), dtype, grads.device)
+    triton.pcgrad_blocks(blocks, order, Guards(), 1.0, [out])
 
 
 def compile_all(shapes: Sequence[tuple[int, torch.dtype]], device: str) -> None:

@@ -123,6 +123,5 @@ def _gram(weight: Factored) -> tuple[Tensor, bool]:
         products = (a @ a.T) @ delta
         flat = delta.flatten(1)
         gram = flat @ products.flatten(1).T
-    bound = a.square().sum() * flat.square().sum(dim=1)
     is_zero = (flat.abs().amax(dim=1) == 0) | (a.abs().amax() == 0)
-    return symmetric_if_exact(gram, bound, is_zero, weight.delta.dtype)
+    return symmetric_if_exact(gram, a.square().sum(), flat.square().sum(dim=1), is_zero, weight.delta.dtype)

@@ -262,22 +262,26 @@ _LARGEST_ERROR = {torch.float64: 1e-12}
 _LARGEST_ERROR_OF_NARROWER = 1e-8
 """Of G, relative to ‖g_t‖²."""
 _LEAST_PRODUCT = 1e-250
-"""Below, what is summed in G may be too small for float64."""
+"""Below, products of activations, of δ, or what is summed in G may be too small for float64."""
 
 
-def symmetric_if_exact(gram: Tensor, bound: Tensor, is_zero: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+def symmetric_if_exact(
+    gram: Tensor, left: Tensor, delta: Tensor, is_zero: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, bool]:
     """G from factors made symmetric, and whether it is as exact as a G of rows.
 
     Args:
         gram: ``[T, T]`` float64.
-        bound: ``[T]``, of each task the largest that what is summed in its ‖g_t‖² can come to.
+        left: ``[T]`` or for all tasks, ‖a‖² in float64.
+        delta: ``[T]``, ‖δ_t‖²; the product of both is the largest that what is summed in ‖g_t‖² can come to.
         is_zero: ``[T]``, of which tasks the gradient is known to be zero.
         dtype: of δ.
     """
-    gram = (gram + gram.T) / 2
+    gram, bound = (gram + gram.T) / 2, left * delta
     error = torch.finfo(torch.float64).eps * bound
     largest = _LARGEST_ERROR.get(dtype, _LARGEST_ERROR_OF_NARROWER)
-    is_exact = is_zero | ((error <= largest * gram.diagonal()) & (bound >= _LEAST_PRODUCT))
+    is_in_range = (left >= _LEAST_PRODUCT) & (delta >= _LEAST_PRODUCT) & (bound >= _LEAST_PRODUCT)
+    is_exact = is_zero | ((error <= largest * gram.diagonal()) & is_in_range)
     return gram, bool((is_exact & gram.isfinite().all()).all())
 
 

@@ -97,9 +97,9 @@ class Samples:
                 own_a, own_delta = (each[first : first + step].flatten(0, 1) for each in (a, delta))
                 pairs = (own_a @ every_a.T).mul_(own_delta @ every_delta.T)
                 parts.append(pairs.view(-1, rows, samples, rows).sum(dim=(1, 3)))
-        bound = a.square().sum(dim=(1, 2)) * delta.square().sum(dim=(1, 2))
+        of_a, of_delta = a.square().sum(dim=(1, 2)), delta.square().sum(dim=(1, 2))
         is_zero = (delta == 0).all(dim=2).all(dim=1) | (a == 0).all(dim=2).all(dim=1)
-        return symmetric_if_exact(torch.cat(parts), bound, is_zero, self.delta.tensor.dtype)
+        return symmetric_if_exact(torch.cat(parts), of_a, of_delta, is_zero, self.delta.tensor.dtype)
 
     def _gram_by_rows(self, left: Tensor) -> Tensor:
         samples, _, inner = left.shape

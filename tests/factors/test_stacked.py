@@ -60,6 +60,17 @@ def test_a_torch_that_counts_neither_hooks_nor_nodes_is_never_stacked(name, monk
     assert [step(surgery, net, losses) for _ in range(4)] == [FIRST] * 4
 
 
+def test_a_scaled_bias():
+    surgery, net, _ = setting()
+    first, x = net[0][0], torch.randn(5, 16)
+
+    def losses():
+        h = net[0][1:](torch.addmm(first.bias, x, first.weight.t(), beta=0.5))
+        return [head(h).square().mean() for head in net[1]]
+
+    assert [step(surgery, net, losses) for _ in range(3)] == [FIRST, FIRST, None]
+
+
 def test_dropout_has_the_masks_of_the_forward_pass():
     surgery, net, _ = setting()
     net[0].insert(2, nn.Dropout(0.5))
@@ -132,6 +143,19 @@ class TestHooks:
             assert_merged(list(net.parameters()), rows, report)
         assert report.rows.loop == FIRST
 
+    def test_on_an_activation_of_a_graph_that_is_older_than_those_that_were_stacked(self):
+        surgery, net, losses = setting()
+        h = net[0][0](torch.randn(5, 16))
+        trunk = net[0][1:](h)
+        older = [(head(trunk) - t).square().mean() for t, head in enumerate(net[1])]
+        h.register_hook(lambda grad: grad * 10)
+        assert [step(surgery, net, losses) for _ in range(3)] == [FIRST, FIRST, None]
+        rows = rows_of(older, list(net[0][0].parameters()))
+        report = surgery.backward(older)
+        assert report.rows.loop == "the graph is older than the last hook that somebody has registered"
+        layer = torch.cat([p.grad.flatten() for p in net[0][0].parameters()]).double()
+        torch.testing.assert_close(layer, report.weights @ rows, rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize("where", ["trunk", "head"])
     def test_on_the_node_of_a_leaf(self, where):
         surgery, net, losses = setting()
@@ -145,11 +169,12 @@ class TestHooks:
             assert len(calls) == (TASKS if where == "trunk" else 1)
         handle.remove()
 
+    @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
     @pytest.mark.parametrize("where", ["trunk", "head"])
-    def test_on_a_leaf(self, where):
+    def test_on_a_leaf(self, where, register):
         surgery, net, losses = setting()
         bias = net[0][0].bias if where == "trunk" else net[1][0].bias
-        bias.register_hook(lambda grad: 3 * grad)
+        getattr(bias, register)(lambda given: 3 * given if register == "register_hook" else None)
         assert [step(surgery, net, losses) for _ in range(3)] == ["a hook on a leaf"] * 3
 
     @pytest.mark.parametrize("where", [0, 1, 3])

@@ -46,6 +46,24 @@ def test_fp32_is_as_exact_as_ever(kind):
         assert report.rows.factored >= 1 + TASKS
 
 
+@pytest.mark.parametrize("way", ["scaled", "transposed twice"])
+def test_what_the_graph_shows_needs_no_comparison(way):
+    net, x = trunk_and_heads()
+    weight, bias = net[0][0].weight, net[0][0].bias
+
+    def losses():
+        if way == "scaled":
+            hidden = torch.addmm(bias, x, weight.t(), alpha=2)
+        else:
+            hidden = torch.addmm(bias, x, weight.t().t().t())
+        return [head(hidden).square().mean() for head in net[1]]
+
+    rows = rows_of(losses(), [weight])
+    report = surgery_of([weight]).backward(losses())
+    assert report.rows.dense == ({"no weight of matrix products alone": 1} if way == "scaled" else {})
+    assert_merged([weight], rows, report)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_parameters(dtype):
     net, x = trunk_and_heads(width=64, dtype=dtype)
@@ -157,6 +175,16 @@ class TestRange:
             report = surgery.backward(losses)
             assert report.rows.dense == dense
             assert_merged(parameters, rows, report, 1e-12)
+
+    def test_float64_activations_whose_squares_are_subnormal(self):
+        """Though their products with δ, and its squares, are well within range."""
+        net, x = trunk_and_heads(dtype=torch.float64)
+        parameters = [net[0][0].weight]
+        losses = [1e-8 * loss for loss in losses_of_scaled(net, x, 1e-159)]
+        rows = rows_of(losses, parameters)
+        report = surgery_of(parameters).backward(losses)
+        assert report.rows.factored == 0
+        assert_merged(parameters, rows, report, 1e-12)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("mean", [30.0, 1000.0, 1e5])

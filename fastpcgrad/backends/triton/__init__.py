@@ -15,18 +15,8 @@ from ...variants import Guards
 from ..eager import LARGEST_TASKS, gradvac, method_weights, sign_sums, trimmed_mean
 
 if TYPE_CHECKING:
-    from .launch import (
-        combine,
-        combine_blocks,
-        gram,
-        gram_blocks,
-        mix_,
-        pcgrad,
-        pcgrad_,
-        pcgrad_blocks,
-        pcgrad_coefficients,
-        workspace_nbytes,
-    )
+    from .launch import combine, gram, mix_, pcgrad, pcgrad_, pcgrad_coefficients
+    from .tables import combine_blocks, gram_blocks, pcgrad_blocks, workspace_nbytes
 
 __all__ = [
     "LARGEST_TASKS",
@@ -81,5 +71,6 @@ def _why_nothing_runs(device: int) -> str | None:
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module(".launch", __name__), name)
+        home = ".tables" if name.endswith("_blocks") or name == "workspace_nbytes" else ".launch"
+        return getattr(importlib.import_module(home, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,9 +23,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 TYPES = {
     "partials": "*fp64", "gram": "*fp64", "coefficients": "*fp64", "weights": "*fp64", "flags": "*i32",
     "segments": "*i64", "order": "*i64", "eps": "fp64", "min_squared_norm": "fp64", "scale": "fp64",
-    "self_projection": "i32",
+    "self_projection": "i32", "rows": "*i64", "outs": "*i64", "widths": "*i64", "starts": "*i64", "owners": "*i64",
+    "aligned": "*i64",
 }  # fmt: skip
-STREAMING = {"gram_rows", "gram_tiles", "combine", "mix_rows", "mix_tiles"}
+STREAMING = {
+    *("gram_rows", "gram_tiles", "combine", "mix_rows", "mix_tiles"),
+    *("gram_rows_of_blocks", "gram_tiles_of_blocks", "combine_of_blocks"),
+}
 WIDE_LOADS = re.compile(
     r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x10|16)\b"
 )
@@ -49,25 +53,20 @@ class Outcome(NamedTuple):
 
 
 def choices(tasks: int, dtype: torch.dtype, segmented: bool) -> list[Any]:
-    from fastpcgrad.backends.triton import launch
+    from fastpcgrad.backends.triton import choices as of
 
     unit = 16 // dtype.itemsize
-    gram = launch.gram_choice(tasks, dtype, unit, segmented)
-    block = launch.block_of(gram)
-    guarded = launch.is_guarded(dtype)
-    found = [
-        gram,
-        launch.reduce_choice(tasks, segmented, block, guarded, False),
-        launch.combine_choice(tasks, dtype, unit, segmented),
-        launch.mix_choice(tasks, dtype, unit, segmented),
-    ]
-    if guarded:
-        found += [
-            launch.rescue_choice(tasks, unit, segmented, block),
-            launch.reduce_choice(tasks, segmented, block, False, True),
-        ]
+    gram = of.gram_choice(tasks, dtype, unit, segmented)
+    block = of.block_of(gram)
+    over_rows = [gram, of.combine_choice(tasks, dtype, unit, segmented)]
+    over_grams = [of.reduce_choice(tasks, segmented, block, of.is_guarded(dtype), False)]
+    if of.is_guarded(dtype):
+        over_rows.append(of.rescue_choice(tasks, unit, segmented, block))
+        over_grams.append(of.reduce_choice(tasks, segmented, block, False, True))
+    found = [*over_rows, *over_grams, of.mix_choice(tasks, dtype, unit, segmented)]
     if not segmented:
-        found += [launch.solve_choice(tasks), launch.sums_choice(tasks)]
+        found += [of.of_blocks(choice, dtype) for choice in over_rows]
+        found += [of.solve_choice(tasks), of.sums_choice(tasks)]
     return found
 
 
@@ -134,7 +133,7 @@ def all_cases(tasks: list[int], dtypes: list[str], archs: list[int]) -> list[Cas
                 for segmented in (False, True) if (arch, count) == (archs[-1], tasks[-1]) else (False,):
                     for choice in choices(count, DTYPES[dtype], segmented):
                         name = choice.kernel.__name__
-                        over_rows = name in STREAMING or name == "gram_rescue"
+                        over_rows = name in STREAMING or name.startswith("gram_rescue")
                         case = Case(name, count, dtype if over_rows else "-", segmented, arch, choice.constants)
                         # Reductions of one T differ in the rows' block alone, a divisor.
                         key = (name, count, segmented, arch, choice.constants.get("AGAIN"), case.dtype)
@@ -168,7 +167,7 @@ def main() -> int:
         arguments.dtypes.split(","),
         [int(arch) for arch in arguments.archs.split(",")],
     )
-    print(f"{'kernel':<14}{'T':>4} {'dtype':<6}{'segments':<9}{'sm':>4}{'registers':>10}{'spilled':>8}{'shared':>8}")
+    print(f"{'kernel':<22}{'T':>4} {'dtype':<6}{'segments':<9}{'sm':>4}{'registers':>10}{'spilled':>8}{'shared':>8}")
     failed = 0
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -178,7 +177,7 @@ def main() -> int:
             case, wrong = outcome.case, faults(outcome)
             failed += bool(wrong)
             print(
-                f"{case.kernel:<14}{case.tasks:>4} {case.dtype:<6}{'yes' if case.segmented else 'no':<9}{case.arch:>4}"
+                f"{case.kernel:<22}{case.tasks:>4} {case.dtype:<6}{'yes' if case.segmented else 'no':<9}{case.arch:>4}"
                 f"{outcome.registers:>10}{outcome.spilled:>8}{outcome.shared:>8}  {'; '.join(wrong)}",
                 flush=True,
             )

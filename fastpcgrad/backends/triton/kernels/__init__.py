@@ -13,6 +13,7 @@ and below blocks + segments - 1, and a binary search in the segment offsets find
 Partial Grams. An item writes the lower triangle, packed by rows (entry i(i+1)/2 + j), as float64.
 """
 
+from .blocks import combine_of_blocks, gram_rescue_of_blocks, gram_rows_of_blocks, gram_tiles_of_blocks
 from .columns import INTERPRETED
 from .combinations import combine, mix_rows, mix_tiles
 from .products import gram_reduce, gram_rescue, gram_rows, gram_tiles
@@ -22,10 +23,14 @@ __all__ = [
     "INTERPRETED",
     "column_sums",
     "combine",
+    "combine_of_blocks",
     "gram_reduce",
     "gram_rescue",
+    "gram_rescue_of_blocks",
     "gram_rows",
+    "gram_rows_of_blocks",
     "gram_tiles",
+    "gram_tiles_of_blocks",
     "mix_rows",
     "mix_tiles",
     "solve",

@@ -12,14 +12,14 @@ LARGEST_WEIGHT = tl.constexpr(2.0**100)
 
 
 @triton.jit
-def _needs_float64(values):
+def needs_float64(values):
     size = tl.abs(values)
     outside = (size != 0) & ((size < SMALLEST_WEIGHT) | (size > LARGEST_WEIGHT))
     return tl.max(outside.to(tl.int32)) > 0
 
 
 @triton.jit
-def _to_rows(x, dtype: tl.constexpr):
+def to_rows(x, dtype: tl.constexpr):
     """Round an accumulator to the rows' dtype."""
     if dtype != tl.float64:
         x = x.to(tl.float32)
@@ -43,7 +43,7 @@ def _combine_partly(
         for t in range(0, T):
             x = tl.load((block + t * stride) + cols, mask=mask, other=0.0)
             acc += tl.load(weights + t).to(ACC) * x.to(ACC)
-        tl.store(out + cols, _to_rows(acc, out.dtype.element_ty), mask=mask)
+        tl.store(out + cols, to_rows(acc, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -59,7 +59,7 @@ def combine(
     weights += s * T
     t = tl.arange(0, PAD)
     block = grads + start
-    if _needs_float64(tl.load(weights + t, mask=t < T, other=0.0)):
+    if needs_float64(tl.load(weights + t, mask=t < T, other=0.0)):
         _combine_partly(block, weights, out + start, stride, lo, hi, T, BLOCK, tl.float64)
     elif (lo <= 0) & (hi >= BLOCK):
         cols = tl.arange(0, BLOCK)
@@ -72,7 +72,7 @@ def combine(
             for row in tl.range(0, T, loop_unroll_factor=4):
                 x = tl.load((block + row * stride) + cols)
                 acc += tl.load(weights + row).to(ACC) * x.to(ACC)
-        tl.store((out + start) + cols, _to_rows(acc, out.dtype.element_ty))
+        tl.store((out + start) + cols, to_rows(acc, out.dtype.element_ty))
     else:
         _combine_partly(block, weights, out + start, stride, lo, hi, T, BLOCK, ACC)
 
@@ -93,7 +93,7 @@ def _mix_columns(
         acc = tl.zeros([COLUMNS], ACC)
         for t in tl.static_range(T):
             acc += tl.load(coefficients + i * T + t).to(ACC) * rows[t].to(ACC)
-        mixed = _to_rows(acc, block.dtype.element_ty)
+        mixed = to_rows(acc, block.dtype.element_ty)
         if MASKED:
             tl.store((block + i * stride) + cols, mixed, mask=mask)
         else:
@@ -124,7 +124,7 @@ def mix_rows(
     narrow += s * (T * T)
     e = tl.arange(0, PAD)
     block = grads + start
-    if _needs_float64(tl.load(coefficients + e, mask=e < T * T, other=0.0)):
+    if needs_float64(tl.load(coefficients + e, mask=e < T * T, other=0.0)):
         _mix_partly(block, coefficients, stride, lo, hi, T, BLOCK, tl.float64)
     elif (lo <= 0) & (hi >= BLOCK):
         _mix_columns(block, narrow, stride, tl.arange(0, BLOCK), None, T, BLOCK, ACC, False)
@@ -139,7 +139,7 @@ def _mix_rows_wide(block, coefficients, x, stride, cols, inside, T: tl.constexpr
     for row in range(0, T):
         c = tl.load(coefficients + row * T + t, mask=t < T, other=0.0)
         mixed = tl.sum(c[:, None] * x.to(tl.float64), axis=0)
-        tl.store(block + row * stride + cols, _to_rows(mixed, block.dtype.element_ty), mask=inside)
+        tl.store(block + row * stride + cols, to_rows(mixed, block.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -172,7 +172,7 @@ def mix_tiles(
         for tile in range(0, T, ROWS):
             i = tile + tl.arange(0, ROWS)
             mask = (i < T)[:, None] & (t < T)[None, :]
-            wide = wide | _needs_float64(tl.load(coefficients + i[:, None] * T + t[None, :], mask=mask, other=0.0))
+            wide = wide | needs_float64(tl.load(coefficients + i[:, None] * T + t[None, :], mask=mask, other=0.0))
         if wide:
             _mix_rows_wide(block, coefficients, x, stride, cols, inside, T, PAD)
         else:
@@ -181,7 +181,7 @@ def mix_tiles(
                 mask = (i < T)[:, None]
                 c = tl.load(narrow + i[:, None] * T + t[None, :], mask=mask & (t < T)[None, :], other=0.0)
                 product = tl.dot(c, x.to(tl.float32), input_precision=PRECISION)
-                mixed = _to_rows(product, grads.dtype.element_ty)
+                mixed = to_rows(product, grads.dtype.element_ty)
                 target = block + i.to(tl.int64)[:, None] * stride + cols[None, :]
                 if whole:
                     tl.store(target, mixed, mask=mask)

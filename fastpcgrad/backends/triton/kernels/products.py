@@ -29,11 +29,7 @@ def _split_columns(x, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _add_row_products(
-    acc, block, stride, lo, hi, T: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """acc[i, j] += row_i * row_j, a lane a thread and column group, over one block of columns."""
+def _load_rows(block, stride, lo, hi, T: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     rows = ()
     for t in tl.static_range(T):
@@ -41,7 +37,16 @@ def _add_row_products(
             x = tl.load((block + t * stride) + cols, mask=(cols >= lo) & (cols < hi), other=0.0)
         else:
             x = tl.load((block + t * stride) + cols)
-        rows = rows + (_split_columns(x.to(ACC), FOLD),)
+        rows = rows + (x,)
+    return rows
+
+
+@triton.jit
+def add_products(acc, loaded, T: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr):
+    """acc[i, j] += row_i * row_j, a lane a thread and column group."""
+    rows = ()
+    for t in tl.static_range(T):
+        rows = rows + (_split_columns(loaded[t].to(ACC), FOLD),)
     out = ()
     for i in tl.static_range(T):
         for j in tl.static_range(i + 1):
@@ -50,6 +55,28 @@ def _add_row_products(
                 lanes += rows[i][q] * rows[j][q]
             out = out + (lanes,)
     return out
+
+
+@triton.jit
+def eight_sums(acc, g: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr):
+    """The sums of accumulators 8g to 8g + 7, which share one reduction across the threads, and so its barriers."""
+    e = ()
+    for q in tl.static_range(8):
+        e = e + (acc[min(8 * g + q, PAIRS - 1)],)
+    even = tl.join(tl.join(e[0], e[4]), tl.join(e[2], e[6]))
+    odd = tl.join(tl.join(e[1], e[5]), tl.join(e[3], e[7]))
+    lanes = tl.reshape(tl.join(even, odd), [LANES, 8])
+    return tl.sum(lanes.to(tl.float64), axis=0)
+
+
+@triton.jit
+def pair_of(p):
+    """Entry p of the lower triangle → its row and column."""
+    # The root of 8p+1 in fp32 may be off by one at either side of a whole number.
+    i = ((tl.sqrt((8 * p + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
+    return i, p - i * (i + 1) // 2
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -68,31 +95,22 @@ def gram_rows(
     for _ in tl.static_range(PAIRS):
         acc = acc + (tl.zeros([BLOCK // FOLD], ACC),)
     for b in range(first, last, step):
-        acc = _add_row_products(acc, grads + b * BLOCK, stride, 0, 0, T, BLOCK, FOLD, ACC, False)
+        acc = add_products(acc, _load_rows(grads + b * BLOCK, stride, 0, 0, T, BLOCK, False), T, FOLD, ACC)
     # Partial blocks go a column a thread: no more registers and code than they need.
     left, right, edges = partial_blocks(lo, hi, BLOCK)
     for e in range(0, edges):
         start = tl.where(e == 0, left, right) * BLOCK
         for column in range(start, start + BLOCK, BLOCK // FOLD):
-            acc = _add_row_products(
-                acc, grads + column, stride, lo - column, hi - column, T, BLOCK // FOLD, 1, ACC, True
-            )
+            loaded = _load_rows(grads + column, stride, lo - column, hi - column, T, BLOCK // FOLD, True)
+            acc = add_products(acc, loaded, T, 1, ACC)
 
-    # Eight sums share one reduction across the threads, and so its barriers.
-    entries = tl.arange(0, 8)
     for g in tl.static_range((PAIRS + 7) // 8):
-        e = ()
-        for q in tl.static_range(8):
-            e = e + (acc[min(8 * g + q, PAIRS - 1)],)
-        even = tl.join(tl.join(e[0], e[4]), tl.join(e[2], e[6]))
-        odd = tl.join(tl.join(e[1], e[5]), tl.join(e[3], e[7]))
-        lanes = tl.reshape(tl.join(even, odd), [BLOCK // FOLD, 8])
-        sums = tl.sum(lanes.to(tl.float64), axis=0)
-        tl.store(partials + k * PAIRS + 8 * g + entries, sums, mask=8 * g + entries < PAIRS)
+        p = 8 * g + tl.arange(0, 8)
+        tl.store(partials + k * PAIRS + p, eight_sums(acc, g, PAIRS, BLOCK // FOLD), mask=p < PAIRS)
 
 
 @triton.jit
-def _tile_pair(q):
+def tile_pair(q):
     """Number q of the lower triangle of tiles → (row of tiles, column of tiles)."""
     i = q * 0
     while (i + 1) * (i + 2) // 2 <= q:
@@ -113,7 +131,7 @@ def _load_tile(
 
 
 @triton.jit
-def _tile_products(x, y, PRECISION: tl.constexpr):
+def tile_products(x, y, PRECISION: tl.constexpr):
     """x yᵀ for each warp, in float64: an fp32 accumulator of the tensor cores takes the K columns of one tile."""
     if INTERPRETED:  # NumPy has no bfloat16 products.
         if x.dtype == tl.bfloat16:
@@ -123,8 +141,7 @@ def _tile_products(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _store_tile(partials, total, k, rows, others, T: tl.constexpr):
-    g = tl.sum(total, axis=0)
+def store_tile(partials, g, k, rows, others, T: tl.constexpr):
     i = rows[:, None]
     j = others[None, :]
     tl.store(partials + k * (T * (T + 1) // 2) + i * (i + 1) // 2 + j, g, mask=(i < T) & (j <= i))
@@ -141,7 +158,7 @@ def gram_tiles(
     k = tl.program_id(0).to(tl.int64)
     stride = stride.to(tl.int64) * UNIT
     s, first, last, step, lo, hi = share(segments, count, width, k, span, slots, BLOCK, SEGMENTED)
-    i, j = _tile_pair(tl.program_id(1))
+    i, j = tile_pair(tl.program_id(1))
     rows = i * ROWS + tl.arange(0, ROWS)
     others = j * ROWS + tl.arange(0, ROWS)
 
@@ -151,7 +168,7 @@ def gram_tiles(
         y = x
         if T > ROWS:
             y = _load_tile(grads, others, b * BLOCK, stride, lo, hi, T, WARPS, K, False)
-        total += _tile_products(x, y, PRECISION)
+        total += tile_products(x, y, PRECISION)
     left, right, edges = partial_blocks(lo, hi, BLOCK)
     # Partial blocks go by narrow tiles: fewer registers, so that they do not push the loop above into spilling.
     for e in tl.range(0, edges, num_stages=1):
@@ -161,12 +178,12 @@ def gram_tiles(
             y = x
             if T > ROWS:
                 y = _load_tile(grads, others, column, stride, lo, hi, T, WARPS, EDGE, True)
-            total += _tile_products(x, y, PRECISION)
-    _store_tile(partials, total, k, rows, others, T)
+            total += tile_products(x, y, PRECISION)
+    store_tile(partials, tl.sum(total, axis=0), k, rows, others, T)
 
 
 @triton.jit
-def _has_nonzero(row, begin, step, lo, hi, BLOCK: tl.constexpr):
+def has_nonzero(row, begin, step, lo, hi, BLOCK: tl.constexpr):
     """Whether one row has a nonzero in an item's columns."""
     seen = tl.zeros([min(BLOCK, NARROW_BLOCK)], tl.int32)
     for start in range(begin, hi, step):
@@ -178,21 +195,33 @@ def _has_nonzero(row, begin, step, lo, hi, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _wide_products(
-    row, grads, others, stride, begin, step, lo, hi, T: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def wide_products(
+    row, others, there, begin, step, lo, hi, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Σ row * other over an item's columns, for ROWS other rows, in float64."""
+    """Σ row * other over an item's columns, for ROWS pointers to other rows, where they are there, in float64."""
     total = tl.zeros([ROWS, COLUMNS], tl.float64)
     for start in range(begin, hi, step):
         for column in range(0, BLOCK, COLUMNS):
             at = start + column + tl.arange(0, COLUMNS)
             inside = (at >= lo) & (at < hi)
             x = tl.load(row + at, mask=inside, other=0.0).to(tl.float64)
-            address = grads + others.to(tl.int64)[:, None] * stride + at[None, :]
-            y = tl.load(address, mask=(others < T)[:, None] & inside[None, :], other=0.0)
+            y = tl.load(others[:, None] + at[None, :], mask=there[:, None] & inside[None, :], other=0.0)
             total += x[None, :] * y.to(tl.float64)
     return tl.sum(total, axis=1)
+
+
+@triton.jit
+def store_again(partials, flags, sums, k, t, others, T: tl.constexpr):
+    """What was redone of flagged row t.
+
+    A pair of flagged rows belongs to the later one, unless that may be a row of zeros and left as it is: then both
+    compute the pair, to the same bits.
+    """
+    other_flag = tl.load(flags + others, mask=others < T, other=0)
+    mask = (others <= t) | ((others < T) & (other_flag != REDO))
+    i = tl.maximum(others, t)
+    j = tl.minimum(others, t)
+    tl.store(partials + k * (T * (T + 1) // 2) + i * (i + 1) // 2 + j, sums, mask=mask)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -226,18 +255,13 @@ def gram_rescue(
         row = grads + t * stride
         redo = tl.load(flags + t)
         if redo == REDO_UNLESS_ZERO:
-            redo = _has_nonzero(row, begin, step, lo, hi, BLOCK)
+            redo = has_nonzero(row, begin, step, lo, hi, BLOCK)
         if redo > 0:
             for tile in range(0, T, ROWS):
                 others = tile + tl.arange(0, ROWS)
-                sums = _wide_products(row, grads, others, stride, begin, step, lo, hi, T, BLOCK, ROWS, COLUMNS)
-                # A pair of flagged rows belongs to the later one, unless that may be a row of zeros and left as it is:
-                # then both compute the pair, to the same bits.
-                other_flag = tl.load(flags + others, mask=others < T, other=0)
-                mask = (others <= t) | ((others < T) & (other_flag != REDO))
-                i = tl.maximum(others, t)
-                j = tl.minimum(others, t)
-                tl.store(partials + k * (T * (T + 1) // 2) + i * (i + 1) // 2 + j, sums, mask=mask)
+                starts = grads + others.to(tl.int64) * stride
+                sums = wide_products(row, starts, others < T, begin, step, lo, hi, BLOCK, ROWS, COLUMNS)
+                store_again(partials, flags, sums, k, t, others, T)
 
 
 @triton.jit
@@ -254,15 +278,21 @@ def _sum_partials(partials, p, begin, end, PAIRS: tl.constexpr, DEPTH: tl.conste
 def gram_reduce(
     partials, flags, segments, gram, width: "i64", count: "i64", span: "i64", slots: "i64",
     T: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, DEPTH: tl.constexpr, GUARD: tl.constexpr,
-    AGAIN: tl.constexpr, SEGMENTED: tl.constexpr,
+    AGAIN: tl.constexpr, LISTED: tl.constexpr, SEGMENTED: tl.constexpr,
 ):  # fmt: skip
-    """Partial Grams → G, in item order. GUARD flags the rows out of range; AGAIN runs only where some are."""
+    """Partial Grams → G, in item order. GUARD flags the rows out of range; AGAIN runs only where some are.
+
+    LISTED: segments are where each problem's items begin.
+    """
     PAIRS: tl.constexpr = T * (T + 1) // 2
     groups = (PAIRS + ENTRIES - 1) // ENTRIES
     pid = tl.program_id(0)
     s = (pid // groups).to(tl.int64)
     p = pid % groups * ENTRIES + tl.arange(0, ENTRIES)
-    if SEGMENTED:
+    if LISTED:
+        begin = tl.load(segments + s)
+        end = tl.load(segments + s + 1)
+    elif SEGMENTED:
         a, b = segment_bounds(segments, s, width)
         begin = a // (span * BLOCK) + s
         end = tl.where(b > a, (b - 1) // (span * BLOCK) + s + 1, begin)
@@ -275,11 +305,7 @@ def gram_reduce(
         begin = tl.where(flagged > 0, begin, end)
 
     g = _sum_partials(partials, p, begin, end, PAIRS, DEPTH)
-    # The root of 8p+1 in fp32 may be off by one at either side of a whole number.
-    i = ((tl.sqrt((8 * p + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
-    j = p - i * (i + 1) // 2
+    i, j = pair_of(p)
     mask = p < PAIRS
     if AGAIN:
         # A block of numbers: a truth value the interpreter spreads as the numbers it came from, which are no mask.
