@@ -168,8 +168,6 @@ def the_sum_is_the_stock_trainer_under_data_parallelism():
 
 
 class TwoHeads(nn.Module):
-    """With a layer whose buffers the processes share."""
-
     def __init__(self):
         super().__init__()
         torch.manual_seed(1)
