@@ -6,6 +6,7 @@ import logging
 import tempfile
 import warnings
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import lightning as L
 import pytest
@@ -102,7 +103,19 @@ class Mine(InOrder, GradientSurgeryTrainer):
     pass
 
 
-def trainer_of(kind, surgery, together, data, model, collator=collate, place="out", held_out=None, **options):
+def trainer_of(
+    kind,
+    surgery,
+    together,
+    data,
+    model,
+    collator=collate,
+    place="out",
+    held_out=None,
+    settings=TrainingArguments,
+    tokenizer=None,
+    **options,
+):
     given = {
         "per_device_train_batch_size": 2 if together else 2 * PROCESSES,
         "gradient_accumulation_steps": 6,
@@ -119,10 +132,11 @@ def trainer_of(kind, surgery, together, data, model, collator=collate, place="ou
     }
     return kind(
         model=model,
-        args=TrainingArguments(place, **{**given, **options}),
+        args=settings(place, **{**given, **options}),
         train_dataset=data,
         eval_dataset=held_out,
         data_collator=collator,
+        processing_class=tokenizer,
         **({} if surgery is None else {"surgery": surgery}),
     )
 
@@ -259,6 +273,34 @@ def other_tasks_in_other_processes_are_an_error_in_all():
             language_model(),
             accelerator_config={"split_batches": True},
         )
+
+
+if find_spec("trl") is not None:
+
+    @scenario
+    def supervised_fine_tuning_of_trl():
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        from fastpcgrad.integrations.trl import SFTSurgeryTrainer
+        from tests.integrations.test_trl import tokenizer
+
+        mine = type("MineInOrder", (InOrder, SFTSurgeryTrainer), {})
+        stock = type("StockInOrder", (InOrder, SFTTrainer), {})
+
+        def run(kind, surgery, together):
+            rows = [{**row, "input_ids": row["input_ids"].tolist()} for row in Uneven(72, run=2 * PROCESSES).rows]
+            options = {"bf16": False, "gradient_checkpointing": False}
+            settings = {"collator": None, "settings": SFTConfig, "tokenizer": tokenizer(), **options}
+            return train(kind, surgery, together, Dataset.from_list(rows), language_model(), **settings).model
+
+        several, one = (
+            run(mine, Surgery(tasks=TASKS, method=fixed(together), options={} if together else ALONE), together)
+            for together in (True, False)
+        )
+        assert distance(alike(several), one, language_model()) < 1e-6
+        summed = run(mine, Surgery(tasks=TASKS, method=methods.Sum(), normalize="batch"), True)
+        assert distance(alike(summed), run(stock, None, True), language_model()) < 1e-6
 
 
 # Lightning
