@@ -195,7 +195,8 @@ class ConflictMonitor:
         """
         layers, cosines, rates = self._by_layer()
         history = {step: found.cpu() for step, found in self._history} if len(self._history) > 1 else None
-        title = f"Do the tasks' gradients conflict? Running average over {self.looks} looks"
+        looks = f"{self.looks} looks at them" if self.looks > 1 else "one look at them"
+        title = f"Do the tasks' gradients conflict? Running averages over {looks}"
         return conflict_maps.draw(self._names(), layers, cosines, rates, history, title=title)
 
     def _names(self) -> Sequence[str]:

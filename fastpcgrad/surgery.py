@@ -326,7 +326,12 @@ class GradientSurgery:
             return report
         return self.merge()
 
-    def _run(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
+    def _add(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
+        """Each loss backward inside its task, without the merge: one micro-batch of several."""
+        self._stays.check_outside("backward()")
+        self._run(losses, retain_graph, may_factor=False)
+
+    def _run(self, losses: Mapping[int, Tensor], retain_graph: bool, *, may_factor: bool = True) -> None:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
         left = len(losses)
         with self._stays.telling():
@@ -334,7 +339,7 @@ class GradientSurgery:
                 check_kept(list(losses.values()))
         with Stay(self._stays, losses=left) as capture:
             self._stays.meet("losses of tasks", *losses)
-            factors = self._planned(losses, capture)
+            factors = self._planned(losses, capture) if may_factor else None
             if factors is not None:
                 run_factored(losses, retain_graph, capture, factors)
                 return

@@ -36,12 +36,21 @@ def test_a_plot_shows_tasks_and_layers(tmp_path):
     shown = {f"{float(found.cosines[i, j]):+.2f}" for i in range(3) for j in range(3) if i != j}
     assert set(texts(tasks)) == shown
     assert labels(layers.xaxis) == ["0", "2"]
+    assert layers.get_xlabel() == "layer, from the input on"
     assert labels(layers.yaxis) == ["seg – depth", "seg – edges", "depth – edges"]
     each = found.segment_cosines
     expected = [f"{float(own[i, j]):+.2f}" for i, j in ((0, 1), (0, 2), (1, 2)) for own in each]
     assert texts(layers) == expected
     figure.savefig(tmp_path / "conflicts.png")
     assert (tmp_path / "conflicts.png").stat().st_size > 10_000
+
+
+def test_the_axis_of_layers_says_what_their_names_begin_with():
+    nested = torch.nn.ModuleDict({"trunk": torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))})
+    monitor = fastpcgrad.ConflictMonitor(nested, tasks=["seg", "depth", "edges"], every=1)
+    monitor.observe(nested["trunk"](torch.randn(4, 2)).square().mean(dim=0))
+    layers = monitor.plot().axes[1]
+    assert layers.get_xlabel() == "layer of trunk, from the input on" and labels(layers.xaxis) == ["0", "1"]
 
 
 def test_a_plot_of_one_problem_or_of_one_task_is_one_map():
@@ -70,13 +79,14 @@ def test_layers_without_names_have_numbers():
 
 
 @pytest.mark.parametrize(
-    ("names", "short"),
+    ("names", "start", "short"),
     [
-        (["model.layers.0", "model.layers.1"], ["0", "1"]),
-        (["model.embed", "model.layers.1", "model.norm"], ["embed", "layers.1", "norm"]),
-        (["a", "a.b"], ["a", "a.b"]),
-        (["only.one"], ["only.one"]),
+        (["model.layers.0", "model.layers.1"], "model.layers", ["0", "1"]),
+        (["model.embed", "model.layers.1", "model.norm"], "model", ["embed", "layers.1", "norm"]),
+        (["a", "a.b"], "", ["a", "a.b"]),
+        (["only.one"], "", ["only.one"]),
+        ([], "", []),
     ],
 )
-def test_names_of_layers_lose_what_they_have_in_common(names, short):
-    assert conflict_maps._without_common_start(names) == short
+def test_names_of_layers_lose_what_they_have_in_common(names, start, short):
+    assert conflict_maps._without_common_start(names) == (start, short)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._modes import is_fake
+from .._tasks import check_tasks, in_order, index_of
 from ..distributed.links import Link
 from ..distributed.processes import check_groups, groups_behind
 from . import refusals
+
+Losses = Sequence[Tensor] | Mapping[Any, Tensor] | Tensor
+"""One for each task."""
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 """Makes the optimizer of a balancer's own weights, as ``functools.partial(torch.optim.SGD, lr=0.1)`` does."""
@@ -38,29 +42,34 @@ class Balancer(nn.Module, ABC):
     looked at (T numbers a call), and each weighs its own.
 
     Args:
-        num_tasks: T.
+        num_tasks: T; or ``tasks``.
         process_group: over which processes the losses of a step are averaged. ``auto``: those over which
             DistributedDataParallel averages the parameters that the losses depend on; a warning, once, where there are
             several processes without it. A process group, or a device mesh: those. ``local``: none.
+        tasks: their names, in the order of their indices, or T. What takes a list of losses takes a dict by names.
     Attributes:
         num_tasks: T.
+        tasks: their names; empty where they have none.
         weights: ``[T]``, detached: what the last call multiplied the losses by. Where they do not depend on the
             losses of the call itself (GradNorm, UncertaintyWeighting, DWA) it is what the next call will use, so that
             ``balancer.weights[t] * loss`` serves a loop that has one task's graph at a time.
     Raises:
-        TypeError: ``num_tasks`` is no integer, or ``process_group`` nothing of that kind.
-        ValueError: ``num_tasks`` < 1, or another ``process_group``.
+        TypeError: both ``num_tasks`` and ``tasks``, or neither; names that are no strings; a ``process_group`` of
+            another kind.
+        ValueError: ``num_tasks`` is no integer >= 1, a name twice, or another ``process_group``.
     """
 
     weights: Tensor
 
-    def __init__(self, num_tasks: int, process_group: object = "auto") -> None:
-        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
-            raise TypeError(f"num_tasks must be an integer; found {num_tasks!r}")
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks must be at least 1; found {num_tasks}")
+    def __init__(
+        self,
+        num_tasks: int | None = None,
+        process_group: object = "auto",
+        *,
+        tasks: Sequence[str] | int | None = None,
+    ) -> None:
         super().__init__()
-        self.num_tasks = num_tasks
+        self.num_tasks, self.tasks = check_tasks(num_tasks, tasks)
         self._refusals = refusals.Refusals()
         check_groups(process_group)  # the object itself is kept: what it stands for may be gone when this is loaded
         self.process_group = process_group
@@ -74,22 +83,42 @@ class Balancer(nn.Module, ABC):
             losses: ``[T]``, detached, of the dtype and on the device of ``weights``; their means over the processes.
         """
 
-    def forward(self, losses: Sequence[Tensor] | Tensor) -> list[Tensor] | Tensor:
+    def forward(self, losses: Losses) -> Any:
         """The weighted losses w_i L_i.
 
         Args:
             losses: T scalar losses, of any shape with one element, or one tensor ``[T]`` or ``[T, 1]``; real floating
-                point, on the device of the balancer.
+                point, on the device of the balancer. A dict has them by their tasks' names, or by index.
         Returns:
-            a list for a sequence, a tensor for a tensor, in the shapes of what was given. Each loss of the list depends
-            on the graph of its own task alone; elements of a tensor share theirs, so that a backward pass of one runs
-            through all.
+            a dict for a dict, a list for a sequence, a tensor for a tensor, in the shapes of what was given. Each loss
+            of a list depends on the graph of its own task alone; elements of a tensor share theirs, so that a backward
+            pass of one runs through all.
         Raises:
             TypeError: losses that are no real floating-point tensors.
-            ValueError: not T, not scalar, or on another device; values that the balancer cannot take.
+            ValueError: not T, not scalar, or on another device; a dict that lacks a task, or has an unknown one; values
+                that the balancer cannot take.
         """
+        listed = self._listed(losses)
+        weighted = self._weighted(listed)
+        if not isinstance(losses, Mapping):
+            return weighted
+        return {key: weighted[index_of(key, self.num_tasks, self.tasks)] for key in losses}
+
+    def _listed(self, losses: Losses) -> list[Tensor] | Tensor:
+        """Losses in the order of the tasks; ValueError where a dict lacks one."""
+        if isinstance(losses, Tensor):
+            return losses
+        listed = list(in_order(losses, self.num_tasks, self.tasks))
+        if isinstance(losses, Mapping) and (missing := [t for t, loss in enumerate(listed) if loss is None]):
+            named = [self.tasks[t] for t in missing] if self.tasks else missing
+            raise ValueError(
+                f"losses must have all {self.num_tasks} tasks, of which a balancer compares each; {named} missing"
+            )
+        return listed
+
+    def _weighted(self, losses: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
+        """See ``forward``: a list for a list, a tensor for a tensor."""
         self._refusals.raise_due()
-        losses = losses if isinstance(losses, Tensor) else list(losses)
         own = self._vector("losses", losses)
         self._look_for_others(losses)
         means = self._mean(own)
@@ -148,7 +177,7 @@ class Balancer(nn.Module, ABC):
         return value.detach().to(weights.dtype)
 
     def extra_repr(self) -> str:
-        return f"num_tasks={self.num_tasks}"
+        return f"tasks={list(self.tasks)}" if self.tasks else f"num_tasks={self.num_tasks}"
 
 
 class LearnedBalancer(Balancer):
@@ -159,9 +188,7 @@ class LearnedBalancer(Balancer):
     another optimizer keeps on the host goes on.
     """
 
-    def __init__(self, num_tasks: int, process_group: object = "auto") -> None:
-        super().__init__(num_tasks, process_group)
-        self.optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
 
     def _learn(self, learned: Tensor, optimizer: OptimizerFactory) -> nn.Parameter:
         """The parameter, which asks for no gradient: another optimizer that finds it leaves it alone."""

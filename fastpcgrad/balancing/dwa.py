@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class DWA(Balancer):
     epoch of such steps alone is none.
 
     Args:
-        num_tasks, process_group: see ``Balancer``.
+        num_tasks, tasks, process_group: see ``Balancer``.
         temperature: of the softmax, > 0; larger makes the weights more equal.
     Attributes:
         weights: λ, ``[T]``; they sum to T.
@@ -37,16 +39,23 @@ class DWA(Balancer):
     loss_sum: Tensor
     counted: Tensor
 
-    def __init__(self, num_tasks: int, temperature: float = 2.0, *, process_group: object = "auto") -> None:
-        super().__init__(num_tasks, process_group)
+    def __init__(
+        self,
+        num_tasks: int | None = None,
+        temperature: float = 2.0,
+        *,
+        tasks: Sequence[str] | int | None = None,
+        process_group: object = "auto",
+    ) -> None:
+        super().__init__(num_tasks, process_group, tasks=tasks)
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a finite number > 0; found {temperature!r}")
         self.temperature = temperature
-        self.register_buffer("weights", torch.ones(num_tasks))
-        self.register_buffer("loss_sum", torch.zeros(num_tasks))
+        self.register_buffer("weights", torch.ones(self.num_tasks))
+        self.register_buffer("loss_sum", torch.zeros(self.num_tasks))
         self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
         # A mean of 0 is that of no epoch.
-        self.register_buffer("epoch_losses", torch.zeros(2, num_tasks))
+        self.register_buffer("epoch_losses", torch.zeros(2, self.num_tasks))
         # Known without looking at the device, but not of a state that was loaded.
         self._without_losses = True
         self.register_load_state_dict_post_hook(_may_have_losses)
@@ -84,7 +93,7 @@ class DWA(Balancer):
         self._without_losses = True
 
     def extra_repr(self) -> str:
-        return f"num_tasks={self.num_tasks}, temperature={self.temperature}"
+        return f"{super().extra_repr()}, temperature={self.temperature}"
 
 
 def _why_not(task: int, values: list[float]) -> str:

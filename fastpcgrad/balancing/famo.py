@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .base import LearnedBalancer, OptimizerFactory, all_finite, task_values
+from .base import LearnedBalancer, Losses, OptimizerFactory, all_finite, task_values
 
 
 class FAMO(LearnedBalancer):
@@ -18,7 +18,7 @@ class FAMO(LearnedBalancer):
     losses of the same batch again and moves ξ by how much log D_i fell: a task that fell less weighs more.
 
     Args:
-        num_tasks, process_group: see ``Balancer``.
+        num_tasks, tasks, process_group: see ``Balancer``.
         min_losses: T lower bounds of the losses; None: zeros.
         optimizer: makes the optimizer of ξ: the paper's β is its ``lr``, γ its ``weight_decay``. None: Adam with 0.025
             and 1e-3.
@@ -45,19 +45,20 @@ class FAMO(LearnedBalancer):
 
     def __init__(
         self,
-        num_tasks: int,
+        num_tasks: int | None = None,
         min_losses: Iterable[float] | Tensor | None = None,
         optimizer: OptimizerFactory | None = None,
         *,
+        tasks: Sequence[str] | int | None = None,
         process_group: object = "auto",
     ) -> None:
-        super().__init__(num_tasks, process_group)
-        least = task_values("min_losses", [0.0] * num_tasks if min_losses is None else min_losses, num_tasks)
+        super().__init__(num_tasks, process_group, tasks=tasks)
+        least = task_values("min_losses", [0.0] * self.num_tasks if min_losses is None else min_losses, self.num_tasks)
         self.register_buffer("min_losses", least)
         self.logits = self._learn(
             torch.zeros_like(least), optimizer or partial(torch.optim.Adam, lr=0.025, weight_decay=1e-3)
         )
-        self.register_buffer("weights", torch.full_like(least, 1 / num_tasks), persistent=False)
+        self.register_buffer("weights", torch.full_like(least, 1 / self.num_tasks), persistent=False)
         self._before: Tensor | None = None
 
     def weigh(self, losses: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class FAMO(LearnedBalancer):
         self.weights = torch.where(all_finite(losses) & (excess > 0).all(), weights, self.weights)
         return self.weights
 
-    def update(self, losses: Sequence[Tensor] | Tensor) -> None:
+    def update(self, losses: Losses) -> None:
         """Move ξ, once after each step.
 
         Args:
@@ -78,7 +79,7 @@ class FAMO(LearnedBalancer):
             RuntimeError: no call since the last update.
         """
         self._refusals.raise_due()
-        found = self._vector("losses", losses if isinstance(losses, Tensor) else list(losses))
+        found = self._vector("losses", self._listed(losses))
         after = self._excess(self._mean(found)).log()
         if self._before is None:
             raise RuntimeError("update() needs the losses before the step: call the balancer with them first")

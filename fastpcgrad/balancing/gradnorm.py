@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from .._tasks import index_of
 from ..distributed.processes import check_graph
-from .base import LearnedBalancer, OptimizerFactory, all_finite, task_values
+from .base import LearnedBalancer, Losses, OptimizerFactory, all_finite, task_values
 from .refusals import Refusals
 
 Layer = nn.Module | Tensor | Iterable[Tensor]
@@ -38,8 +39,9 @@ class GradNorm(LearnedBalancer):
     ``balancer.weights[t]``.
 
     Args:
-        num_tasks, process_group: see ``Balancer``.
-        alpha: α ≥ 0, the strength of the restoring force: 0 asks for equal norms; larger suits tasks that differ more.
+        num_tasks, tasks, process_group: see ``Balancer``.
+        alpha: α ≥ 0, the strength of the restoring force, without a default: 0 asks for equal norms; larger suits tasks
+            that differ more.
         optimizer: makes the optimizer of w; None: Adam with a learning rate of 0.025.
         initial_losses: L(0), where a value from theory is better than the first one seen (log C for a cross-entropy
             over C classes); None: the losses of the first update in which all losses and norms were finite.
@@ -68,45 +70,44 @@ class GradNorm(LearnedBalancer):
 
     def __init__(
         self,
-        num_tasks: int,
-        alpha: float,
+        num_tasks: int | None = None,
+        alpha: float | None = None,
         optimizer: OptimizerFactory | None = None,
         initial_losses: Iterable[float] | Tensor | None = None,
         *,
+        tasks: Sequence[str] | int | None = None,
         process_group: object = "auto",
     ) -> None:
-        super().__init__(num_tasks, process_group)
+        super().__init__(num_tasks, process_group, tasks=tasks)
         self.alpha = check_alpha(alpha)
-        initial = torch.full((num_tasks,), torch.nan)
+        initial = torch.full((self.num_tasks,), torch.nan)
         if initial_losses is not None:
-            initial = task_values("initial_losses", initial_losses, num_tasks)
+            initial = task_values("initial_losses", initial_losses, self.num_tasks)
             if self.alpha > 0 and not (initial > 0).all():
                 raise ValueError(f"initial_losses must be > 0 where alpha is; found {initial.tolist()}")
         self.register_buffer("initial_losses", initial)
         self.weights = self._learn(torch.ones_like(initial), optimizer or partial(torch.optim.Adam, lr=0.025))
-        self._noted: list[tuple[Tensor, Tensor] | None] = [None] * num_tasks
+        self._noted: list[tuple[Tensor, Tensor] | None] = [None] * self.num_tasks
 
     def weigh(self, losses: Tensor) -> Tensor:
         # A copy: update() changes the weights in place, maybe before a backward pass of what they weigh.
         return self.weights.detach().clone()
 
-    def note(self, task: int, loss: Tensor, norm: Tensor) -> None:
+    def note(self, task: int | str, loss: Tensor, norm: Tensor) -> None:
         """Remember for the next update what one task has; a second note of the same task replaces the first.
 
         Args:
-            task: 0..T-1.
+            task: its index or its name.
             loss: L_i, a scalar; only its value is kept.
             norm: ‖∇_W L_i‖, a scalar tensor: of the loss itself, without its weight; of the whole batch, where several
                 processes have parts of it.
         Raises:
-            IndexError: ``task`` is not in 0..T-1.
+            IndexError: ``task`` is not in 0..T-1, and no name.
             TypeError, ValueError: see ``forward``.
         """
-        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.num_tasks:
-            raise IndexError(f"task must be an integer in 0..{self.num_tasks - 1}; found {task!r}")
-        self._noted[task] = self._scalar("loss", loss), self._scalar("norm", norm)
+        self._noted[index_of(task, self.num_tasks, self.tasks)] = self._scalar("loss", loss), self._scalar("norm", norm)
 
-    def note_gradients(self, losses: Sequence[Tensor] | Tensor, layer: Layer) -> None:
+    def note_gradients(self, losses: Losses, layer: Layer) -> None:
         """Note all tasks, with norms from T backward passes that go no further down than the layer.
 
         Where several processes have parts of the batch, the gradients are averaged over them first: T times W.
@@ -122,10 +123,10 @@ class GradNorm(LearnedBalancer):
         """
         tensors = layer_tensors(layer)
         check_graph(tensors, "local")
-        losses = losses if isinstance(losses, Tensor) else list(losses)
-        values = self._vector("losses", losses)
-        self._look_for_others(losses)
-        norms = layer_norms(losses, tensors, mean=self._mean)
+        listed = self._listed(losses)
+        values = self._vector("losses", listed)
+        self._look_for_others(listed)
+        norms = layer_norms(listed, tensors, mean=self._mean)
         self._noted = list(zip(values.unbind(), self._vector("norms", norms).unbind(), strict=True))
 
     @torch.no_grad()
@@ -150,12 +151,12 @@ class GradNorm(LearnedBalancer):
         self._noted = [None] * self.num_tasks
 
     def extra_repr(self) -> str:
-        return f"num_tasks={self.num_tasks}, alpha={self.alpha}"
+        return f"{super().extra_repr()}, alpha={self.alpha}"
 
 
-def check_alpha(alpha: float) -> float:
+def check_alpha(alpha: float | None) -> float:
     """``alpha``; ValueError where it is not finite and ≥ 0."""
-    if not (isfinite(alpha) and alpha >= 0):
+    if alpha is None or not (isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha must be a finite number >= 0; found {alpha!r}")
     return alpha
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ class STCH(Balancer):
     losses should be of comparable size; logarithms of losses over a reference may be given instead of the losses.
 
     Args:
-        num_tasks, process_group: see ``Balancer``.
-        mu: μ > 0, in the unit of the losses times λ.
+        num_tasks, tasks, process_group: see ``Balancer``.
+        mu: μ > 0, without a default, in the unit of the losses times λ.
         preference: λ, T numbers > 0; None: 1/T each.
         ideal: z, T numbers: the best loss that each task could reach; None: zeros.
     Attributes:
@@ -40,16 +40,18 @@ class STCH(Balancer):
 
     def __init__(
         self,
-        num_tasks: int,
-        mu: float,
+        num_tasks: int | None = None,
+        mu: float | None = None,
         preference: Iterable[float] | Tensor | None = None,
         ideal: Iterable[float] | Tensor | None = None,
         *,
+        tasks: Sequence[str] | int | None = None,
         process_group: object = "auto",
     ) -> None:
-        super().__init__(num_tasks, process_group)
-        if not 0 < mu < float("inf"):
+        super().__init__(num_tasks, process_group, tasks=tasks)
+        if mu is None or not 0 < mu < float("inf"):
             raise ValueError(f"mu must be a finite number > 0; found {mu!r}")
+        num_tasks = self.num_tasks
         chosen = [1 / num_tasks] * num_tasks if preference is None else preference
         weight = task_values("preference", chosen, num_tasks)
         if not (is_fake(weight) or (weight > 0).all()):
@@ -67,4 +69,4 @@ class STCH(Balancer):
         return self.weights
 
     def extra_repr(self) -> str:
-        return f"num_tasks={self.num_tasks}, mu={self.mu}"
+        return f"{super().extra_repr()}, mu={self.mu}"

@@ -18,7 +18,7 @@ class UncertaintyWeighting(Balancer):
     vector s, and surgery that spans it would let other tasks' gradients scale or mix into what belongs to one task.
 
     Args:
-        num_tasks, process_group: see ``Balancer``.
+        num_tasks, tasks, process_group: see ``Balancer``.
     Attributes:
         log_variance: s, a parameter ``[T]``.
         weights: ½ e^(−s), detached.
@@ -35,9 +35,15 @@ class UncertaintyWeighting(Balancer):
         tensor([0.1000, 0.0000])
     """
 
-    def __init__(self, num_tasks: int, *, process_group: object = "auto") -> None:
-        super().__init__(num_tasks, process_group)
-        self.log_variance = nn.Parameter(torch.zeros(num_tasks))
+    def __init__(
+        self,
+        num_tasks: int | None = None,
+        *,
+        tasks: Sequence[str] | int | None = None,
+        process_group: object = "auto",
+    ) -> None:
+        super().__init__(num_tasks, process_group, tasks=tasks)
+        self.log_variance = nn.Parameter(torch.zeros(self.num_tasks))
 
     @property
     def weights(self) -> Tensor:  # type: ignore[override]
@@ -46,9 +52,9 @@ class UncertaintyWeighting(Balancer):
     def weigh(self, losses: Tensor) -> Tensor:
         return self._learning(losses).neg().exp() / 2
 
-    def forward(self, losses: Sequence[Tensor] | Tensor) -> list[Tensor] | Tensor:
-        """The weighted losses ½ e^(−s_i) L_i + ½ s_i; see ``Balancer.forward``."""
-        weighted = super().forward(losses)
+    def _weighted(self, losses: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
+        """½ e^(−s_i) L_i + ½ s_i."""
+        weighted = super()._weighted(losses)
         penalty = self._learning(self._vector("losses", weighted)) / 2
         if isinstance(weighted, Tensor):
             return weighted + penalty.view_as(weighted)

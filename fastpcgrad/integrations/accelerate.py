@@ -13,7 +13,7 @@ from ..merging.report import ConflictReport
 from ..methods import Method
 from ..monitor import ConflictMonitor
 from .settings import Surgery as Surgery
-from .settings import refuse_wrapper
+from .settings import as_run_by, refuse_wrapper
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class GradientSurgery:
     """``surgery.backward(losses)`` in the place of ``accelerator.backward(loss)``.
 
-    Each loss goes through ``accelerator.backward`` inside its task, so that accumulation, mixed precision and its
-    loss scale are Accelerate's. Where gradients are synchronized, on the last micro-batch of an accumulation, the rows
-    are merged into ``.grad``: clip, step and zero as ever. A micro-batch may have the losses of some tasks only.
+    Each loss runs backward inside its task, with the share of an accumulation and the loss scale that
+    ``accelerator.backward`` gives it. Where gradients are synchronized, on the last micro-batch of an accumulation, the
+    rows are merged into ``.grad``: clip, step and zero as ever. A micro-batch may have the losses of some tasks only.
+    With DistributedDataParallel rows are means over the processes, and all have the same tasks in the same micro-batch.
 
     Args:
         accelerator: the ``Accelerator``.
@@ -37,7 +38,7 @@ class GradientSurgery:
         report: of the last merge; None before the first.
     Raises:
         TypeError: the optimizer is a ``fastpcgrad.PCGrad``.
-        NotImplementedError: several processes, DeepSpeed, Megatron-LM, FSDP.
+        NotImplementedError: DeepSpeed, Megatron-LM, FSDP, and what else is not DistributedDataParallel.
     Example:
         surgery = GradientSurgery(accelerator, optimizer, tasks=["seg", "depth"])
         accelerator.register_for_checkpointing(surgery)
@@ -76,14 +77,14 @@ class GradientSurgery:
         return self._surgery.tasks
 
     def backward(
-        self, losses: Mapping[Any, Tensor | None] | Sequence[Tensor | None] | Tensor, **kwargs: Any
+        self, losses: Mapping[Any, Tensor | None] | Sequence[Tensor | None] | Tensor, *, retain_graph: bool = False
     ) -> ConflictReport | None:
         """Each loss backward inside its task; the merge, where gradients are synchronized.
 
         Args:
             losses: a dict by names, or one for each task; None, or not in the dict: absent in this micro-batch. They
                 may share a graph.
-            kwargs: of ``accelerator.backward``. ``retain_graph=True`` keeps the graphs after the last pass, too.
+            retain_graph: keep the graphs after the last pass, too.
         Returns:
             the report, where rows were merged; else None.
         Raises:
@@ -94,11 +95,8 @@ class GradientSurgery:
         present = present_losses(in_order(losses, surgery.num_tasks, surgery.tasks))
         if max(present) >= surgery.num_tasks:
             raise ValueError(f"losses must hold at most one for each of the {surgery.num_tasks} tasks")
-        is_kept, last = kwargs.pop("retain_graph", False), max(present)
         try:
-            for t, loss in present.items():
-                with surgery.task(t):
-                    self._accelerator.backward(loss, retain_graph=is_kept or t != last, **kwargs)
+            surgery._add(as_run_by(self._accelerator.backward, present), retain_graph)
             if not self._accelerator.sync_gradients:
                 return None
             self.report = self._settings.merged(surgery)
@@ -118,10 +116,15 @@ class GradientSurgery:
 def refuse_strategies(accelerator: Accelerator) -> None:
     """NotImplementedError for what owns the gradients itself, or has parts of them elsewhere."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind != "NO" or accelerator.num_processes > 1:
+    if not ((kind == "NO" and accelerator.num_processes == 1) or kind.startswith("MULTI_")):
         raise NotImplementedError(
             f"found an Accelerator of {accelerator.num_processes} processes, distributed_type {kind}: the integrations "
-            "work in one process. With DistributedDataParallel or fully_shard use fastpcgrad.GradientSurgery in a loop "
+            "cover one process and DistributedDataParallel. With fully_shard use fastpcgrad.GradientSurgery in a loop "
             "of your own (docs/distributed.md); DeepSpeed, Megatron-LM and FullyShardedDataParallel keep gradients of "
             "their own, on which no surgery is possible"
+        )
+    if (parallelism := getattr(accelerator, "parallelism_config", None)) is not None:
+        raise NotImplementedError(
+            f"found an Accelerator with {parallelism}: the integrations cover one process and DistributedDataParallel; "
+            "with tensors that are sharded use fastpcgrad.GradientSurgery in a loop of your own (docs/distributed.md)"
         )

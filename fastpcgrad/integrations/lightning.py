@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..monitor import ConflictMonitor
 from ..surgery import GradientSurgery
 from .probes import probe
 from .settings import Surgery as Surgery
-from .settings import factor_of, total_of
+from .settings import as_run_by, factor_of, total_of
 
 if find_spec("lightning") is not None:
     from lightning.pytorch import Callback
@@ -30,16 +31,17 @@ class GradientSurgeryMixin:
     """Gradient surgery in front of a ``LightningModule``: ``class Model(GradientSurgeryMixin, LightningModule)``.
 
     In automatic optimization ``training_step`` returns ``self.surgery({"seg": ..., "depth": ...})``, of all tasks or of
-    those that this batch has. Each loss runs backward inside its task, as the strategy and its precision have it; where
-    the accumulation ends, the rows are merged into ``.grad``, before clipping and the step. Checkpoints have the
-    surgery's state. Logged are ``surgery/...``: the figures of each merge, and the loss of each task.
+    those that this batch has. Each loss runs backward inside its task, with the scale that the precision gives it;
+    where the accumulation ends, the rows are merged into ``.grad``, before clipping and the step. On several processes,
+    with ``strategy="ddp"``, rows are means over these, and all have losses of the same tasks in the same batch.
+    Checkpoints have the surgery's state. Logged are ``surgery/...``: the figures of each merge, and each task's loss.
 
     Attributes:
         surgery_report: the ``ConflictReport`` of the last merge; None before the first.
     Raises:
         In training: RuntimeError for a loss that ``self.surgery`` did not give, and in manual optimization; TypeError
             where ``configure_optimizers`` gives a ``fastpcgrad.PCGrad``; NotImplementedError for several optimizers,
-            several processes, DeepSpeed and FSDP.
+            and for strategies other than DDP on several processes.
     Warns:
         FastPCGradWarning: a checkpoint without the surgery's state.
     """
@@ -92,14 +94,12 @@ class GradientSurgeryMixin:
         present = {
             index_of(task, surgery.num_tasks, surgery.tasks): own for task, own in losses.items() if own is not None
         }
-        left = len(present)
+        plain = partial(super().backward, *args, **kwargs)  # type: ignore[misc]
         try:
-            for task, own in present.items():
-                left -= 1
-                kept = {"retain_graph": True} if left else {}
-                with surgery.task(task):
-                    super().backward(own * factor, *args, **{**kwargs, **kept})  # type: ignore[misc]
-            self._log({f"surgery/loss/{name}": own.detach() for name, own in losses.items() if own is not None})
+            scaled = {t: own * factor for t, own in as_run_by(plain, present).items()}
+            surgery._add(scaled, retain_graph=kwargs.get("retain_graph", False))
+            of_tasks = {f"surgery/loss/{name}": own.detach() for name, own in losses.items() if own is not None}
+            self._log(of_tasks, sync_dist=True)
             if not self.trainer.fit_loop._should_accumulate():
                 self.surgery_report = self._settings.merged(surgery)
                 self._log(self._settings.figures(self.surgery_report))
@@ -107,20 +107,24 @@ class GradientSurgeryMixin:
             surgery.discard()
             raise
 
-    def _log(self, figures: Mapping[str, Any]) -> None:
+    def _log(self, figures: Mapping[str, Any], *, sync_dist: bool = False) -> None:
         if self.trainer.logger is not None or self.trainer.callbacks:
-            self.log_dict(figures)  # type: ignore[attr-defined]
+            self.log_dict(figures, sync_dist=sync_dist)  # type: ignore[attr-defined]
 
     def _built(self, losses: Mapping[Any, Any]) -> GradientSurgery:
         """The surgery, in the first backward pass: by then the optimizer is what the strategy has made of it."""
         trainer = self.trainer
         if self._rounds is None or self._optimizers_of_rounds is not trainer.optimizers:
             strategy = type(trainer.strategy).__name__
-            if trainer.world_size > 1 or any(name in strategy for name in ("DeepSpeed", "FSDP", "ModelParallel")):
+            is_alone = trainer.world_size == 1 and not any(
+                name in strategy for name in ("DeepSpeed", "FSDP", "ModelParallel")
+            )
+            if not is_alone and not strategy.startswith("DDP"):
                 raise NotImplementedError(
-                    f"found {strategy} on {trainer.world_size} processes: the integration works in one process. With "
-                    "DistributedDataParallel or fully_shard use fastpcgrad.GradientSurgery in a loop of your own "
-                    "(docs/distributed.md); DeepSpeed and FullyShardedDataParallel keep gradients of their own"
+                    f"found {strategy} on {trainer.world_size} processes: the integration covers one process and "
+                    "DistributedDataParallel, strategy='ddp'. With fully_shard use fastpcgrad.GradientSurgery in a "
+                    "loop of your own (docs/distributed.md); DeepSpeed and FullyShardedDataParallel keep gradients of "
+                    "their own"
                 )
             if len(trainer.optimizers) != 1:
                 raise NotImplementedError(f"gradient surgery needs one optimizer; found {len(trainer.optimizers)}")

@@ -25,6 +25,7 @@ class SentenceTransformerSurgeryTrainer(GradientSurgeryMixin, SentenceTransforme
         All others are the trainer's.
     Raises:
         TypeError: ``train_dataset`` is no dict of datasets.
+        NotImplementedError: several processes.
         See ``GradientSurgeryMixin``.
     Warns:
         FastPCGradWarning: fewer micro-batches an accumulation than datasets.
@@ -44,6 +45,14 @@ class SentenceTransformerSurgeryTrainer(GradientSurgeryMixin, SentenceTransforme
                 f"train_dataset must be a DatasetDict with a dataset for each task; found {type(self.train_dataset)}"
             )
         self._name_tasks(tuple(self.train_dataset))
+
+    def _refuse(self) -> None:
+        super()._refuse()
+        if self.accelerator.num_processes > 1:
+            raise NotImplementedError(
+                f"found {self.accelerator.num_processes} processes, among which the trainer deals out batches of "
+                "several datasets at once, and surgery needs those of one: train in one process"
+            )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         self._warn_of_few_micro_batches(len(self.train_dataset))

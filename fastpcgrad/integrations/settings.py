@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,7 +29,8 @@ class Surgery:
         normalize: where a micro-batch is of one task. ``task``: the gradient of a task is the mean over its own
             micro-batches, or over its own tokens, however many there are of the others. ``batch``: each loss is divided
             as the trainer divides it, by what all tasks have together, so that their sum is what the trainer takes.
-        options: further arguments of ``GradientSurgery``, such as ``{"granularity": "layer"}``; ``model`` is there.
+        options: further arguments of ``GradientSurgery``, such as ``{"granularity": "layer"}``; ``model`` is there, and
+            ``parallel`` is ``"data"``: trainers give each process its part of every batch.
         monitor: notes the report of each merge, and its averages are logged where the reports are.
     Raises:
         TypeError, ValueError: see ``GradientSurgery``; another ``normalize``.
@@ -48,6 +49,11 @@ class Surgery:
         if self.normalize not in ("task", "batch"):
             raise ValueError(f"normalize must be 'task' or 'batch'; found {self.normalize!r}")
         check_method(self.method, PCGrad)
+        if self.options.get("parallel", "data") != "data":
+            raise ValueError(
+                f"options has parallel={self.options['parallel']!r}, and trainers give each process its part of every "
+                "batch: share tasks out by fastpcgrad.GradientSurgery in a loop of your own (docs/distributed.md)"
+            )
         if taken := {"tasks", "num_tasks", "method"} & set(self.options):
             raise ValueError(
                 f"options are further arguments of GradientSurgery; found {sorted(taken)}, of Surgery itself"
@@ -97,6 +103,21 @@ def factor_of(loss: Tensor, total: Tensor) -> Tensor:
         return torch.ones_like(total)
     (factor,) = torch.autograd.grad(loss, total, retain_graph=True)
     return factor
+
+
+def as_run_by(backward: Callable[[Tensor], Any], losses: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Losses as a trainer's backward pass takes them: multiplied by its share of an accumulation and its scale.
+
+    The pass itself is the surgery's, of which a module that averages over processes once a forward sees nothing.
+    """
+    scaled = {}
+    for task, loss in losses.items():
+        probe = torch.ones_like(loss).requires_grad_()
+        backward(probe)
+        factor = probe.grad
+        assert factor is not None
+        scaled[task] = loss * factor
+    return scaled
 
 
 def total_of(losses: Mapping[str, Tensor | None]) -> Tensor:

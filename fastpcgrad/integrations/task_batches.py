@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import accumulate, chain, repeat
+from itertools import accumulate, chain, cycle, repeat
 from typing import Any
 
 import torch
@@ -79,24 +79,42 @@ class TaskBatchSampler(BatchSampler):
     task; at the end of an epoch what waits becomes smaller batches. Where the sampler draws another number of rows than
     there are, it goes on until there are as many full batches as it would have made.
 
+    Several processes have the parts of what one has in a larger batch: of each group of as many batches, which are of
+    one task and of one size, the first is the first process', and so on. Where rows at the end of an epoch cannot be
+    shared out evenly, the first ones of their group come twice.
+
     Args:
-        sampler: gives indices of rows.
+        sampler: gives indices of rows; in all processes the same.
         tasks: the index of each row's task.
+        batch_size: of one process.
         drop_last: leave the smaller batches at the end out.
+        processes: how many there are.
     """
 
-    def __init__(self, sampler: Sampler[int], tasks: Sequence[int], batch_size: int, drop_last: bool) -> None:
+    def __init__(
+        self, sampler: Sampler[int], tasks: Sequence[int], batch_size: int, drop_last: bool, processes: int = 1
+    ) -> None:
         super().__init__(sampler, batch_size, drop_last)
-        self._tasks = tasks
+        self._tasks, self._rows, self._processes = tasks, batch_size * processes, processes
+        if processes > 1:
+            self.batch_size: Any = None  # by which Accelerate's loaders know that a batch may be of any length
 
     def __iter__(self) -> Iterator[list[int]]:
+        for group in self._groups():
+            share = -(-len(group) // self._processes)
+            again = cycle(group)
+            rows = [next(again) for _ in range(share * self._processes)]
+            yield from (rows[start : start + share] for start in range(0, len(rows), share))
+
+    def _groups(self) -> Iterator[list[int]]:
+        """A batch of all processes together."""
         waiting: dict[int, list[int]] = {}
         once = self._draws_all_rows()
-        left = len(self)
+        left = self._number_of_groups()
         for index in self.sampler if once else chain.from_iterable(repeat(self.sampler)):
             own = waiting.setdefault(self._tasks[index], [])
             own.append(index)
-            if len(own) == self.batch_size:
+            if len(own) == self._rows:
                 yield waiting.pop(self._tasks[index])
                 left -= 1
                 if not left:
@@ -105,10 +123,13 @@ class TaskBatchSampler(BatchSampler):
             yield from waiting.values()
 
     def __len__(self) -> int:
+        return self._processes * self._number_of_groups()
+
+    def _number_of_groups(self) -> int:
         if not self._draws_all_rows():
-            return max(1, len(self.sampler) // self.batch_size)  # type: ignore[arg-type]
+            return max(1, len(self.sampler) // self._rows)  # type: ignore[arg-type]
         counts = [self._tasks.count(task) for task in set(self._tasks)]
-        return sum(count // self.batch_size if self.drop_last else -(-count // self.batch_size) for count in counts)
+        return sum(count // self._rows if self.drop_last else -(-count // self._rows) for count in counts)
 
     def _draws_all_rows(self) -> bool:
         return len(self.sampler) == len(self._tasks) and not getattr(self.sampler, "replacement", False)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from ..surgery import GradientSurgery
 from .accelerate import refuse_strategies
 from .probes import probe
 from .settings import Surgery as Surgery
-from .settings import factor_of, total_of
+from .settings import as_run_by, factor_of, total_of
 from .task_batches import TaskBatchSampler, TaskCollator, TaskDatasets, indices_of, names_in, one_task, tasks_of_rows
 
 _STATE = "surgery.pt"
@@ -41,6 +41,9 @@ class GradientSurgeryMixin:
     task. ``current_task`` says which it is. Or each micro-batch has several losses: ``compute_loss`` returns
     ``self.task_losses({"seg": ..., "depth": ...})``.
 
+    On several processes, with DistributedDataParallel, rows are means over these, and a micro-batch is of the same task
+    in all: they have the parts of what one process has in batches as many times as large.
+
     Where the accumulation ends, the rows are merged into ``.grad``; clipping, the step, schedules, loss scales and
     checkpoints stay the Trainer's. Checkpoints have the surgery's state beside the optimizer's, and logs have
     ``surgery/...``: the figures of the last step's report, and the mean loss of each task since the last log.
@@ -52,8 +55,9 @@ class GradientSurgeryMixin:
         surgery_report: the ``ConflictReport`` of the last step.
         current_task: the name, or the index, of the micro-batch's task; None where it has several losses.
     Raises:
-        NotImplementedError: several processes, DeepSpeed, FSDP, DataParallel, optimizers that step within the backward
-            pass (LOMO, those by layers), packing, which mixes tasks in a row.
+        NotImplementedError: DeepSpeed, FSDP, DataParallel, optimizers that step within the backward pass (LOMO, those
+            by layers), packing, which mixes tasks in a row; on several processes ``split_batches``, and batches of one
+            task that one process dispatches.
         In training: KeyError where a micro-batch has no task and no losses of several; ValueError for one of several
             tasks; TypeError where the optimizer is a ``fastpcgrad.PCGrad``.
     Warns:
@@ -130,6 +134,11 @@ class GradientSurgeryMixin:
         self._tasks = self._tasks or names_in(found)
         count, names = check_tasks(None, self._tasks)
         tasks = indices_of(found, count, names)
+        if self.accelerator.num_processes > 1 and (self.accelerator.split_batches or self.accelerator.dispatch_batches):
+            raise NotImplementedError(
+                "batches of one task on several processes with split_batches or dispatch_batches: leave both at their "
+                "defaults, by which each process takes batches of its own"
+            )
         self._warn_of_few_micro_batches(len(set(tasks)))
         with self._keeping(key):
             collator = self.data_collator
@@ -145,6 +154,7 @@ class GradientSurgeryMixin:
                 tasks,
                 self._train_batch_size,  # type: ignore[attr-defined]
                 args.dataloader_drop_last,
+                self.accelerator.num_processes,
             ),
             collate_fn=TaskCollator(
                 collator,
@@ -185,10 +195,23 @@ class GradientSurgeryMixin:
             if (task := self._task_of(sample)) is not None:
                 groups.setdefault(task, []).append(sample)
         self._micro_batches = Counter({task: len(own) for task, own in groups.items()})
+        self._check_alike(device)
         self._items = {}
         if items is not None:
             self._items = {task: self._get_num_items_in_batch(own, device) for task, own in groups.items()}  # type: ignore[attr-defined]
         return samples, items
+
+    def _check_alike(self, device: torch.device) -> None:
+        """RuntimeError, in all processes, where they have micro-batches of other tasks each."""
+        if self.accelerator.num_processes == 1 or self._tasks is None:
+            return
+        own = [self._micro_batches[task] for task in range(check_tasks(None, self._tasks)[0])]
+        found = self.accelerator.gather(torch.tensor([own], device=device)).tolist()
+        if any(other != own for other in found):
+            raise RuntimeError(
+                f"processes must have the same tasks in the same micro-batches; the numbers of micro-batches by task "
+                f"are {found}, a list for each process: leave the batches to the trainer, which shares them out so"
+            )
 
     def _task_of(self, inputs: Any) -> int | None:
         """The index of a micro-batch's task; None where it has none."""
@@ -249,12 +272,8 @@ class GradientSurgeryMixin:
                 f"no {self.surgery.task_key!r} in a micro-batch of {step.columns}, and compute_loss returned no "
                 "self.task_losses({...}): it is not known which task its loss is of"
             )
-        left = len(of_tasks)
+        surgery._add(as_run_by(partial(plain, **kwargs), of_tasks), retain_graph=False)
         for task, own in of_tasks.items():
-            left -= 1
-            kept = {"retain_graph": True} if left else {}
-            with surgery.task(task):
-                plain(own, **kept, **kwargs)
             self._means.add(task, own.detach())
 
     def _built(self) -> GradientSurgery:
@@ -274,7 +293,10 @@ class GradientSurgeryMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.surgery_report is not None:
-            means = {f"surgery/loss/{self._name_of(task)}": mean for task, mean in self._means.taken().items()}
+            means = {
+                f"surgery/loss/{self._name_of(task)}": mean
+                for task, mean in self._means.taken(self.accelerator.reduce).items()
+            }
             logs.update(self.surgery.figures(self.surgery_report) | means)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
@@ -344,10 +366,15 @@ class _MeanLosses:
             self._counts[task] += 1
         self._now = {}
 
-    def taken(self) -> dict[int, float]:
-        """With one copy to the host."""
+    def taken(self, reduce: Callable[..., Tensor]) -> dict[int, float]:
+        """With one copy to the host.
+
+        Args:
+            reduce: ``accelerator.reduce``; called by all processes.
+        """
         tasks = list(self._sums)
-        values = torch.stack([self._sums[task].float() for task in tasks]).tolist() if tasks else []
+        sums = [self._sums[task].float() for task in tasks]
+        values = reduce(torch.stack(sums), "mean").tolist() if tasks else []
         means = {task: value / self._counts[task] for task, value in zip(tasks, values, strict=True)}
         self._sums, self._counts = {}, Counter()
         return means

@@ -68,6 +68,7 @@ def draw(
     widths = [max(4.2, 0.9 * len(names) + 2.4)]
     widths += [min(14.0, max(4.6, 0.5 * (len(layers) - 1) + 2.6))] * by_layer + [5.4] * over_time
     height = max(4.4, 0.75 * len(names) + 2.2, (0.34 * len(pairs) + 2.4) * by_layer)
+    height += 0.06 * max(map(len, [*names, *_without_common_start(layers[1:])[1]]))  # of labels that stand upright
     figure = Figure(figsize=(sum(widths), min(height, 14.0)), layout="constrained")
     axes = list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
     _tasks(axes.pop(0), names, cosines[0], None if rates is None else rates[0])
@@ -103,7 +104,8 @@ def _layers(
     at = [(i, j) for i, j in combinations(range(values.shape[-1]), 2)]
     grid = [[float(layer[i, j]) for layer in values] for i, j in at]
     image = axes.imshow(grid, aspect="auto", cmap="Reds" if are_rates else "RdBu", vmin=0 if are_rates else -1, vmax=1)
-    _label(axes, _without_common_start(layers), [f"{a} – {b}" for a, b in pairs])
+    common, short = _without_common_start(layers)
+    _label(axes, short, [f"{a} – {b}" for a, b in pairs])
     if len(layers) * len(pairs) <= 120:
         for y, row in enumerate(grid):
             for x, value in enumerate(row):
@@ -113,8 +115,9 @@ def _layers(
     what = "how often a pair conflicts in each layer" if are_rates else "cosine of each pair in each layer"
     ends = "white: never   dark red: at every look" if are_rates else "red: against each other   blue: together"
     axes.set_title(f"{what}\n{ends}", fontsize=10)
-    axes.set_xlabel("layer, from the input on" if len(layers) > 1 else "layer")
-    _bar(axes, image, "share of looks with cosine < 0" if are_rates else "cosine")
+    of = f" of {common}" if common else ""
+    axes.set_xlabel(f"layer{of}" + (", from the input on" if len(layers) > 1 else ""))
+    _bar(axes, image, "share of looks" if are_rates else "cosine")
 
 
 def _history(axes: Axes, pairs: Sequence[tuple[str, str]], history: Mapping[int, Tensor]) -> None:
@@ -132,7 +135,8 @@ def _history(axes: Axes, pairs: Sequence[tuple[str, str]], history: Mapping[int,
     fewer = "" if len(chosen) == len(pairs) else f", the {len(chosen)} lowest pairs"
     axes.set_title(f"cosine over time, all layers{fewer}\nbelow 0: conflict", fontsize=10)
     axes.set_xlabel("step")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylabel("cosine")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -144,13 +148,14 @@ def _label(axes: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
         axes.tick_params(axis="x", rotation=60 if len(columns) > 3 else 20)
 
 
-def _without_common_start(layers: Iterable[str]) -> list[str]:
-    """Names of modules without the parts that all begin with."""
+def _without_common_start(layers: Iterable[str]) -> tuple[str, list[str]]:
+    """The parts that all names of modules begin with, and the names without them."""
     parts = [layer.split(".") for layer in layers]
     common = 0
     while len(parts) > 1 and all(len(own) > common + 1 and own[common] == parts[0][common] for own in parts):
         common += 1
-    return [".".join(own[common:]) for own in parts]
+    start = ".".join(parts[0][:common]) if parts else ""
+    return start, [".".join(own[common:]) for own in parts]
 
 
 def _bar(axes: Axes, image: Any, label: str) -> None:

@@ -359,6 +359,9 @@ class ShardedCapture(Capture):
     def run(self, loss: Tensor, retain_graph: bool) -> None:
         """See ``Capture``. Nothing accumulates, so that no module takes it for its one backward pass a forward."""
         grads = torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, allow_unused=True)
+        if all(grad is None for grad in grads):  # a hook of the loss may run another pass, as cached losses do
+            super().run(loss, retain_graph)
+            return
         for p, grad in zip(self.parameters, grads, strict=True):
             p.grad = grad
 

@@ -177,10 +177,63 @@ def test_bad_losses_are_named(make, losses, error, words):
     assert all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize(("tasks", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("tasks", "error"), [(0, ValueError), (-1, ValueError), (1.5, ValueError), (True, ValueError), (None, TypeError)]
+)
 def test_a_bad_number_of_tasks_is_named(make, tasks, error):
     with pytest.raises(error, match=f"num_tasks.*{tasks}"):
         make(tasks)
+
+
+NAMED = {
+    "GradNorm": lambda tasks: balancing.GradNorm(tasks=tasks, alpha=0.5),
+    "UncertaintyWeighting": lambda tasks: balancing.UncertaintyWeighting(tasks=tasks),
+    "DWA": lambda tasks: balancing.DWA(tasks=tasks),
+    "FAMO": lambda tasks: balancing.FAMO(tasks=tasks),
+    "STCH": lambda tasks: balancing.STCH(tasks=tasks, mu=0.5),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_tasks_have_names_and_dicts_are_answered_by_dicts(name):
+    """By names in any order, or by index; over steps with whatever the balancer learns."""
+    named, plain, by_index = NAMED[name](["seg", "depth"]), BALANCERS[name](2), BALANCERS[name](2)
+    assert named.tasks == ("seg", "depth") and plain.tasks == () and "['seg', 'depth']" in repr(named)
+    layer = torch.nn.Linear(3, 2)
+    for _ in range(3):
+        seg, depth = layer(torch.rand(4, 3)).square().mean(dim=0)
+        given = {"depth": depth, "seg": seg}
+        if name == "GradNorm":
+            named.note_gradients(given, layer)
+            plain.note_gradients([seg, depth], layer)
+            by_index.note_gradients({0: seg, 1: depth}, layer)
+        found, expected, third = named(given), plain([seg, depth]), by_index({1: depth, 0: seg})
+        assert list(found) == ["depth", "seg"] and list(third) == [1, 0]
+        assert torch.equal(found["seg"], expected[0]) and torch.equal(third[1], found["depth"])
+        if name == "GradNorm":
+            named.note("depth", depth, torch.ones(()))
+            plain.note(1, depth, torch.ones(()))
+            by_index.note(1, depth, torch.ones(()))
+            for balancer in (named, plain, by_index):
+                balancer.update()
+        if name == "FAMO":
+            named.update({"depth": depth / 3, "seg": seg / 2})
+            plain.update([seg / 2, depth / 3])
+            by_index.update({0: seg / 2, 1: depth / 3})
+        assert torch.equal(named.weights, plain.weights)
+    with pytest.raises(ValueError, match=r"all 2 tasks.*\['seg'\] missing"):
+        named({"depth": depth})
+    with pytest.raises(ValueError, match=r"key 'deep'; the tasks have the names \['seg', 'depth'\]"):
+        named({"seg": seg, "deep": depth})
+    with pytest.raises(TypeError, match=r"either num_tasks or tasks"):
+        NAMED[name](None)
+
+
+def test_what_has_no_default_is_asked_for():
+    with pytest.raises(ValueError, match="alpha must be a finite number >= 0; found None"):
+        balancing.GradNorm(tasks=["seg", "depth"])
+    with pytest.raises(ValueError, match="mu must be a finite number > 0; found None"):
+        balancing.STCH(tasks=["seg", "depth"])
 
 
 def test_six_lines_make_a_balancer():

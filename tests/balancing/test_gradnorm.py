@@ -268,7 +268,7 @@ def test_a_note_serves_one_update():
     ("arguments", "error", "words"),
     [
         ({"num_tasks": 0}, ValueError, ["num_tasks", "0"]),
-        ({"num_tasks": 2.0}, TypeError, ["num_tasks", "2.0"]),
+        ({"num_tasks": 2.0}, ValueError, ["num_tasks", "2.0"]),
         ({"alpha": -1.0}, ValueError, ["alpha", "-1.0"]),
         ({"alpha": float("inf")}, ValueError, ["alpha", "inf"]),
         ({"optimizer": 0.1}, TypeError, ["optimizer", "0.1"]),

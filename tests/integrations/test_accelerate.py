@@ -251,11 +251,23 @@ def test_a_loss_scale_is_carried():
         torch.testing.assert_close(p.grad, 1024 * grad, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MULTI_GPU", "MEGATRON_LM"])
-def test_what_is_not_covered_is_refused_by_name(kind):
-    accelerator = type("Accelerator", (), {"distributed_type": kind, "num_processes": 2})()
-    with pytest.raises(NotImplementedError, match=f"{kind}.*in one process"):
+@pytest.mark.parametrize(
+    ("marks", "words"),
+    [
+        *(({"distributed_type": kind}, f"{kind}.*cover one process") for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM")),
+        ({"distributed_type": "MULTI_GPU", "parallelism_config": "ParallelismConfig(tp_size=2)"}, "tp_size=2.*sharded"),
+    ],
+    ids=lambda value: value["distributed_type"] if isinstance(value, dict) else None,
+)
+def test_what_is_not_covered_is_refused_by_name(marks, words):
+    accelerator = type("Accelerator", (), {"num_processes": 2, **marks})()
+    with pytest.raises(NotImplementedError, match=words):
         GradientSurgery(accelerator, torch.optim.SGD(net().parameters(), lr=0.1), 2)
+
+
+def test_tasks_are_not_shared_out_among_the_processes_of_a_trainer():
+    with pytest.raises(ValueError, match=r"parallel='task'.*its part of every batch"):
+        Surgery(options={"parallel": "task"})
 
 
 def test_wrong_losses_and_optimizers_are_named():

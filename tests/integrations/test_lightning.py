@@ -291,17 +291,18 @@ def test_manual_optimization_names_its_recipe():
         fit(Manual())
 
 
-def test_several_optimizers_and_processes_are_refused(monkeypatch):
+def test_several_optimizers_and_other_strategies_are_refused(monkeypatch):
     module = Mine()
     fit(module, steps=1)
     module._rounds = None
     trainer = type("Trainer", (), {"world_size": 2, "strategy": object(), "optimizers": [None]})()
     monkeypatch.setattr(type(module), "trainer", trainer)
-    with pytest.raises(NotImplementedError, match=r"2 processes.*in one process"):
+    with pytest.raises(NotImplementedError, match=r"2 processes.*one process and DistributedDataParallel"):
         module._built(dict.fromkeys(TASKS))
-    trainer.world_size, trainer.strategy = 1, type("DeepSpeedStrategy", (), {})()
-    with pytest.raises(NotImplementedError, match="DeepSpeedStrategy"):
-        module._built(dict.fromkeys(TASKS))
+    for name in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"):
+        trainer.world_size, trainer.strategy = 1, type(name, (), {})()
+        with pytest.raises(NotImplementedError, match=name):
+            module._built(dict.fromkeys(TASKS))
     trainer.strategy, trainer.optimizers = object(), [None, None]
     with pytest.raises(NotImplementedError, match="one optimizer; found 2"):
         module._built(dict.fromkeys(TASKS))

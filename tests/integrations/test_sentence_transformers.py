@@ -208,3 +208,6 @@ def test_what_is_refused_and_warned_of(made):
     with pytest.warns(FastPCGradWarning, match="2 micro-batches for 3 tasks"):
         trainer.train()
     assert flat(trainer.model).isfinite().all()
+    trainer.accelerator = type("Accelerator", (), {"distributed_type": "MULTI_GPU", "num_processes": 2})()
+    with pytest.raises(NotImplementedError, match=r"2 processes.*deals out.*in one process"):
+        trainer._refuse()

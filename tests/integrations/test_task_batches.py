@@ -35,6 +35,26 @@ def test_every_row_comes_once_in_batches_of_one_task(drop_last):
     assert batches != list(sampler), "the sampler draws anew"
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_have_the_parts_of_larger_batches(processes):
+    """Of one task and one size in each turn; every row comes, few twice."""
+    tasks = torch.randint(0, 4, (61,)).tolist()
+    for drop_last in (False, True):
+        several = TaskBatchSampler(SequentialSampler(tasks), tasks, 4, drop_last, processes)
+        one = TaskBatchSampler(SequentialSampler(tasks), tasks, 4 * processes, drop_last)
+        batches, larger = list(several), list(one)
+        assert len(batches) == len(several) == processes * len(one)
+        for group, start in zip(larger, range(0, len(batches), processes), strict=True):
+            parts = batches[start : start + processes]
+            rows = [i for part in parts for i in part]
+            assert len({len(part) for part in parts}) == 1
+            assert rows[: len(group)] == group and len(rows) - len(group) < processes
+            assert set(rows) == set(group)
+    assert list(TaskBatchSampler(SequentialSampler([5]), [0], 4, False, processes)) == [[0]] * processes
+    drawn = TaskBatchSampler(WeightedRandomSampler([1.0] * 61, 120), tasks, 4, False, processes)
+    assert len(list(drawn)) == len(drawn) and all(len(batch) == 4 for batch in drawn)
+
+
 def test_a_sampler_that_draws_with_replacement_makes_as_many_full_batches():
     tasks = [0] * 5 + [1] * 5
     sampler = TaskBatchSampler(WeightedRandomSampler([1.0] * 10, 10), tasks, 3, False)

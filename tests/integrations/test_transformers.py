@@ -419,7 +419,7 @@ def test_an_unknown_task_is_refused_with_those_that_are_known(arguments):
         ({"packing": True}, "packing"),
         ({"distributed_type": "DEEPSPEED"}, "DEEPSPEED"),
         ({"distributed_type": "FSDP"}, "FSDP"),
-        ({"distributed_type": "MULTI_CPU"}, "MULTI_CPU"),
+        ({"distributed_type": "XLA"}, "XLA"),
         ({"n_gpu": 2}, "DataParallel"),
         ({"is_distributed_loading_by_transformers": True}, "sharded when it was loaded"),
     ],

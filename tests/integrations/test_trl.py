@@ -27,11 +27,14 @@ def rows(tasks=(0, 1, 2)):
     return [{**row, "input_ids": row["input_ids"].tolist()} for row in Texts(ROWS).rows if row["task_id"] in tasks]
 
 
-def trained(arguments, kind=SFTSurgeryTrainer, data=None, **options):
+def tokenizer():
     words = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(VOCABULARY - 2))])}
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
     )
+
+
+def trained(arguments, kind=SFTSurgeryTrainer, data=None, **options):
     config = arguments(train_sampling_strategy="sequential").to_dict()
     given = {name: value for name, value in config.items() if name in SFTConfig.__dataclass_fields__}
     given |= {"bf16": False, "gradient_checkpointing": False, "packing": options.pop("packing", False)}
@@ -39,7 +42,7 @@ def trained(arguments, kind=SFTSurgeryTrainer, data=None, **options):
         model=language_model(),
         args=SFTConfig(**given),
         train_dataset=Dataset.from_list(rows()) if data is None else data,
-        processing_class=tokenizer,
+        processing_class=tokenizer(),
         **options,
     )
     trainer.train()
