@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import rows, samples, targets
 from benchmarks.cases import WIDTHS
 from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS, floor_of
-from benchmarks.rows import FIGURES, LIBRARY, RESULTS, Row
+from benchmarks.rows import FIGURES, LIBRARY, Row
 from benchmarks.tables import CPU_OPS, GPU_OPS, PAGES, by_case, origin
 
 RED, PALE_RED, PINK, PURPLE, BLUE = "#d62728", "#ff9896", "#e377c2", "#9467bd", "#1f77b4"
@@ -49,9 +49,9 @@ LARGE_COLOURS = {
 
 def draw(folder: Path) -> list[Path]:
     """All plots that the committed rows have data for, as PNG."""
-    names = ("cpu", "large", "floor", "gpu")
-    cpu, large, floor, gpu = (rows.latest(rows.read(RESULTS / f"{name}.jsonl")) for name in names)
-    return [*draw_cpu(cpu, folder), *draw_large(large, folder), *draw_floor(floor, folder), *draw_gpu(gpu, folder)]
+    cpu, large, floor, gpu = map(rows.latest_of, ("cpu", "large", "floor", "gpu"))
+    of_cpu = draw_cpu([*cpu, *rows.latest_of("memory")], folder)
+    return [*of_cpu, *draw_large(large, folder), *draw_floor(floor, folder), *draw_gpu(gpu, folder)]
 
 
 def _save(figure: Any, path: Path, dpi: int) -> Path:
@@ -65,15 +65,17 @@ def draw_cpu(latest: Sequence[Row], folder: Path) -> list[Path]:
     from matplotlib import rc_context
 
     made = []
+    peaks = [row for row in latest if row.kind == "memory"]
+    others = [row for row in latest if row.kind != "memory"]
     with rc_context({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
-        for name, figure in (
-            ("kernels", _kernels(latest)),
-            ("bandwidth", _bandwidth(latest)),
-            ("steps", _bars(latest, "step")),
-            ("memory", _bars(latest, "memory")),
+        for name, figure, of in (
+            ("kernels", _kernels(others), others),
+            ("bandwidth", _bandwidth(others), others),
+            ("steps", _bars(others, "step"), others),
+            ("memory", _bars(peaks, "memory"), peaks),
         ):
             if figure is not None:
-                where = textwrap.fill(origin(latest), int(16 * figure.get_figwidth()))
+                where = textwrap.fill(origin(of), int(16 * figure.get_figwidth()))
                 figure.suptitle(f"{figure.get_suptitle()}\n{where}", fontsize=8)
                 made.append(_save(figure, folder / f"{name}.png", 90))
     return made
