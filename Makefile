@@ -57,7 +57,7 @@ format: $(EVERYTHING) ## rewrite the sources as check wants them
 docs: $(VENV)/extra-docs ## build the site into build/site, strictly
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet $(ARGS)
 
-wheel: $(EVERYTHING) ## build sdist and manylinux wheel with both libraries into dist, and test it; needs nvcc, takes minutes
+wheel: $(VENV)/extra-test-core,wheel ## build sdist and manylinux wheel with both libraries into dist, and test it; needs nvcc, takes minutes
 	rm -rf dist
 	FASTPCGRAD_BUILD=cuda .ci/wheel $(RUN) dist
 	FASTPCGRAD_WHEEL=$$(ls dist/*manylinux*.whl) $(PYTEST) tests/test_wheel.py $(ARGS)
