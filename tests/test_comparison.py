@@ -1,4 +1,4 @@
-"""docs/comparison.md names what there is: each name in code is imported, each argument looked for in a signature."""
+"""docs/comparison.md names what there is: each name is looked up in its column's package, arguments in signatures."""
 
 import importlib
 import inspect
@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 
 PAGE = (Path(__file__).parents[1] / "docs" / "comparison.md").read_text(encoding="utf-8")
-NAME = re.compile(r"`((?:fastpcgrad|torchjd|LibMTL|pytorch_optimizer)[\w.]*)(?:\(([\w=, ]+)\))?`")
-NAMED = sorted({(name, arguments) for name, arguments in NAME.findall(PAGE)})
+PACKAGES = {name: name for name in ("fastpcgrad", "LibMTL", "pytorch_optimizer")} | {"TorchJD": "torchjd"}
+NAME = re.compile(r"`([\w.]+)(?:\(([\w=, ]+)\))?`")
+
+
+def cells():
+    """(package, cell) of all columns but the first of each row."""
+    for table in re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE):
+        header, _, *rows = ([cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines())
+        yield from ((PACKAGES[column], cell) for row in rows for column, cell in zip(header, row, strict=True))
+
+
+NAMED = sorted({(package, *found) for package, cell in cells() for found in NAME.findall(cell)})
 
 
 def found(name):
@@ -24,19 +34,18 @@ def found(name):
     return here
 
 
-@pytest.mark.parametrize(("name", "arguments"), NAMED, ids=[name for name, _ in NAMED])
-def test_what_is_named_is_there(name, arguments):
-    if not name.startswith("fastpcgrad"):
-        pytest.importorskip(name.partition(".")[0])
-    there = found(name)
+@pytest.mark.parametrize(("package", "name", "arguments"), NAMED, ids=[f"{named[0]}.{named[1]}" for named in NAMED])
+def test_what_is_named_is_there(package, name, arguments):
+    if package != "fastpcgrad":
+        pytest.importorskip(package)
+    there = found(f"{package}.{name}")
     for argument in filter(None, arguments.replace("=", "").split(", ")):
         assert argument in inspect.signature(there).parameters
 
 
 def test_every_row_of_ours_names_something():
-    table = PAGE.partition("## What fastpcgrad has")[2]
-    rows = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| ")][2:]
-    assert len(rows) > 10 and all(NAME.fullmatch(cell) for cell in rows)
+    ours = [cell for package, cell in cells() if package == "fastpcgrad"]
+    assert len(ours) > 10 and all(map(NAME.fullmatch, ours))
 
 
 OURS = {
