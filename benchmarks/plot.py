@@ -307,7 +307,7 @@ def draw_gpu(latest: Sequence[Row], folder: Path) -> list[Path]:
     axes.legend(ncols=2, fontsize=7)
     last = latest[-1].environment
     where = f"{last.device}; torch {last.torch}; commit {last.commit}, {last.date}"
-    figure.suptitle(f"Bytes that must move / time of a call. {where}", fontsize=8)
+    figure.suptitle(f"Bytes that must move / time of a call\n{where}", fontsize=8)
     return [_save(figure, folder / "gpu.png", 120)]
 
 
