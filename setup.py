@@ -108,7 +108,7 @@ def cuda_commands():
     """As cpu_commands: code for those of our architectures that this nvcc knows, and PTX of the oldest for all others.
 
     Code of 80 runs on 86 to 89 too, that of 100 on 103, that of 120 on 121. Older GPUs lack cp.async, bf16 and tf32.
-    FASTPCGRAD_CUDA_ARCHS may name others: "90" for one kind of GPU alone, which takes a third of the time.
+    FASTPCGRAD_CUDA_ARCHS may name others: "90" for one kind of GPU alone, in a fraction of the time.
     """
     listed = subprocess.check_output([NVCC, "--list-gpu-arch"], text=True).split()
     wanted = os.environ.get("FASTPCGRAD_CUDA_ARCHS", "80 90 100 120").split()
