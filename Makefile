@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 # it is told elsewhere: the tests start many processes, and to compile torch takes each of them seconds
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
-EVERYTHING := $(VENV)/extra-test,check,bench,examples,plot
+EVERYTHING := $(VENV)/extra-test,check,bench,examples,plot,wheel
 NATIVE_SOURCES := setup.py $(shell find csrc)
 # g++ 12 sees uninitialized values in its own AVX-512 header
 WARNINGS := -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized
@@ -24,7 +24,7 @@ CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would collide
-.PHONY: help venv demo test test-slow test-core check format docs bench plot gpu nccl clean
+.PHONY: help venv demo test test-slow test-core check format docs wheel bench plot gpu nccl clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,11 @@ format: $(EVERYTHING) ## rewrite the sources as check wants them
 
 docs: $(VENV)/extra-docs ## build the site into build/site, strictly
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet $(ARGS)
+
+wheel: $(VENV)/extra-test-core,wheel ## build sdist and manylinux wheel with both libraries into dist, and test it; needs nvcc, takes minutes
+	rm -rf dist
+	FASTPCGRAD_BUILD=cuda .ci/wheel $(RUN) dist
+	FASTPCGRAD_WHEEL=$$(ls dist/*manylinux*.whl) $(PYTEST) tests/test_wheel.py $(ARGS)
 
 bench: $(EVERYTHING) $(VENV)/native ## measure, after the tests have passed
 	@$(MAKE) --no-print-directory test test-slow ARGS= || { echo "Red tests mean no numbers." >&2; exit 1; }

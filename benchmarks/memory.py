@@ -61,7 +61,7 @@ FITS = 0.8
 SIDE_BY_SIDE = 200e6
 """Parameters up to which two processes run at a time."""
 SLOW_PEERS = ("loop", "pytorch_optimizer")
-"""They need minutes at T=8, and show the same multiple of T·N as at T=4."""
+"""They need most of a minute at T=8: last, so that a run that is late still has all others."""
 
 Case = StepCase | KernelCase
 Subject = Mode | Contender
@@ -226,9 +226,7 @@ def subjects_of(case: Case) -> Sequence[Subject]:
     """Those whose peak is of interest."""
     if isinstance(case, KernelCase):
         return kernels.contenders(case)
-    skipped = SLOW_PEERS if case.op == "step" and case.tasks > 4 else ()
-    affordable = [m for m in modes(case) if case.parameters <= min(m.up_to, m.measured_up_to)]
-    return [mode for mode in affordable if mode.name not in skipped]
+    return [m for m in modes(case) if case.parameters <= min(m.up_to, m.measured_up_to)]
 
 
 def measure(run: Run, of: Sequence[Case]) -> None:

@@ -16,16 +16,18 @@ from typing import Any
 from benchmarks import rows, samples, targets
 from benchmarks.cases import WIDTHS
 from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS, floor_of
-from benchmarks.rows import FIGURES, LIBRARY, RESULTS, Row
+from benchmarks.rows import FIGURES, LIBRARY, Row
 from benchmarks.tables import CPU_OPS, GPU_OPS, PAGES, by_case, origin
 
-RED, PALE_RED, PINK, PURPLE, BLUE = "#d62728", "#ff9896", "#e377c2", "#9467bd", "#1f77b4"
-GREEN, PALE_GREEN, GREY, PALE_GREY, BLACK, OLIVE = "#2ca02c", "#98df8a", "#7f7f7f", "#c7c7c7", "#000000", "#bcbd22"
+# Okabe and Ito's colours, which the colour-blind tell apart too, and paler ones for what belongs to one of them.
+RED, PALE_RED, PINK, SKY, BLUE = "#d55e00", "#f2b98f", "#cc79a7", "#56b4e9", "#0072b2"
+GREEN, PALE_GREEN, GREY, PALE_GREY, BLACK, ORANGE = "#009e73", "#8fd3bf", "#7f7f7f", "#c7c7c7", "#000000", "#e69f00"
+CYCLE = BLUE, ORANGE, GREEN, RED, PINK
 COLOURS = {
     LIBRARY: RED,
     f"{LIBRARY}[eager]": PALE_RED,
     f"{LIBRARY}.GradientSurgery": PINK,
-    f"{LIBRARY}.backward": PURPLE,
+    f"{LIBRARY}.backward": SKY,
     f"{LIBRARY}[bf16 rows]": PALE_RED,
     "torch": BLUE,
     "plain": GREY,
@@ -33,7 +35,7 @@ COLOURS = {
     "torchjd": GREEN,
     "torchjd[one by one]": PALE_GREEN,
     "loop": BLACK,
-    "pytorch_optimizer": OLIVE,
+    "pytorch_optimizer": ORANGE,
 }
 LARGE_COLOURS = {
     "plain": GREY,
@@ -41,7 +43,7 @@ LARGE_COLOURS = {
     "streaming": RED,
     "streaming[bf16 rows]": PALE_RED,
     "pc_backward": PINK,
-    "two_phase": PURPLE,
+    "two_phase": SKY,
     "torchjd": GREEN,
     "loop": BLACK,
 }
@@ -49,9 +51,9 @@ LARGE_COLOURS = {
 
 def draw(folder: Path) -> list[Path]:
     """All plots that the committed rows have data for, as PNG."""
-    names = ("cpu", "large", "floor", "gpu")
-    cpu, large, floor, gpu = (rows.latest(rows.read(RESULTS / f"{name}.jsonl")) for name in names)
-    return [*draw_cpu(cpu, folder), *draw_large(large, folder), *draw_floor(floor, folder), *draw_gpu(gpu, folder)]
+    cpu, large, floor, gpu = map(rows.latest_of, ("cpu", "large", "floor", "gpu"))
+    of_cpu = draw_cpu([*cpu, *rows.latest_of("memory")], folder)
+    return [*of_cpu, *draw_large(large, folder), *draw_floor(floor, folder), *draw_gpu(gpu, folder)]
 
 
 def _save(figure: Any, path: Path, dpi: int) -> Path:
@@ -65,15 +67,17 @@ def draw_cpu(latest: Sequence[Row], folder: Path) -> list[Path]:
     from matplotlib import rc_context
 
     made = []
+    peaks = [row for row in latest if row.kind == "memory"]
+    others = [row for row in latest if row.kind != "memory"]
     with rc_context({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
-        for name, figure in (
-            ("kernels", _kernels(latest)),
-            ("bandwidth", _bandwidth(latest)),
-            ("steps", _bars(latest, "step")),
-            ("memory", _bars(latest, "memory")),
+        for name, figure, of in (
+            ("kernels", _kernels(others), others),
+            ("bandwidth", _bandwidth(others), others),
+            ("steps", _bars(others, "step"), others),
+            ("memory", _bars(peaks, "memory"), peaks),
         ):
             if figure is not None:
-                where = textwrap.fill(origin(latest), int(16 * figure.get_figwidth()))
+                where = textwrap.fill(origin(of), int(16 * figure.get_figwidth()))
                 figure.suptitle(f"{figure.get_suptitle()}\n{where}", fontsize=8)
                 made.append(_save(figure, folder / f"{name}.png", 90))
     return made
@@ -148,36 +152,44 @@ def _bandwidth(latest: Sequence[Row]) -> Any:
             lines[f"{subject}, {layout}"] = line
         axis.axhline(1, color="grey", lw=0.8)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({r.T for r in kernels if r.T is not None}))
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_title(f"{op}, of {'read' if op == 'gram' else 'copy'}", fontsize=8)
         axis.set_xlabel("T")
     axes[0][0].set_ylabel("share of the machine's bandwidth")
     _legend(figure, lines)
-    figure.suptitle(f"fp32, N=2^{width.bit_length() - 1}")
+    figure.suptitle(
+        f"fp32, N=2^{width.bit_length() - 1}: bytes that must move / time, by the bandwidth measured in turn"
+    )
     return figure
 
 
+LONGEST_BAR = 6.0
+"""Longer ones end there, and their labels say how long they are: else the loop's leave nothing to see of the others."""
+
+
 def _bars(latest: Sequence[Row], kind: str) -> Any:
-    """One panel for each case: a bar for each competitor; the target as a line."""
+    """One panel for each case: a bar for each competitor, from 0; the target as a line."""
     cases = by_case(latest, kind, "step")
     if not cases:
         return None
-    figure, axes = _panels(1, len(cases), 3.0 * len(cases), 2.8, sharey=True)
-    for axis, (case, found) in zip(axes.flat, cases.items(), strict=True):
+    columns = min(2, len(cases))
+    lines = -(-len(cases) // columns)
+    figure, axes = _panels(lines, columns, 8, 2.3 * lines + 0.6, sharey=True)
+    for axis in axes.flat[len(cases) :]:
+        axis.set_axis_off()
+    for axis, (case, found) in zip(axes.flat, cases.items(), strict=False):
         values = {
             s: row.peak_ratio if kind == "memory" else 1.0 if s == "plain" else row.ratios.get("plain")
             for s, row in found.items()
         }
         bars = {s: value for s, value in values.items() if value is not None}
-        drawn = axis.barh(list(bars), list(bars.values()), color=[COLOURS.get(s) for s in bars])
-        axis.bar_label(drawn, fmt="%.2f", padding=2)
+        lengths = [min(value, LONGEST_BAR) for value in bars.values()]
+        drawn = axis.barh(list(bars), lengths, color=[COLOURS.get(s) for s in bars])
+        axis.bar_label(drawn, [f"{value:.2f}{' →' * (value > LONGEST_BAR)}" for value in bars.values()], padding=2)
         axis.axvline(1.05 if kind == "memory" else 1.3 if case.startswith("tutorial") else 1.25, color="grey", ls=":")
-        highest = 2.5 * max(bars.values(), default=1.0)
-        axis.set_xscale("log")
-        axis.set_xlim(min(bars.values(), default=1.0) / 1.5, highest)
-        axis.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if tick < highest])
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("")
-        axis.set_title(case, fontsize=8)
+        axis.set_xlim(0, 1.25 * max(lengths, default=1.0))
+        axis.set_title(case.removeprefix("memory "), fontsize=8)
     axes[0][0].invert_yaxis()
     figure.suptitle(
         "peak memory beyond model and activations / T·N·itemsize (dotted: target)"
@@ -243,7 +255,7 @@ def draw_floor(latest: Sequence[Row], folder: Path) -> list[Path]:
             points = sorted((int(row.case.rpartition("B=")[2]), row.ratios["plain"]) for row in chosen if row.ratios)
             if points:
                 label = f"{model}, auto" if subject == LIBRARY else None
-                steps.plot(*zip(*points, strict=True), style, ms=3, lw=1, color=f"C{colour}", label=label)
+                steps.plot(*zip(*points, strict=True), style, ms=3, lw=1, color=CYCLE[colour], label=label)
     for subject, style in ((LIBRARY, "o-"), (DENSE_ROWS, "s:"), (FACTORED_ROWS, "^--")):
         chosen = [row for row in latest if (row.kind, row.op, row.subject) == ("memory", "floor", subject)]
         mlps = [row for row in chosen if row.peak_ratio is not None and "mlp" in row.case]
@@ -257,7 +269,7 @@ def draw_floor(latest: Sequence[Row], folder: Path) -> list[Path]:
             points = sorted((row.T or 0, row.whole_p50_ms) for row in chosen if row.whole_p50_ms is not None)
             if points:
                 name = subject if widths == samples.NARROW else None
-                own = COLOURS.get(subject, RED if subject == samples.GRAM else PURPLE)
+                own = COLOURS.get(subject, RED if subject == samples.GRAM else SKY)
                 samples_axis.plot(*zip(*points, strict=True), style, ms=4, color=own, label=name)
     steps.axhline(1, color="grey", lw=0.8)
     peaks.axhline(1.5, color="grey", ls=":")
@@ -287,12 +299,15 @@ def draw_gpu(latest: Sequence[Row], folder: Path) -> list[Path]:
             chosen = [r for r in rows_of_eight if (r.op, r.backend) == (op, backend)]
             points = sorted((8 * (r.N or 0) * 4, r.gbps or 0.0) for r in chosen)
             if points:
-                axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=f"{op} {backend}")
+                axes.plot(*zip(*points, strict=True), style, color=CYCLE[colour], label=f"{op} {backend}")
     for row in latest:
         if row.kind == "bandwidth" and row.gbps:
             axes.axhline(row.gbps, color="grey", linestyle=":" if row.op == "read" else "-", linewidth=1, label=row.op)
     axes.set(xscale="log", xlabel="bytes of J (T=8, fp32)", ylabel="10⁹ bytes/s")
     axes.legend(ncols=2, fontsize=7)
+    last = latest[-1].environment
+    where = f"{last.device}; torch {last.torch}; commit {last.commit}, {last.date}"
+    figure.suptitle(f"Bytes that must move / time of a call\n{where}", fontsize=8)
     return [_save(figure, folder / "gpu.png", 120)]
 
 

@@ -162,6 +162,11 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return [row for row in every if row.environment.run == every[-1].environment.run] if every else []
 
 
+def latest_of(*results: str) -> list[Row]:
+    """Those of each of these files of results."""
+    return [row for name in results for row in latest(read(RESULTS / f"{name}.jsonl"))]
+
+
 def environment(threads: int) -> Environment:
     import numpy
     import torch

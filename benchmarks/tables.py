@@ -1,6 +1,6 @@
 """Tables from rows, in Markdown: of README.md and of docs/, and what a run shows.
 
-Pages hold what is written here between two markers, from the rows of the latest run alone.
+Pages hold what is written here between two markers, from the rows of the latest run of each file alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks import rows, samples, targets
 from benchmarks.cases import DTYPES, OPS
 from benchmarks.method_cases import FLOOR, PEER
 from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS
-from benchmarks.rows import LIBRARY, MACHINE, RESULTS, ROOT, Row
+from benchmarks.rows import LIBRARY, MACHINE, ROOT, Row
 from benchmarks.steps import WHOLE
 
 CPU_OPS = {"pcgrad": "`pcgrad(J)`", "gram": "`gram(J)`", "combine": "`combine(J, w)`", "mix_": "`mix_(J, C)`"}
@@ -52,14 +52,14 @@ def summary(latest: Sequence[Row]) -> str:
     if not latest:
         return "Not yet measured."
     tables = _step_table(latest, SUMMARIZED, only_whole=True), _peak_table(latest, SUMMARIZED)
-    return "\n\n".join([*tables, origin(latest)])
+    return "\n\n".join([*tables, origins(latest)])
 
 
 def cpu(latest: Sequence[Row]) -> str:
     """The CPU's: targets, kernels, steps, peaks, and where they were measured."""
     if not latest:
         raise ValueError("there are no rows: run `python -m benchmarks.run --append` first")
-    parts = [target_table(latest), _cpu_kernels(latest), _step_table(latest), _peak_table(latest), origin(latest)]
+    parts = [target_table(latest), _cpu_kernels(latest), _step_table(latest), _peak_table(latest), origins(latest)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -137,11 +137,16 @@ def _peak_table(latest: Sequence[Row], of: Sequence[str] | None = None) -> str:
     subjects = _subjects(cases, of)
     lines = []
     for found in cases.values():
-        peaks = [found[s].peak_ratio if s in found else None for s in subjects]
         name = _model(max(found.values(), key=lambda row: row.N or 0))
-        lines.append((name, *("" if p is None else f"{p:.2f}" for p in peaks)))
+        lines.append((name, *(_peak(found.get(s)) for s in subjects)))
     header = ("peak beyond model and activations / T·N·itemsize", *map(_display, subjects))
     return markdown(header, lines) if lines else ""
+
+
+def _peak(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return row.status.partition(" (")[0] if row.peak_ratio is None else f"{row.peak_ratio:.2f}"
 
 
 def origin(latest: Sequence[Row]) -> str:
@@ -150,6 +155,15 @@ def origin(latest: Sequence[Row]) -> str:
     machine = f"{e.device}, {e.threads} threads" + (f", {', '.join(bandwidth)}" if bandwidth else "")
     versions = f"fastpcgrad {e.fastpcgrad}, torch {e.torch}, numpy {e.numpy}"
     return f"Measured on {machine}; {versions}; commit {e.commit}; {e.date}."
+
+
+def origins(latest: Sequence[Row]) -> str:
+    """Of times and of peaks, which may be of two runs."""
+    peaks = [row for row in latest if row.kind == "memory"]
+    others = [row for row in latest if row.kind != "memory"]
+    if not peaks or not others or peaks[-1].environment.run == others[-1].environment.run:
+        return origin(latest)
+    return f"{origin(others)} Peaks: commit {peaks[-1].environment.commit}; {peaks[-1].environment.date}."
 
 
 def gpu(latest: Sequence[Row]) -> str:
@@ -397,10 +411,10 @@ def factored(latest: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class Page:
-    """A page of which a part is written from the rows of a file."""
+    """A page of which a part is written from the rows of files of results, by name."""
 
     path: Path
-    results: Path
+    results: tuple[str, ...]
     marker: str
     table: Callable[[Sequence[Row]], str]
 
@@ -410,7 +424,7 @@ class Page:
         start, end = f"<!-- {self.marker}:start -->", f"<!-- {self.marker}:end -->"
         if page.count(start) != 1 or page.count(end) != 1 or page.index(start) > page.index(end):
             raise ValueError(f"{self.path} must hold {start} and {end} once each, in this order")
-        content = self.table(rows.latest(rows.read(self.results)))
+        content = self.table(rows.latest_of(*self.results))
         return f"{page.split(start)[0]}{start}\n{content}\n{end}{page.split(end)[1]}"
 
     def is_stale(self) -> bool:
@@ -418,10 +432,10 @@ class Page:
 
 
 PAGES = (
-    Page(ROOT / "README.md", RESULTS / "cpu.jsonl", "summary-table", summary),
-    Page(ROOT / "docs" / "benchmarks.md", RESULTS / "cpu.jsonl", "benchmark-table", cpu),
-    Page(ROOT / "docs" / "benchmarks.md", RESULTS / "factored.jsonl", "factored-table", factored),
-    Page(ROOT / "docs" / "below_the_floor.md", RESULTS / "floor.jsonl", "floor-table", floor),
-    Page(ROOT / "docs" / "kernels.md", RESULTS / "gpu.jsonl", "gpu-table", gpu),
-    Page(ROOT / "docs" / "methods.md", RESULTS / "methods.jsonl", "methods-table", methods),
+    Page(ROOT / "README.md", ("cpu", "memory"), "summary-table", summary),
+    Page(ROOT / "docs" / "benchmarks.md", ("cpu", "memory"), "benchmark-table", cpu),
+    Page(ROOT / "docs" / "benchmarks.md", ("factored",), "factored-table", factored),
+    Page(ROOT / "docs" / "below_the_floor.md", ("floor",), "floor-table", floor),
+    Page(ROOT / "docs" / "kernels.md", ("gpu",), "gpu-table", gpu),
+    Page(ROOT / "docs" / "methods.md", ("methods",), "methods-table", methods),
 )

@@ -162,7 +162,7 @@ def test_cuda_sources_are_compiled_for_every_architecture(project):
     result = project.run("setup.py", "build_ext", "--inplace", FASTPCGRAD_BUILD="cuda")
     assert result.returncode == 0, result.stdout + result.stderr
     commands = result.stdout + result.stderr
-    for code in ("80,code=sm_80", "90,code=sm_90", "100,code=sm_100", "100,code=compute_100"):
+    for code in ("80,code=sm_80", "90,code=sm_90", "100,code=sm_100", "120,code=sm_120", "80,code=compute_80"):
         assert f"-gencode=arch=compute_{code} " in commands
     loaded, error = native._open(project.package / "libfastpcgrad_cuda.so")
     assert loaded is not None, error  # without a GPU as well: the driver is looked for at the first call

@@ -24,7 +24,7 @@ needs_nvcc = pytest.mark.skipif(
 )
 
 ARCHS = os.environ.get("FASTPCGRAD_CUDA_ARCHS", "90")
-"""One unless told otherwise: each takes minutes. ``FASTPCGRAD_CUDA_ARCHS="80 90 100"`` is what setup.py builds."""
+"""One unless told otherwise: each takes minutes. ``FASTPCGRAD_CUDA_ARCHS="80 90 100 120"`` is what setup.py builds."""
 # Of a kernel, or of a function that it calls.
 _FUNCTION = re.compile(r"Function properties for (\w+)\n\s+\d+ bytes stack frame, (\d+) bytes spill stores")
 

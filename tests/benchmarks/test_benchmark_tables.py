@@ -222,11 +222,13 @@ def test_the_committed_pages_are_what_the_rows_give(page):
 
 
 @pytest.fixture
-def page(tmp_path):
-    """A page with an old table, and rows of another."""
-    found = tables.Page(tmp_path / "page.md", tmp_path / "rows.jsonl", "m", lambda latest: f"{len(latest)} rows")
+def page(tmp_path, monkeypatch):
+    """A page with an old table, and rows of another in two files."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    found = tables.Page(tmp_path / "page.md", ("times", "peaks"), "m", lambda latest: f"{len(latest)} rows")
     found.path.write_text("# Title\n\n<!-- m:start -->\nold\n<!-- m:end -->\n\nEnd\n", encoding="utf-8")
-    rows.append(CPU_ROWS, found.results)
+    rows.append(CPU_ROWS[:2], tmp_path / "times.jsonl")
+    rows.append(CPU_ROWS[2:], tmp_path / "peaks.jsonl")
     return found
 
 

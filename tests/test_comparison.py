@@ -1,0 +1,61 @@
+"""docs/comparison.md names what there is: each name is looked up in its column's package, arguments in signatures."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = (Path(__file__).parents[1] / "docs" / "comparison.md").read_text(encoding="utf-8")
+PACKAGES = {name: name for name in ("fastpcgrad", "LibMTL", "pytorch_optimizer")} | {"TorchJD": "torchjd"}
+NAME = re.compile(r"`([\w.]+)(?:\(([\w=, ]+)\))?`")
+
+
+def cells():
+    """(package, cell) of all columns but the first of each row."""
+    for table in re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE):
+        header, _, *rows = ([cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines())
+        yield from ((PACKAGES[column], cell) for row in rows for column, cell in zip(header, row, strict=True))
+
+
+NAMED = sorted({(package, *found) for package, cell in cells() for found in NAME.findall(cell)})
+
+
+def found(name):
+    """What a dotted name stands for: a module, or an attribute of one."""
+    package, *rest = name.split(".")
+    here = importlib.import_module(package)
+    for k, part in enumerate(rest):
+        try:
+            here = getattr(here, part)
+        except AttributeError:
+            here = importlib.import_module(".".join((package, *rest[: k + 1])))
+    return here
+
+
+@pytest.mark.parametrize(("package", "name", "arguments"), NAMED, ids=[f"{named[0]}.{named[1]}" for named in NAMED])
+def test_what_is_named_is_there(package, name, arguments):
+    if package != "fastpcgrad":
+        pytest.importorskip(package)
+    there = found(f"{package}.{name}")
+    for argument in filter(None, arguments.replace("=", "").split(", ")):
+        assert argument in inspect.signature(there).parameters
+
+
+def test_every_row_of_ours_names_something():
+    ours = [cell for package, cell in cells() if package == "fastpcgrad"]
+    assert len(ours) > 10 and all(map(NAME.fullmatch, ours))
+
+
+OURS = {
+    "methods": "PCGrad MGDA CAGrad GradVac GradDrop IMTLG AlignedMTL ConFIG DualProj FairGrad Krum NashMTL TrimmedMean "
+    "UPGrad",
+    "balancing": "DWA UncertaintyWeighting FAMO STCH GradNorm",
+}
+"""What the rows on methods and balancers mean, in the code's names."""
+
+
+@pytest.mark.parametrize("room", OURS)
+def test_the_methods_that_are_named_are_ours(room):
+    assert set(OURS[room].split()) <= set(found(f"fastpcgrad.{room}").__all__)
