@@ -19,7 +19,7 @@ class STCH(Balancer):
 
     Args:
         num_tasks, process_group: see ``Balancer``.
-        mu: μ > 0, in the unit of the losses times λ.
+        mu: μ > 0, in the unit of the losses times λ. LibMTL takes 1, of logarithms of losses.
         preference: λ, T numbers > 0; None: 1/T each.
         ideal: z, T numbers: the best loss that each task could reach; None: zeros.
     Attributes:
@@ -41,7 +41,7 @@ class STCH(Balancer):
     def __init__(
         self,
         num_tasks: int,
-        mu: float,
+        mu: float = 1.0,
         preference: Iterable[float] | Tensor | None = None,
         ideal: Iterable[float] | Tensor | None = None,
         *,
