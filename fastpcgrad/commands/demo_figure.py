@@ -37,7 +37,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     figure.supxlabel(
         f"Circle: one of {len(first[FIRST].errors)} seeds, the same for all. Line: lowest to highest seed. Bar: "
         "median. Best weights of 4: chosen by this very error.\nEvery method that weighs by conflict is shown, with "
-        "its defaults. ms: a step of one network on one thread.",
+        "its defaults. ms: the fastest step of one network, on one thread.",
         fontsize=9,
         x=0.01,
         ha="left",
@@ -54,8 +54,8 @@ def _headline(first: dict[str, Outcome], second: dict[str, Outcome]) -> str:
 def _finding(found: dict[str, Outcome]) -> str:
     hand, plain, band = (len(winners(found, rule)) or "none" for rule in (FIRST, "plain sum", SEARCHED))
     return (
-        f"of {len(METHODS)} methods {hand} better in every seed than losses / first values,\n"
-        f"{plain} than the plain sum, {band} than the best weights of 4 (grey band)"
+        f"worst seed better than the best of losses / first values: {hand} of {len(METHODS)} methods;\n"
+        f"of the plain sum: {plain}; of the best weights of 4 (grey band): {band}"
     )
 
 
@@ -86,4 +86,4 @@ def _beside(axes: Axes, place: int, median: str, step: str, colour: str) -> None
 
 
 def _two_digits(percent: float) -> str:
-    return f"{percent:.0f}" if percent >= 10 else f"{percent:.2g}"
+    return f"{percent:.0f}" if percent >= 10 else f"{percent:#.2g}"
