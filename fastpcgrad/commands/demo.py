@@ -154,12 +154,13 @@ def _all_outcomes(seeds: Sequence[int], steps: int | None) -> list[Outcome]:
     """Of each problem and rule, printed as they come: from a process for each core, or quickly from this one."""
     quick = steps is not None
     times = {problem: _milliseconds(problem, 0.0 if quick else SECONDS) for problem in PROBLEMS}
+    jobs = [(problem, rule) for problem in PROBLEMS for rule in rules(problem)]
     outcomes = []
     with ExitStack() as stack:
         run: Callable[..., Iterator[tuple[float, ...]]] = map
         if not quick:
-            run = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))).map
-        jobs = [(problem, rule) for problem in PROBLEMS for rule in rules(problem)]
+            workers = min(os.cpu_count() or 1, len(jobs))
+            run = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn"))).map
         trained = run(train, *zip(*jobs, strict=True), repeat(seeds), repeat(steps))
         for (problem, rule), errors in zip(jobs, trained, strict=True):
             if rule == rules(problem)[0]:
@@ -170,9 +171,9 @@ def _all_outcomes(seeds: Sequence[int], steps: int | None) -> list[Outcome]:
 
 
 def _milliseconds(problem: str, seconds: float) -> dict[str, float]:
-    """The fastest step of one network by each rule, measured in turn: so short a step is soon disturbed by others."""
+    """The processor's time for a step of one network by each rule, in turn: others disturb it less than the clock's."""
     trainings = {rule: Training(problem, rule, (0,), PROBLEMS[problem].steps) for rule in rules(problem)}
-    times = in_turn({rule: training.step for rule, training in trainings.items()}, seconds, "cpu", min)
+    times = in_turn({rule: training.step for rule, training in trainings.items()}, seconds, "cpu", time.thread_time)
     return {rule: 1e3 * taken for rule, taken in times.items()}
 
 

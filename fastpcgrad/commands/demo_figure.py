@@ -37,7 +37,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     figure.supxlabel(
         f"Circle: one of {len(first[FIRST].errors)} seeds, the same for all. Line: lowest to highest seed. Bar: "
         "median. Best weights of 4: chosen by this very error.\nEvery method that weighs by conflict is shown, with "
-        "its defaults. ms: the fastest step of one network, on one thread.",
+        "its defaults. ms: processor time for one network, on one thread.",
         fontsize=9,
         x=0.01,
         ha="left",
