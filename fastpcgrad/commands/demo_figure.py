@@ -46,8 +46,10 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def _headline(first: dict[str, Outcome], second: dict[str, Outcome]) -> str:
-    if winners(first, FIRST) and not winners(second, "plain sum"):
-        return "Losses a thousandfold apart: surgery saves the search for weights. Losses of one kind: it gains nothing"
+    saving = len(winners(first, FIRST))
+    if saving and not winners(second, "plain sum"):
+        share = f"{saving} of {len(METHODS)} methods"
+        return f"Losses a thousandfold apart: {share} save the search for weights. Losses of one kind: none gains"
     return "Gradient surgery beside sums of losses"
 
 
