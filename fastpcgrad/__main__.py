@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("config", help="versions and backends, and why one is missing")
     commands.add_parser("doctor", help="what is installed, which backend runs, and a self-test of ten seconds")
-    shown = commands.add_parser("demo", help="two minutes: where surgery helps, where not, and what a step costs")
+    shown = commands.add_parser("demo", help="a few minutes: where surgery helps, where not, and what a step costs")
     shown.add_argument("--out", type=Path, default=Path("demo-output"), help="figure folder (%(default)s)")
     shown.add_argument("--quick", action="store_true", help="few seeds and steps: whether it runs, not who wins")
     measured = commands.add_parser("bench", help="ten seconds against a Python loop and, where installed, TorchJD")
