@@ -31,8 +31,8 @@ help: ## show this list
 
 venv: $(EVERYTHING) $(VENV)/native ## install into .venv what all other targets need
 
-demo: $(VENV)/extra-examples $(VENV)/native ## train on handwritten digits with and without gradient surgery
-	$(RUN) -m examples.multidigits $(ARGS)
+demo: $(VENV)/extra-examples $(VENV)/native ## where gradient surgery helps, where it does not, and what a step costs
+	$(RUN) -m fastpcgrad demo $(ARGS)
 
 test: $(EVERYTHING) $(VENV)/native ## run the tests that need no GPU, but the slow ones
 	$(PYTEST) -m 'not slow' $(ARGS)

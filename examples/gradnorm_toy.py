@@ -31,6 +31,7 @@ SUMMARY = "Train GradNorm's toy problem with equal weights and with GradNorm."
 NEEDED = ("rich", "matplotlib")
 TASK_COUNTS = (2, 10)
 FEATURES, WIDTH, LABELS, SAMPLES, BATCH = 250, 100, 100, 10_000, 100
+QUICK_STEPS = 40
 ALPHA, NETWORK_LR, WEIGHTS_LR = 0.12, 2e-5, 7e-4
 EQUAL, GRADNORM = "equal weights", "GradNorm"
 
@@ -200,7 +201,10 @@ def _curves(axes: Any, values: NDArray[Any], tasks: int) -> None:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_line.parser("gradnorm_toy", SUMMARY, seeded="data, weights, batches")
-    parser.add_argument("--steps", type=command_line.positive, default=1200, help="of each run (%(default)s)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=command_line.positive, default=1200, help="of each run (%(default)s)")
+    quick = f"{QUICK_STEPS} steps: a look in seconds"
+    length.add_argument("--quick", dest="steps", action="store_const", const=QUICK_STEPS, help=quick)
     return parser.parse_args(arguments)
 
 

@@ -60,7 +60,8 @@ THIRD_PARTY = {
     "torch": None,
     "numpy": {"arrays", "backends.config", "backends.triton", "_generators", "gradnorm", "methods"},
     "triton": {"backends.triton"},
-    "matplotlib": {"merging.conflict_maps", "merging.report", "monitor"},
+    "matplotlib": {"commands.demo_figure", "merging.conflict_maps", "merging.report", "monitor"},
+    "sklearn": {"commands.demo_problems"},
     "pandas": {"merging.conflict_maps", "merging.report", "monitor"},
     "accelerate": {"integrations.accelerate", "integrations.transformers"},
     "transformers": {"integrations.transformers"},
@@ -74,7 +75,7 @@ THIRD_PARTY = {
     "torchjd": {"commands.bench", "integrations.torchjd"},
 }
 """Packages and the modules (with what lies in them) that may import them; None: all."""
-INSIDE_FUNCTIONS = {"matplotlib", "pandas", "torchjd"}
+INSIDE_FUNCTIONS = {"matplotlib", "pandas", "sklearn", "torchjd"}
 """Optional packages: importing the module must not need them, unless it is an integration of theirs."""
 
 

@@ -19,7 +19,7 @@ class STCH(Balancer):
 
     Args:
         num_tasks, tasks, process_group: see ``Balancer``.
-        mu: μ > 0, without a default, in the unit of the losses times λ.
+        mu: μ > 0, in the unit of the losses times λ. LibMTL takes 1, of logarithms of losses.
         preference: λ, T numbers > 0; None: 1/T each.
         ideal: z, T numbers: the best loss that each task could reach; None: zeros.
     Attributes:
@@ -41,7 +41,7 @@ class STCH(Balancer):
     def __init__(
         self,
         num_tasks: int | None = None,
-        mu: float | None = None,
+        mu: float = 1.0,
         preference: Iterable[float] | Tensor | None = None,
         ideal: Iterable[float] | Tensor | None = None,
         *,
@@ -49,7 +49,7 @@ class STCH(Balancer):
         process_group: object = "auto",
     ) -> None:
         super().__init__(num_tasks, process_group, tasks=tasks)
-        if mu is None or not 0 < mu < float("inf"):
+        if not 0 < mu < float("inf"):
             raise ValueError(f"mu must be a finite number > 0; found {mu!r}")
         num_tasks = self.num_tasks
         chosen = [1 / num_tasks] * num_tasks if preference is None else preference

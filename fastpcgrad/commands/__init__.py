@@ -1,1 +1,1 @@
-"""What ``python -m fastpcgrad`` does: config, doctor, bench."""
+"""What ``python -m fastpcgrad`` does: config, doctor, demo, bench."""

@@ -16,7 +16,8 @@ class CAGrad(CompiledMethod):
     the mean. The weights do not change with the scale of the gradients, so the merged gradient scales with them.
 
     Args:
-        c: radius of the ball around g_0 in units of ‖g_0‖; not negative. The paper takes 0.2 to 0.8.
+        c: radius of the ball around g_0 in units of ‖g_0‖; not negative. The paper takes 0.2 to 0.8, LibMTL
+            0.5.
         norm_eps: zero weights where ‖g_v‖ < norm_eps·‖J‖_F: the point is about Pareto-stationary; not negative. TorchJD
             also gives zeros where ‖J‖_F² < norm_eps, which would stop the training on small or scaled gradients.
     Raises:
@@ -30,7 +31,7 @@ class CAGrad(CompiledMethod):
         tensor([1.0590, 0.5000], dtype=torch.float64)
     """
 
-    def __init__(self, c: float, norm_eps: float = 0.0001) -> None:
+    def __init__(self, c: float = 0.5, norm_eps: float = 0.0001) -> None:
         if not 0 <= c < np.inf:
             raise ValueError(f"c must be finite and not negative; found {c!r}")
         if not 0 <= norm_eps < np.inf:

@@ -18,7 +18,7 @@ class FairGrad(CompiledMethod):
     merged gradient is scale-equivariant for α = 0 alone, and for α = 1 its length does not depend on the scale.
 
     Args:
-        alpha: which fairness; not negative.
+        alpha: which fairness; not negative. LibMTL takes 1.
         max_iters: the most Newton steps; positive. About 10 suffice where task gradients are not nearly dependent.
     Raises:
         ValueError: ``alpha`` is negative or not finite, or ``max_iters`` is not positive.
@@ -33,7 +33,7 @@ class FairGrad(CompiledMethod):
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
 
-    def __init__(self, alpha: float, max_iters: int = 100) -> None:
+    def __init__(self, alpha: float = 1.0, max_iters: int = 100) -> None:
         if not 0 <= alpha < np.inf:
             raise ValueError(f"alpha must be finite and not negative; found {alpha!r}")
         self.alpha = alpha

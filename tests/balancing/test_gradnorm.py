@@ -183,6 +183,10 @@ def test_heads_are_touched_by_their_own_task_alone():
         assert grads == (None, None)
 
 
+def test_alpha_has_the_usual_value():
+    assert GradNorm(2).alpha == 1.5
+
+
 def test_a_resumed_run_gives_the_same_numbers(tmp_path):
     def advance(balancer, data):
         for batch in data:

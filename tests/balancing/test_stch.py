@@ -59,6 +59,11 @@ def test_a_loss_that_is_not_finite_is_weighed_as_the_losses_before_it(bad):
     assert torch.equal(weighted[::2], balancer.weights[::2]) and not weighted[1].isfinite()
 
 
+def test_mu_has_the_usual_value():
+    losses = torch.tensor([1.0, 3.0])
+    assert torch.equal(STCH(2)(losses), STCH(2, mu=1.0)(losses))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -41,7 +41,7 @@ def test_the_network_is_the_papers():
 
 def test_a_short_run_draws_its_figures_and_is_deterministic(tmp_path, capsys, kept_state):
     runs, again = (
-        gradnorm_toy.main(["--steps", "40", "--threads", "1", "--out", str(tmp_path / "new" / name)]) for name in "ab"
+        gradnorm_toy.main(["--quick", "--threads", "1", "--out", str(tmp_path / "new" / name)]) for name in "ab"
     )
     assert [(run.tasks, run.name) for run in runs] == [(t, name) for t in (2, 10) for name in (EQUAL, GRADNORM)]
     printed = capsys.readouterr().out.replace("\n", "")
@@ -51,7 +51,7 @@ def test_a_short_run_draws_its_figures_and_is_deterministic(tmp_path, capsys, ke
         assert figure.stat().st_size > 20_000
         assert str(figure) in printed
     for run, other in zip(runs, again, strict=True):
-        assert run.losses.shape == run.weights.shape == (40, run.tasks)
+        assert run.losses.shape == run.weights.shape == (gradnorm_toy.QUICK_STEPS, run.tasks)
         np.testing.assert_array_equal(run.losses, other.losses)
         np.testing.assert_allclose(run.weights.sum(axis=1), run.tasks, rtol=1e-5)
         if run.name == EQUAL:

@@ -112,4 +112,5 @@ def test_bad_arguments_name_what_was_found(arguments, words):
 
 
 def test_it_has_no_state_and_says_what_it_is():
+    assert CAGrad().c == 0.5
     assert make().state_dict() == {} and repr(make()) == "CAGrad(c=0.5, norm_eps=0.0001)"

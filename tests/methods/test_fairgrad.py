@@ -103,4 +103,5 @@ def test_bad_arguments_name_what_was_found(arguments, words):
 
 
 def test_it_has_no_state_and_says_what_it_is():
+    assert FairGrad().alpha == 1
     assert make().state_dict() == {} and repr(make()) == "FairGrad(alpha=2.0, max_iters=100)"
