@@ -30,7 +30,7 @@ FLOORS = (
     {"rows.stacked"},
     {"rows.columns", "rows.forms", "rows.host", "rows.parameters", "merging.conflict_maps"},
     {"rows.task_gradients", "rows.memory_plan", "distributed.exchange", "merging.report", "merging.problems"},
-    {"rows.moved"},
+    {"rows.moved", "rows.departures"},
     {"rows.capture"},
     {"rows.sharded"},
     {"rows.layout", "rows.factored_round"},

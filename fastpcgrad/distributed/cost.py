@@ -59,7 +59,7 @@ class Step:
             return 0
         points = 1 if self.mode == "task" else 2 * self.tasks + 2
         counts = 8 * (1 + self.tasks) * (self.processes - 1) if self.mode == "task" else 0
-        return 24 * points + 8 * (3 * self.tasks**2 + self.tasks) + self.tasks * self.parameters + counts
+        return 40 * points + 8 * (3 * self.tasks**2 + self.tasks) + self.tasks * self.parameters + counts
 
     @property
     def sent(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -20,9 +21,11 @@ from .._ops import flat
 from ..distributed.buckets import Buckets
 from ..distributed.exchange import Exchange
 from ..distributed.links import Link
-from .capture import Capture
+from .capture import Aside, Capture
 from .columns import Columns
+from .departures import Departures, Overlap, may_overlap
 from .forms import Form
+from .hooks import register
 from .memory_plan import MemoryPlan, plan_sharded
 from .task_gradients import Row, TaskGradients
 
@@ -43,11 +46,35 @@ class _Vector(NamedTuple):
     begins: list[int]
     buckets: Buckets
 
+    def within(self, number: int) -> list[int]:
+        """The parameters of which there is something in a bucket."""
+        first = number * self.buckets.width
+        last = first + self.buckets.width
+        places = zip(self.indexes, self.begins, self.begins[1:], strict=False)
+        return [index for index, begin, end in places if max(begin, first) < min(end, last)]
+
+
+class _Turn(NamedTuple):
+    """When which bucket leaves.
+
+    Attributes:
+        place: of its vector.
+        number: of the bucket there.
+        within: the parameters of which there is something in it.
+    """
+
+    place: int
+    number: int
+    within: list[int]
+
 
 class ShardedGradients(TaskGradients):
-    """Rows of which this process has its shard, of means over all processes: each is reduced once its task is left.
+    """Rows of which this process has its shard, of means over all processes: each is reduced when its task is left, or
+    ahead of that, as far as its gradients are there.
 
-    A parameter's part of a shard is an interval of its gradient as it lies in memory, and may be empty.
+    Buckets leave in one order, the same in all processes: that in which a backward pass comes to the parameters, if
+    their own order is that of the forward pass. A parameter's part of a shard is an interval of its gradient as it lies
+    in memory, and may be empty.
 
     Args:
         parameters, dtype: see ``TaskGradients``. Gradients are reduced in their own dtype.
@@ -66,7 +93,7 @@ class ShardedGradients(TaskGradients):
         self._vectors: list[_Vector] = []
         kinds = list(zip(map(gradient_dtype, parameters), self.devices, strict=True))
         for kind in dict.fromkeys(kinds):
-            indexes = [index for index, own in enumerate(kinds) if own == kind]
+            indexes = [index for index in reversed(range(len(kinds))) if kinds[index] == kind]
             begins = [0, *accumulate(self.widths[index] for index in indexes)]
             self._vectors.append(_Vector(indexes, begins, Buckets(begins[-1], *kind, link, answers)))
         self.widths = array("q", self.widths)  # from here on those of this process' part
@@ -75,6 +102,15 @@ class ShardedGradients(TaskGradients):
             for index, begin, end in zip(vector.indexes, ends, ends[1:], strict=False):
                 self.widths[index] = end - begin
         self._sizes = [width * own.itemsize for width, own in zip(self.widths, self.dtypes, strict=True)]
+        turns = [
+            _Turn(place, number, vector.within(number))
+            for place, vector in enumerate(self._vectors)
+            for number in range(vector.buckets.count)
+        ]
+        self._turns = sorted(turns, key=lambda turn: -min(turn.within, default=-1))  # the last one may be empty
+        self.begun = 0
+        """How many buckets of an open task have left: of the first turns."""
+        self._ahead: list[Tensor] = []  # the shards of these
         self._shards: dict[int, list[Tensor]] = {}
         self._there: dict[int, list[bool]] = {}
         self._free: list[list[Tensor]] = []
@@ -100,6 +136,11 @@ class ShardedGradients(TaskGradients):
             problems=problems,
         )
 
+    @property
+    def turns(self) -> int:
+        """How many buckets a row is reduced in."""
+        return len(self._turns)
+
     def take(self, task: int) -> Row | None:
         """See ``TaskGradients``; a row that is there stays here, and what the stay brings is added to it."""
         self._before = None
@@ -107,21 +148,62 @@ class ShardedGradients(TaskGradients):
             self._before = self._shards.pop(task), self._there.pop(task)
         return None
 
+    def prepare(self) -> bool:
+        """Whether an open task may be reduced ahead: not one that was entered before, whose row is there. Nothing is
+        left then to be allocated, or made with all processes together."""
+        for vector in self._vectors:
+            vector.buckets.prepare()
+        return self._before is None
+
+    def reduce_ahead(self, row: Row, are_there: Callable[[list[int]], bool]) -> list[list[int]]:
+        """Begin to reduce the open task's buckets whose turn it is and whose gradients are there. Waits for nobody.
+
+        Args:
+            row: gradients, None for what is not there.
+            are_there: whether all gradients of some parameters are in the row that are going to be.
+        Returns:
+            of each bucket that has left the parameters in it.
+        """
+        first = self.begun
+        writers: list[Callable[[Tensor, int], None]] = []
+        while self.begun < len(self._turns) and are_there(self._turns[self.begun].within):
+            self._ahead = self._ahead or self._new_shards()
+            writers = writers or self._writers(row)
+            if not self._reduce(writers, self._ahead, adds=False, waits=False):
+                break
+        return [turn.within for turn in self._turns[first : self.begun]]
+
+    def catch_up(self, begun: int) -> None:
+        """See ``Ahead``."""
+        for turn in self._turns[self.begun : begun]:
+            self._vectors[turn.place].buckets.catch_up(turn.number)
+            self.begun += 1
+
+    def forget(self) -> None:
+        """See ``Ahead``."""
+        for vector in self._vectors:
+            vector.buckets.finish()
+        if self._ahead:
+            self._free.append(self._ahead)
+        self._ahead, self.begun = [], 0
+
     def put(self, task: int, row: Row) -> None:
         """See ``keep``."""
         self.keep(task, row)
 
     def keep(self, task: int, row: Row) -> None:
-        """Reduce a task's gradients, together with all processes. They are read, and not held."""
+        """Reduce a task's gradients, or what has not left of them, together with all processes. They are read, and not
+        held."""
         there, adds = [grad is not None for grad in row], self._before is not None
         if self._before is not None:
             (shards, before), self._before = self._before, None
             there = [a or b for a, b in zip(there, before, strict=True)]
         else:
-            shards = self._new_shards()
-        for vector, shard in zip(self._vectors, shards, strict=True):
-            store = partial(_store, adds, shard)
-            vector.buckets.mean(self._writer(row, vector, self._link.size), store)
+            shards, self._ahead = self._ahead or self._new_shards(), []
+        writers = self._writers(row)
+        while self.begun < len(self._turns):
+            self._reduce(writers, shards, adds, waits=True)
+        self.forget()
         self._keep_shards(task, shards, there)
 
     def columns(self) -> Columns:
@@ -174,6 +256,16 @@ class ShardedGradients(TaskGradients):
         super().free()
         self._free = []
 
+    def _reduce(
+        self, writers: Sequence[Callable[[Tensor, int], None]], shards: Sequence[Tensor], adds: bool, waits: bool
+    ) -> bool:
+        """Whether there was room for the bucket whose turn it is."""
+        place, number, _ = self._turns[self.begun]
+        store = partial(_store, adds, shards[place])
+        is_begun = self._vectors[place].buckets.reduce(number, writers[place], store, waits=waits)
+        self.begun += is_begun
+        return is_begun
+
     def _keep_shards(self, task: int, shards: list[Tensor], there: list[bool]) -> None:
         self._shards[task], self._there[task] = shards, there
         self._rows[task] = self._pieces(shards)
@@ -185,8 +277,12 @@ class ShardedGradients(TaskGradients):
             return self._free.pop()
         return [vector.buckets.new_shard(self.dtypes[vector.indexes[0]]) for vector in self._vectors]
 
+    def _writers(self, row: Row) -> list[Callable[[Tensor, int], None]]:
+        """Of its mean, by the place of the vector."""
+        return [self._writer(row, vector, self._link.size) for vector in self._vectors]
+
     def _writer(self, row: Row, vector: _Vector, divisor: int) -> Callable[[Tensor, int], None]:
-        """What puts a row's columns of one vector into a bucket, divided; see ``Buckets.mean``."""
+        """What puts a row's columns of one vector into a bucket, divided; see ``Buckets.reduce``."""
 
         @lru_cache(maxsize=1)  # a copy, where it is one, of one gradient at a time
         def columns_of(index: int) -> Tensor:
@@ -337,11 +433,13 @@ class ExchangedGradients(ShardedGradients):
 class ShardedCapture(Capture):
     """Rows of which a process gets shards, from what its own backward passes have left in ``.grad``.
 
-    What DistributedDataParallel has averaged by then stays as it is: a mean of equal numbers.
+    What DistributedDataParallel has averaged by then stays as it is: a mean of equal numbers. Rows that are reduced as
+    their tasks are left begin to be so within the backward pass: hooks see each gradient, and leave it where it is.
 
     Args:
         parameters, rows, forms: see ``Capture``.
         exchange: with those who have the other parts.
+        overlap: see ``GradientSurgery``.
     """
 
     rows: ShardedGradients
@@ -352,21 +450,94 @@ class ShardedCapture(Capture):
         rows: ShardedGradients,
         exchange: Exchange,
         forms: Mapping[int, Form] = MappingProxyType({}),
+        overlap: Overlap = "auto",
     ) -> None:
         super().__init__(parameters, rows, forms)
-        self._exchange = exchange
+        self._exchange, self._of_callers_too = exchange, overlap is True
+        self._may_overlap = exchange.in_step and rows.turns > 1 and may_overlap(overlap, rows.devices)
+        self._touched: dict[int, set[int]] = {}  # by the task, the parameters of which it has had gradients
+        self._departures: Departures | None = None
+        self._is_running, self._handles = False, list[Any]()
+        if exchange.in_step:
+            exchange.rounds.ahead = rows
+
+    def open(self, task: int) -> None:
+        """See ``Capture``."""
+        super().open(task)
+        self._departures = None
+        if self._exchange.in_step and self.rows.prepare() and self._may_overlap:
+            count = len(self.parameters)
+            expected = self._touched.get(task, range(count))
+            self._departures = Departures(expected, count, self.rows.reduce_ahead, self._into_row)
+
+    def watch(self, averages: Callable[[], bool]) -> None:
+        """See ``Capture``."""
+        if self._departures is None or not self._of_callers_too:
+            return
+        this = weakref.ref(self)
+
+        def look(index: int, parameter: Tensor) -> None:
+            alive = this()
+            if alive is not None and parameter.grad is not None and not averages():
+                alive.see(index, parameter.grad)
+
+        for index, p in enumerate(self.parameters):
+            self._handles.append(p.register_post_accumulate_grad_hook(partial(look, index)))
 
     def run(self, loss: Tensor, retain_graph: bool) -> None:
         """See ``Capture``. Nothing accumulates, so that no module takes it for its one backward pass a forward."""
+        if self._departures is not None and not self._handles:
+            self._look_at_passes()
+        self._is_running = True
         grads = torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, allow_unused=True)
+        self._is_running = False
         for p, grad in zip(self.parameters, grads, strict=True):
             p.grad = grad
+
+    def _look_at_passes(self) -> None:
+        """From here on, until the stay ends, at those that ``run`` runs."""
+        this = weakref.ref(self)
+
+        def look(index: int, grad: Tensor | None) -> None:
+            alive = this()
+            if alive is not None and alive._is_running:
+                alive.see(index, grad)
+
+        for index, p in enumerate(self.parameters):
+            self._handles.append(register(p.register_hook, partial(look, index)))
+
+    def see(self, index: int, grad: Tensor | None) -> None:
+        """A parameter's gradient is there, or known to be none."""
+        if self._departures is not None:
+            with torch.no_grad():
+                self._departures.see(index, grad)
 
     def close(self) -> None:
         """See ``Capture``. Where rows are reduced now all meet first: who has failed would leave the others waiting."""
         if self._exchange.in_step:
-            self._exchange.rounds.arrive("end of task", self.task, self.rows.digest)
+            goes_on = self._is_as_it_left()
+            self._exchange.rounds.arrive("end of task", self.task, self.rows.digest, goes_on=goes_on)
         super().close()
+
+    def _is_as_it_left(self) -> bool:
+        """Whether the open task's gradients are those of which some have left."""
+        departures, self._departures = self._departures, None
+        if departures is None:
+            return True
+        row = [p.grad for p in self.parameters]
+        touched = {index for index, grad in enumerate(row) if grad is not None}
+        self._touched[self.task] = touched | self._touched.get(self.task, set())
+        changed = departures.changed(row)
+        if departures.late(changed):  # as it will be in the next task: better to wait for its end
+            self._may_overlap = False
+        return not changed
+
+    def leave(self, aside: Aside) -> None:
+        """See ``Capture``."""
+        self._departures, self._is_running = None, False
+        while self._handles:
+            self._handles.pop().remove()
+        super().leave(aside)
 
     def give(self, merged: Row) -> None:
         """See ``Capture``: of all processes' parts."""
