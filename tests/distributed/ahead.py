@@ -40,7 +40,7 @@ class Net(nn.Module):
         for place, layer in enumerate(self.trunk):
             x = x if place in skipped else around(layer, x).tanh()
         order = (0, 1) if dist.get_rank() == 0 else (1, 0)
-        branches = {place: self.branches[place](x) for place in order}
+        branches = {place: around(self.branches[place], x) for place in order}
         outputs = {t: self.heads[t](branches[0] + branches[1]) for t in (range(TASKS) if all_heads else [task])}
         return outputs[task].square().mean() + 0 * sum(output.sum() for output in outputs.values())
 
@@ -310,15 +310,65 @@ class Reduced(torch.autograd.Function):
 
 @each(losses=("auto", losses), own_passes=(True, own_passes))
 def collectives_of_the_model_do_not_come_in_between(case):
+    """Before one in the first process buckets leave, which in the others wait for a gradient that does not come."""
     overlap, call = case
 
-    def slowly(layer, z):
-        z = layer(z)
-        if z.requires_grad and dist.get_rank():
-            z.register_hook(lambda grad: time.sleep(0.002))
-        return Reduced.apply(z)
+    def reducing(surgery, net, step):
+        early = net.module.trunk[1]
+        return call(
+            surgery,
+            net,
+            step,
+            around=lambda layer, z: Reduced.apply(layer(z)) if layer is early else layer(z),
+            skipped=(4,) if step and dist.get_rank() else (),
+        )
 
-    compared(lambda *given: call(*given, around=slowly), overlap)
+    compared(reducing, overlap)
+
+
+@scenario
+def a_task_that_is_entered_again_waits_for_its_end():
+    def call(surgery, net, step):
+        for t in range(TASKS):
+            for number in range(2):
+                with surgery.task(t), net.no_sync():
+                    net(batch(step + 7 * number), t).backward()
+        return surgery.merge()
+
+    with room_for_all():
+        tasks, count = compared(call)
+    assert tasks[2 * TASKS :: 2] == [[count, count]] * TASKS * (ROUNDS - 1)
+    assert tasks[1::2] == [[0, count]] * TASKS * ROUNDS
+
+
+@scenario
+def parameters_of_two_dtypes_leave_in_one_order():
+    def double(net):
+        net.branches[0].double()
+        net.trunk[2].double()
+        return ddp(net)
+
+    def around(layer, z):
+        return layer(z.to(layer.weight.dtype)).float()
+
+    def call(surgery, net, step):
+        return losses(surgery, net, step, around=around)
+
+    with room_for_all():
+        tasks, count = compared(call, "auto", wrap=double)
+    assert tasks[TASKS:] == [[count, count]] * TASKS * (ROUNDS - 1), tasks
+
+
+@scenario
+def a_function_that_is_absent_in_one_process_ends_the_round_everywhere():
+    net = ddp(Net())
+    surgery = fastpcgrad.GradientSurgery(net.parameters(), TASKS, methods.PCGrad("tensorflow"))
+    losses(surgery, net, 0)
+    with pytest.raises(exchange.OutOfStep, match="None for the same losses"):
+        surgery.backward([lambda t=t: None if t == dist.get_rank() == 0 else net(batch(1), t) for t in range(TASKS)])
+    surgery.backward([lambda t=t: net(batch(1), t) if t else None for t in range(TASKS)])
+    losses(surgery, net, 2)
+    assert_alike([p.grad for p in net.parameters()])
 
 
 class Fault(Exception):
