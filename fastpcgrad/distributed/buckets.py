@@ -156,7 +156,6 @@ class Buckets(Cut):
             return False
         work, store = self._on_their_way.popleft()
         work.wait()
-        del work  # not held: gloo's holds a copy of what was sent
         store()
         return True
 

@@ -80,7 +80,8 @@ class Rounds:
             RuntimeError: whatever the process group raises where one is gone.
         """
         self._points.append((point, details))
-        number = int.from_bytes(hashlib.blake2b(repr(self._points).encode(), digest_size=7).digest(), "big")
+        alike = repr((self._points, self.ahead is not None)).encode()
+        number = int.from_bytes(hashlib.blake2b(alike, digest_size=7).digest(), "big")
         message = torch.tensor([0, number, -number, int(not goes_on), self._begun])
         failed, most, least, ends, begun = self._link.max_(message).tolist()
         if self.ahead is not None and (failed or ends or most != -least):
@@ -92,7 +93,8 @@ class Rounds:
             raise OutOfStep(
                 "the processes that share parameters are not at the same point of a round of gradient surgery; process "
                 f"{torch.distributed.get_rank()} is at: {where}. All must enter the same tasks in the same order, each "
-                "as often, with gradients of the same parameters, and give None for the same losses"
+                "as often, with gradients of the same parameters, give None for the same losses, and have the "
+                "same overlap"
             )
         if self.ahead is not None and ends:
             self.ahead.forget()
@@ -128,12 +130,11 @@ class Exchange:
     Args:
         places: for each parameter what this process has of it; None: a plain tensor, alike in all processes.
         in_step: whether all enter the same tasks in the same order, and meet at each; else at the merge alone.
-        lanes: see ``Link``.
     """
 
-    def __init__(self, places: Sequence[Place | None], *, in_step: bool = True, lanes: Lanes | None = None) -> None:
+    def __init__(self, places: Sequence[Place | None], *, in_step: bool = True) -> None:
         self._places, self.in_step = places, in_step
-        self.link = Link(list(dict.fromkeys(group for place in places if place for group in place.groups)), lanes)
+        self.link = Link(list(dict.fromkeys(group for place in places if place for group in place.groups)))
         self.rounds = Rounds(self.link.groups)
 
     @property
@@ -143,6 +144,10 @@ class Exchange:
 
     def __repr__(self) -> str:
         return " and ".join(dict.fromkeys(place.where for place in self._places if place is not None))
+
+    def send_ahead(self, ahead: Ahead, lanes: Lanes) -> None:
+        """Let something be reduced between the points of a round, in all processes."""
+        self.link.lanes, self.rounds.ahead = lanes, ahead
 
     def over(self, columns: Columns) -> Columns:
         """J, of which this process has these columns."""

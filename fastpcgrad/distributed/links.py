@@ -22,6 +22,20 @@ _scatter_sum: Any = _first_of("reduce_scatter_single", "reduce_scatter_tensor")
 _gather: Any = _first_of("all_gather_single", "all_gather_into_tensor")
 
 
+class _PartOfSum:
+    """How gloo sums and scatters: by an all-reduce. Its own does so with a copy, and does not say when it is done."""
+
+    def __init__(self, part: Tensor, summed: Tensor, work: Any) -> None:
+        self._part, self._summed, self._work = part, summed, work
+
+    def is_completed(self) -> bool:
+        return bool(self._work.is_completed())
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._part.copy_(self._summed)
+
+
 class Lanes:
     """Groups of the same processes as others, for what is sent while a backward pass runs.
 
@@ -44,11 +58,13 @@ class Link:
 
     Args:
         groups: process groups, in the same order in all processes: those of a mesh's dimensions, say.
+    Attributes:
         lanes: through which ``scatter_sum`` goes; None: through the groups themselves.
     """
 
-    def __init__(self, groups: Sequence[Any], lanes: Lanes | None = None) -> None:
-        self.groups, self._lanes = groups, lanes
+    def __init__(self, groups: Sequence[Any]) -> None:
+        self.groups = groups
+        self.lanes: Lanes | None = None
         self.nbytes = 0
         """What this process has handed to collectives so far; where each gets a part, without its own."""
 
@@ -88,15 +104,19 @@ class Link:
         """Of the sum over all processes of ``whole`` the part of this one, by its rank; over one group.
 
         Returns:
-            what is to be waited for before ``part`` is read or ``whole`` is written.
+            what is to be waited for before ``part`` is read or ``whole`` is written; ``whole`` is lost.
         """
         self.nbytes += whole.nbytes * (self.size - 1) // self.size
-        return _scatter_sum(part, whole, group=self.reducing(whole.device), async_op=True)
+        group = self.reducing(whole.device)
+        if f"{whole.device.type}:gloo" in torch.distributed.get_backend_config(group):
+            work = torch.distributed.all_reduce(whole, group=group, async_op=True)
+            return _PartOfSum(part, whole[self.rank * len(part) :][: len(part)], work)
+        return _scatter_sum(part, whole, group=group, async_op=True)
 
     def reducing(self, device: torch.device) -> Any:
         """The group through which ``scatter_sum`` reduces what is on a device. All ask for it together, first."""
         carrier = _carrier(self.groups[0], device)
-        return carrier if self._lanes is None else self._lanes.beside(carrier)
+        return carrier if self.lanes is None else self.lanes.beside(carrier)
 
     def exchange(self, received: Tensor, counts: list[int], sent: Tensor, sent_counts: list[int]) -> Any:
         """To each process its piece of ``sent``, by rank, and from each a piece of ``received``; over one group.

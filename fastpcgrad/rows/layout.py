@@ -17,7 +17,7 @@ from ..distributed.local_tensors import LocalTensor, Part, is_dtensor
 from . import host
 from .capture import Capture, MovedCapture
 from .choice import Choice, is_large
-from .departures import Overlap
+from .departures import Overlap, may_overlap
 from .forms import Complex, Form
 from .memory_plan import MemoryPlan, plan_factored, plan_memory, plan_two_phase
 from .moved import MovedGradients, check_accumulate_dtype
@@ -176,17 +176,19 @@ class Layouts:
         dtype, device, sums, by_task, overlap = self._rows
         forms = _forms_of(parameters)
         own = as_rows_see(parameters, forms)
-        exchange = Exchange(
-            [Part(self._group) for _ in own], in_step=not by_task, lanes=None if by_task else self._lanes
-        )
+        exchange = Exchange([Part(self._group) for _ in own], in_step=not by_task)
         rows = (ExchangedGradients if by_task else ShardedGradients)(own, dtype, exchange.link)
+        if overlaps := not by_task and rows.turns > 1 and may_overlap(overlap, rows.devices):
+            exchange.send_ahead(rows, self._lanes)
         if device is not None and any(host.copies_for(found, device) is not None for found in set(rows.devices)):
             raise NotImplementedError(f"rows that are {exchange} lie where the parameters do: leave row_device None")
         if sums is not None and any(gradient_dtype(p) != sums for p in own):
             raise NotImplementedError(
                 f"rows that are {exchange} are summed in their gradients' dtype: leave accumulate_dtype None"
             )
-        return ShardedCapture(parameters, rows, exchange, forms, overlap), exchange
+        return ShardedCapture(
+            parameters, rows, exchange, forms, overlaps=overlaps, of_callers_too=overlap is True
+        ), exchange
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""

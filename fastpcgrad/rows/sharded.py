@@ -23,7 +23,7 @@ from ..distributed.exchange import Exchange
 from ..distributed.links import Link
 from .capture import Aside, Capture
 from .columns import Columns
-from .departures import Departures, Overlap, may_overlap
+from .departures import Departures
 from .forms import Form
 from .hooks import register
 from .memory_plan import MemoryPlan, plan_sharded
@@ -439,7 +439,8 @@ class ShardedCapture(Capture):
     Args:
         parameters, rows, forms: see ``Capture``.
         exchange: with those who have the other parts.
-        overlap: see ``GradientSurgery``.
+        overlaps: whether they do begin so.
+        of_callers_too: also within backward passes that the caller runs.
     """
 
     rows: ShardedGradients
@@ -450,22 +451,22 @@ class ShardedCapture(Capture):
         rows: ShardedGradients,
         exchange: Exchange,
         forms: Mapping[int, Form] = MappingProxyType({}),
-        overlap: Overlap = "auto",
+        *,
+        overlaps: bool = False,
+        of_callers_too: bool = False,
     ) -> None:
         super().__init__(parameters, rows, forms)
-        self._exchange, self._of_callers_too = exchange, overlap is True
-        self._may_overlap = exchange.in_step and rows.turns > 1 and may_overlap(overlap, rows.devices)
+        self._exchange, self._overlaps, self._of_callers_too = exchange, overlaps, of_callers_too
+        self._prepares = overlaps  # which all processes do together
         self._touched: dict[int, set[int]] = {}  # by the task, the parameters of which it has had gradients
         self._departures: Departures | None = None
         self._is_running, self._handles = False, list[Any]()
-        if exchange.in_step:
-            exchange.rounds.ahead = rows
 
     def open(self, task: int) -> None:
         """See ``Capture``."""
         super().open(task)
         self._departures = None
-        if self._exchange.in_step and self.rows.prepare() and self._may_overlap:
+        if self._prepares and self.rows.prepare() and self._overlaps:
             count = len(self.parameters)
             expected = self._touched.get(task, range(count))
             self._departures = Departures(expected, count, self.rows.reduce_ahead, self._into_row)
@@ -529,7 +530,7 @@ class ShardedCapture(Capture):
         self._touched[self.task] = touched | self._touched.get(self.task, set())
         changed = departures.changed(row)
         if departures.late(changed):  # as it will be in the next task: better to wait for its end
-            self._may_overlap = False
+            self._overlaps = False
         return not changed
 
     def leave(self, aside: Aside) -> None:

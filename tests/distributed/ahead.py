@@ -139,6 +139,25 @@ def a_bucket_leaves_before_the_last_gradient_is_there(case):
         del found[: found.index("end of task") + 1]
 
 
+@scenario
+def room_is_used_again_within_a_backward_pass():
+    """As soon as the first bucket has arrived, which is waited for here: its time is not known."""
+    net = ddp(Net())
+    surgery = fastpcgrad.GradientSurgery(net.parameters(), TASKS, overlap=OF_LOSSES)
+    losses(surgery, net, 0)
+    [vector] = surgery._layouts.current.capture.rows._vectors
+    until = time.monotonic() + 30
+
+    def wait(grad):
+        while not vector.buckets._on_their_way[0][0].is_completed() and time.monotonic() < until:
+            time.sleep(0.001)
+
+    net.module.trunk[1].weight.register_hook(wait)
+    with events() as found:
+        losses(surgery, net, 1)
+    assert all(ahead > buckets.IN_FLIGHT for ahead, _ in of_tasks(found)), found
+
+
 @contextlib.contextmanager
 def room_for_all():
     """However slow the others are."""
@@ -453,6 +472,14 @@ def after_an_interrupt_in_each_process_at_another_gradient_the_next_round_is_rig
     handle.remove()
     losses(surgery, net, 2)
     assert_alike([p.grad for p in net.parameters()])
+
+
+@scenario
+def processes_that_do_not_choose_alike_are_told():
+    net = ddp(Net())
+    surgery = fastpcgrad.GradientSurgery(net.parameters(), TASKS, overlap=OF_LOSSES if dist.get_rank() else False)
+    with pytest.raises(exchange.OutOfStep, match="the same overlap"):
+        losses(surgery, net, 0)
 
 
 @scenario
