@@ -460,7 +460,7 @@ class ShardedCapture(Capture):
         self._prepares = overlaps  # which all processes do together
         self._touched: dict[int, set[int]] = {}  # by the task, the parameters of which it has had gradients
         self._departures: Departures | None = None
-        self._is_running, self._handles = False, list[Any]()
+        self._handles: list[Any] = []
 
     def open(self, task: int) -> None:
         """See ``Capture``."""
@@ -478,34 +478,23 @@ class ShardedCapture(Capture):
         this = weakref.ref(self)
 
         def look(index: int, parameter: Tensor) -> None:
-            alive = this()
-            if alive is not None and parameter.grad is not None and not averages():
-                alive.see(index, parameter.grad)
+            if parameter.grad is not None and not averages():
+                _see(this, index, parameter.grad)
 
         for index, p in enumerate(self.parameters):
             self._handles.append(p.register_post_accumulate_grad_hook(partial(look, index)))
 
     def run(self, loss: Tensor, retain_graph: bool) -> None:
         """See ``Capture``. Nothing accumulates, so that no module takes it for its one backward pass a forward."""
-        if self._departures is not None and not self._handles:
-            self._look_at_passes()
-        self._is_running = True
-        grads = torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, allow_unused=True)
-        self._is_running = False
+        try:
+            if self._departures is not None:
+                for index, p in enumerate(self.parameters):
+                    self._handles.append(register(p.register_hook, partial(_see, weakref.ref(self), index)))
+            grads = torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, allow_unused=True)
+        finally:
+            self._look_away()
         for p, grad in zip(self.parameters, grads, strict=True):
             p.grad = grad
-
-    def _look_at_passes(self) -> None:
-        """From here on, until the stay ends, at those that ``run`` runs."""
-        this = weakref.ref(self)
-
-        def look(index: int, grad: Tensor | None) -> None:
-            alive = this()
-            if alive is not None and alive._is_running:
-                alive.see(index, grad)
-
-        for index, p in enumerate(self.parameters):
-            self._handles.append(register(p.register_hook, partial(look, index)))
 
     def see(self, index: int, grad: Tensor | None) -> None:
         """A parameter's gradient is there, or known to be none."""
@@ -535,14 +524,23 @@ class ShardedCapture(Capture):
 
     def leave(self, aside: Aside) -> None:
         """See ``Capture``."""
-        self._departures, self._is_running = None, False
+        self._departures = None
+        self._look_away()
+        super().leave(aside)
+
+    def _look_away(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-        super().leave(aside)
 
     def give(self, merged: Row) -> None:
         """See ``Capture``: of all processes' parts."""
         super().give(self.rows.whole(merged))
+
+
+def _see(capture: weakref.ref[ShardedCapture], index: int, grad: Tensor | None) -> None:
+    """What hooks do. Where a stay was cut off and nobody ended it, they do nothing once it is forgotten."""
+    if (alive := capture()) is not None:
+        alive.see(index, grad)
 
 
 def _store(adds: bool, shard: Tensor, part: Tensor, first: int) -> None:
