@@ -2,8 +2,8 @@
 
 Rounds of surgery under DistributedDataParallel, on gloo: those of one surgery are overlapped, those of another, on the
 same model, in turn. They take turns in an order shuffled anew for each, and are first compared: they give the same
-bits. Without a network between the processes what is gained is the time in which one waits for the other; reductions
-then take CPU time that backward passes would have.
+bits. On one machine reductions take CPU time that backward passes would have. ``--link 0.2`` shows what a network does:
+a bucket then takes at least as long as its bytes do at 0.2 GB/s, one after the other.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import random
 import statistics
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,36 @@ from torch.nn.parallel import DistributedDataParallel
 import fastpcgrad
 
 CHOICES = {"overlapped": True, "in turn": False}
+
+
+class Slow:
+    """What is on its way until a time at least."""
+
+    def __init__(self, work: Any, until: float) -> None:
+        self._work, self._until = work, until
+
+    def is_completed(self) -> bool:
+        return time.perf_counter() >= self._until and self._work.is_completed()
+
+    def wait(self) -> None:
+        self._work.wait()
+        time.sleep(max(0.0, self._until - time.perf_counter()))
+
+
+def slow_down(rate: float) -> None:
+    """Reductions that nobody waits for at once take their bytes by ``rate`` a second, one after the other."""
+    reduced: Any = dist.all_reduce
+    until = [0.0]
+
+    def all_reduce(tensor: torch.Tensor, *arguments: Any, async_op: bool = False, **options: Any) -> Any:
+        work = reduced(tensor, *arguments, async_op=async_op, **options)
+        if not async_op:
+            return work
+        sent = tensor.nbytes * (dist.get_world_size() - 1) / dist.get_world_size()
+        until[0] = max(until[0], time.perf_counter()) + sent / rate
+        return Slow(work, until[0])
+
+    dist.all_reduce = all_reduce
 
 
 def measure(options: argparse.Namespace) -> str:
@@ -66,9 +97,12 @@ def main() -> None:
     made.add_argument("--tasks", type=int, default=3)
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--link", type=float, default=None, help="GB/s between the processes at most")
     options = made.parse_args()
     torch.set_num_threads(options.threads)
     dist.init_process_group("gloo")
+    if options.link is not None:
+        slow_down(options.link * 1e9)
     shown = measure(options)
     if dist.get_rank() == 0:
         print(shown)
