@@ -17,6 +17,7 @@ from ._tasks import in_order
 from ._warnings import warn, warn_of_fewer_losses, warn_of_one_loss
 from .merging.report import ConflictReport
 from .rows.choice import Choice
+from .rows.departures import Overlap
 from .surgery import GradientSurgery
 from .variants import Generator
 
@@ -50,7 +51,7 @@ class PCGrad(torch.optim.Optimizer):
             has it.
         generator: for the order of the projections; None: the global generator of the variant's original.
         row_dtype: dtype of the packed gradients; None: that of the parameters.
-        process_group, parallel, rows: see ``GradientSurgery``.
+        process_group, parallel, rows, overlap: see ``GradientSurgery``.
         tasks: the names of the tasks, in the order of the losses: ``pc_backward`` takes a dict of losses, too, and the
             report has the names. None: as many as there are losses, without names.
         on_repeat: what ``pc_backward`` does where the last one's gradients were not cleared: ``replace`` them, as the
@@ -93,6 +94,7 @@ class PCGrad(torch.optim.Optimizer):
         on_repeat: Literal["replace", "add", "raise"] = "replace",
         rows: Choice = "auto",
         tasks: Sequence[str] | int | None = None,
+        overlap: Overlap = "auto",
     ) -> None:
         # Optimizer.__init__ is not called: it would give this object groups and state of its own.
         missing = [name for name in _NEEDED if not hasattr(optimizer, name)]
@@ -121,6 +123,7 @@ class PCGrad(torch.optim.Optimizer):
             process_group=process_group,
             parallel=parallel,
             rows=rows,
+            overlap=overlap,
         )
         self._on_repeat = on_repeat
         self._is_unused = False  # whether no step has used the merged gradient

@@ -22,6 +22,7 @@ from .merging.two_phase import merge_in_two_phases
 from .methods import Method, PCGrad, check_method
 from .rows.capture import Capture, MovedCapture
 from .rows.choice import BY_CALLER, SMALL, Choice, check_rows
+from .rows.departures import Overlap, check_overlap
 from .rows.factored_round import run_factored
 from .rows.factors import Factors, all_dense
 from .rows.layout import Layouts, RowChoice
@@ -78,6 +79,10 @@ class GradientSurgery:
             elements in such weights or more, in one process. ``dense``: as they are. Everything else is kept as it is
             in either case, and what cannot be had exactly from factors too: ``report.rows`` says what was done and
             why. ``fastpcgrad.dense_rows()`` and ``FASTPCGRAD_ROWS=dense`` switch it off.
+        overlap: of means over processes, whether a task's gradients are reduced while its backward pass runs. ``auto``:
+            in passes that ``backward`` runs, of parameters on a CPU. True: also on a GPU, and in passes of one's own
+            inside ``task(t)``, where what is written into a ``.grad`` after that has left is found as far as torch
+            counts it, as it does not through ``.data``, NumPy or DLPack. False: when the task is left.
     Memory: T rows of N elements, where N counts the trainable parameters: T·N·itemsize bytes, of which one row becomes
         ``.grad``. On the CPU they stay mapped until the next round's gradients take their place, one by one. Rows of
         another dtype than the parameters are freed parameter by parameter as merged gradients take their place.
@@ -124,6 +129,7 @@ class GradientSurgery:
         process_group: object = "auto",
         parallel: Literal["data", "task"] = "data",
         rows: Choice = "auto",
+        overlap: Overlap = "auto",
     ) -> None:
         if accumulate not in ("sum", "mean"):
             raise ValueError(f"accumulate must be 'sum' or 'mean'; found {accumulate!r}")
@@ -136,7 +142,7 @@ class GradientSurgery:
         self._kept = BY_CALLER
         processes, source = Processes(process_group, parallel), parameter_source(optimizer_or_params)
         chosen = None if shared is None else check_tensors("shared", shared)
-        choice = RowChoice(row_dtype, row_device, accumulate_dtype, processes.by_task)
+        choice = RowChoice(row_dtype, row_device, accumulate_dtype, processes.by_task, check_overlap(overlap))
         self._layouts = Layouts(source, chosen, self.granularity, choice)
         self._stays = Stays(self._layouts, processes)
         self._small = SmallRounds(self._stays)

@@ -22,10 +22,10 @@ def test_what_is_sent_is_within_the_bounds_that_are_promised(processes, tasks):
 
 
 def test_seconds_by_hand():
-    """Four processes of one node: a row takes 0.75 s, and the merged gradient as long."""
+    """Four processes of one node: a row takes 0.75 s in its 39 buckets, and the merged gradient as long."""
     cluster = Cluster(node=4, link=1e9, network=1e8, latency=0.0)
     data, plain = Step("data", 4, 2, 25 * 10**7), Step("plain", 4, 2, 25 * 10**7)
-    assert cluster.step(data, 1.0) == pytest.approx((2 * 1.75 + 0.75, 1 + 1 + 2 * 0.75), rel=1e-3)
+    assert cluster.step(data, 1.0) == pytest.approx((2 * 1.75 + 0.75, 2 * (1 + 0.75 / 39) + 0.75), rel=1e-3)
     assert cluster.step(plain, 1.0) == pytest.approx((2 + 1.5, 2.0), rel=1e-3)
     task = Step("task", 4, 2, 25 * 10**7)
     assert cluster.step(task, 1.0) == pytest.approx((2 + 1.5, 2 + 1.5), rel=1e-3)

@@ -12,6 +12,7 @@ MODULES = {
     "together": (2, 3),
     "replicated": (2, 3, 4),
     "replicated_edges": (2, 3),
+    "ahead": (2, 3),
     "parts_of_a_batch": (2, 3),
     "own_tasks": (2, 3, 4),
 }
@@ -20,6 +21,7 @@ ON_GPUS = {
     "together": (2, 3),
     "replicated": (2, 3, 4),
     "replicated_edges": (2, 3),
+    "ahead": (2, 3),
     "own_tasks": (2, 3, 4),
 }
 """With FASTPCGRAD_TEST_DEVICE=cuda, where there are so many."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class Buckets(Cut):
     def __init__(self, length: int, dtype: torch.dtype, device: torch.device, link: Link, answers: int = 1) -> None:
         super().__init__(length, dtype.itemsize, link.size, answers)
         self.dtype, self._device, self._link = dtype, device, link
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._room: list[tuple[Tensor, Tensor]] = []
+        self._on_their_way: deque[tuple[Any, Callable[[], None]]] = deque()
 
     def before(self, column: int) -> int:
         """How many of the vector's columns before this one are in the shard of this process: where it begins there."""
@@ -63,15 +65,44 @@ class Buckets(Cut):
     def new_shard(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.count * self.part, dtype=dtype, device=self._device)
 
-    def mean(self, write: Callable[[Tensor, int], None], store: Callable[[Tensor, int], None]) -> None:
-        """This process' shard of the mean of all their vectors, bucket by bucket.
+    def prepare(self) -> None:
+        """Have all that a reduction takes: the first time with all processes together."""
+        self._link.reducing(self._device)
+        if not self._room:
+            self._room = [
+                (
+                    torch.empty(self.width, dtype=self.dtype, device=self._device),
+                    torch.empty(self._answers * self.part, dtype=self.dtype, device=self._device),
+                )
+                for _ in range(min(IN_FLIGHT, self.count))
+            ]
+
+    def reduce(
+        self,
+        number: int,
+        write: Callable[[Tensor, int], None],
+        store: Callable[[Tensor, int], None],
+        *,
+        waits: bool = True,
+    ) -> bool:
+        """Begin to reduce a bucket: all processes begin with the same ones, in the same order.
 
         Args:
             write: ``write(bucket, begin)`` puts the columns of this process' vector from ``begin`` on into a bucket,
                 divided by the number of processes: so large sums do not overflow.
-            store: ``store(part, begin)`` takes the columns of the shard from ``begin`` on.
+            store: ``store(part, begin)`` takes the columns of this process' shard of the mean from ``begin`` on. It is
+                called by a later ``reduce``, or by ``finish``.
+            waits: for room, until another bucket has arrived.
+        Returns:
+            whether there was room.
         """
-        self._in_turn(write, self._link.scatter_sum, store)
+        return self._begin(number, write, self._link.scatter_sum, store, waits)
+
+    def catch_up(self, number: int) -> None:
+        """Take part in the reduction of a bucket of which nothing is wanted, at once."""
+        self.prepare()
+        bucket, answer = self._room[number % len(self._room)]
+        self._on_their_way.append((self._link.scatter_sum(answer, bucket), lambda: None))
 
     def each(
         self, senders: Sequence[int], write: Callable[[Tensor, int], None], store: Callable[[int, Tensor, int], None]
@@ -80,7 +111,7 @@ class Buckets(Cut):
 
         Args:
             senders: the ranks of those that have a vector, ascending.
-            write: see ``mean``; is called where this process is one of them.
+            write: see ``reduce``; is called where this process is one of them.
             store: ``store(rank, part, begin)`` takes the columns from ``begin`` on of the shard of a sender's vector.
         """
         counts = [self.part if rank in senders else 0 for rank in range(self._link.size)]
@@ -93,33 +124,40 @@ class Buckets(Cut):
             for rank, part in zip(senders, answer.split(self.part), strict=False):
                 store(rank, part, begin)
 
-        self._in_turn(write if self._link.rank in senders else lambda bucket, begin: None, send, keep)
+        for number in range(self.count):
+            self._begin(number, write if self._link.rank in senders else nothing, send, keep, True)
+        self.finish()
 
-    def _in_turn(
+    def finish(self) -> None:
+        """Wait for all that is on its way."""
+        while self._on_their_way:
+            self._end_first(True)
+
+    def _begin(
         self,
+        number: int,
         write: Callable[[Tensor, int], None],
         send: Callable[[Tensor, Tensor], Any],
         store: Callable[[Tensor, int], None],
-    ) -> None:
-        """Each bucket written, sent, and its answer stored, while the one after it is on its way."""
-        if not self._waiting:
-            self._waiting = [
-                (
-                    torch.empty(self.width, dtype=self.dtype, device=self._device),
-                    torch.empty(self._answers * self.part, dtype=self.dtype, device=self._device),
-                )
-                for _ in range(min(IN_FLIGHT, self.count))
-            ]
-        works: deque[Any] = deque()
-        for number in range(self.count + len(self._waiting)):
-            if number >= len(self._waiting):
-                done = number - len(self._waiting)
-                works.popleft().wait()  # and not held: gloo's holds a copy of what was sent
-                store(self._waiting[done % len(self._waiting)][1], done * self.part)
-            if number < self.count:
-                bucket, answer = self._waiting[number % len(self._waiting)]
-                write(bucket, number * self.width)
-                works.append(send(answer, bucket))
+        waits: bool,
+    ) -> bool:
+        """A bucket written and sent, while the one before it is on its way; False: there is no room."""
+        self.prepare()
+        if len(self._on_their_way) == len(self._room) and not self._end_first(waits):
+            return False
+        bucket, answer = self._room[number % len(self._room)]
+        write(bucket, number * self.width)
+        self._on_their_way.append((send(answer, bucket), partial(store, answer, number * self.part)))
+        return True
+
+    def _end_first(self, waits: bool) -> bool:
+        """Whether the bucket that was sent first has arrived, whose answer is stored then."""
+        if not (waits or self._on_their_way[0][0].is_completed()):
+            return False
+        work, store = self._on_their_way.popleft()
+        work.wait()
+        store()
+        return True
 
     def whole(self, shard: Tensor) -> Tensor:
         """The vector of which each process gives its shard, and what is beyond its end."""
@@ -128,3 +166,7 @@ class Buckets(Cut):
             for part, bucket in zip(shard.split(self.part), whole.split(self.width), strict=True):
                 self._link.gather(bucket, part)
         return whole
+
+
+def nothing(bucket: Tensor, begin: int) -> None:
+    """To write into a bucket, or to keep of what came back for it."""

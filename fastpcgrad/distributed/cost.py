@@ -59,7 +59,7 @@ class Step:
             return 0
         points = 1 if self.mode == "task" else 2 * self.tasks + 2
         counts = 8 * (1 + self.tasks) * (self.processes - 1) if self.mode == "task" else 0
-        return 24 * points + 8 * (3 * self.tasks**2 + self.tasks) + self.tasks * self.parameters + counts
+        return 40 * points + 8 * (3 * self.tasks**2 + self.tasks) + self.tasks * self.parameters + counts
 
     @property
     def sent(self) -> int:
@@ -110,8 +110,8 @@ class Cluster:
         return carried + step.cut.count * self.latency * math.log2(step.processes)
 
     def step(self, step: Step, backward: float) -> tuple[float, float]:
-        """Seconds of backward passes and collectives: one after the other, and with each row on its way while the next
-        backward pass runs.
+        """Seconds of backward passes and collectives: one after the other, and with what has been averaged on its way
+        while its backward pass still runs, but for the last bucket. Tasks that are shared out are sent in the merge.
 
         Args:
             backward: seconds of one backward pass on what a process has of a task's batch under data parallelism. The
@@ -126,9 +126,10 @@ class Cluster:
         elif step.mode == "plain":
             backward *= step.tasks
         in_turn = step.passes * (backward + row) + gather
-        if step.mode in ("averaged", "plain"):  # whose buckets leave while their own backward pass runs
-            return in_turn, step.passes * max(backward, row)
-        return in_turn, backward + (step.passes - 1) * max(backward, row) + row + gather
+        if step.mode == "task":
+            return in_turn, in_turn
+        last = row / max(1, step.cut.count) if step.mode == "data" else 0.0
+        return in_turn, step.passes * (max(backward, row) + last) + gather
 
 
 def table(options: argparse.Namespace) -> str:

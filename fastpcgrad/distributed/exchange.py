@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from .._blocks import Blocks
 from ..methods import Elementwise, Method, Solution
 from ..rows.columns import Columns
-from .links import Link, messenger
+from .links import Lanes, Link, messenger
 from .local_tensors import Place
 
 PATIENCE = timedelta(seconds=10)
@@ -27,19 +27,37 @@ _SPREAD = 1e-3
 """By which part of the largest entry G may differ between processes that should have the same gradients."""
 
 
+class Ahead(Protocol):
+    """What processes send before they meet at a point: the same in the same order, but one is further than another."""
+
+    begun: int
+    """How many collectives this process has begun since the last point."""
+
+    def catch_up(self, begun: int) -> None:
+        """Begin as many, of whatever. Waits for nobody: not all may know yet."""
+
+    def forget(self) -> None:
+        """Wait for all, which all processes have begun, and count anew."""
+
+
 class Rounds:
-    """That all processes are at the same point of a round. Three numbers go round at each point.
+    """That all processes are at the same point of a round. Five numbers go round at each point.
 
     They travel through groups of their own, on the host: no device waits for them, and a process that has failed can
     tell the others while these wait in a collective of the model.
 
     Args:
         groups: see ``Link``.
+    Attributes:
+        ahead: what this process sends between the points, if anything. Where they meet in any other way than to go on
+            with it, all catch up with the one that has begun most, so that nobody waits for a collective that another
+            has not begun.
     """
 
     def __init__(self, groups: Sequence[Any]) -> None:
         self._groups = groups
         self._points: list[object] = []
+        self.ahead: Ahead | None = None
 
     @cached_property
     def _link(self) -> Link:
@@ -50,16 +68,24 @@ class Rounds:
         """See ``Link``."""
         return self._link.nbytes if "_link" in vars(self) else 0
 
-    def arrive(self, point: str, *details: object) -> None:
+    def arrive(self, point: str, *details: object, goes_on: bool = False) -> bool:
         """Wait for the others at a point of the round.
 
+        Args:
+            goes_on: whether what was sent ahead is good as far as this process knows, and it goes on with it.
+        Returns:
+            whether that holds in all; else all of it is forgotten.
         Raises:
             OutOfStep: one of them has failed, or is at another point or came there another way.
             RuntimeError: whatever the process group raises where one is gone.
         """
         self._points.append((point, details))
-        number = int.from_bytes(hashlib.blake2b(repr(self._points).encode(), digest_size=7).digest(), "big")
-        failed, most, least = self._link.max_(torch.tensor([0, number, -number])).tolist()
+        alike = repr((self._points, self.ahead is not None)).encode()
+        number = int.from_bytes(hashlib.blake2b(alike, digest_size=7).digest(), "big")
+        message = torch.tensor([0, number, -number, int(not goes_on), self._begun])
+        failed, most, least, ends, begun = self._link.max_(message).tolist()
+        if self.ahead is not None and (failed or ends or most != -least):
+            self.ahead.catch_up(begun)
         if failed:
             raise OutOfStep(f"process {failed - 1} has failed in this round of gradient surgery, which ends everywhere")
         if most != -least:
@@ -67,16 +93,27 @@ class Rounds:
             raise OutOfStep(
                 "the processes that share parameters are not at the same point of a round of gradient surgery; process "
                 f"{torch.distributed.get_rank()} is at: {where}. All must enter the same tasks in the same order, each "
-                "as often, with gradients of the same parameters, and give None for the same losses"
+                "as often, with gradients of the same parameters, give None for the same losses, and have the "
+                "same overlap"
             )
+        if self.ahead is not None and ends:
+            self.ahead.forget()
+        return not ends
 
     def fail(self) -> None:
         """Tell the others that this process will not come to the next point."""
-        message = torch.tensor([torch.distributed.get_rank() + 1, -(1 << 62), -(1 << 62)])
+        lowest = -(1 << 62)
+        message = torch.tensor([torch.distributed.get_rank() + 1, lowest, lowest, 1, self._begun])
         with suppress(Exception):  # what made this process fail is what it will raise
             for group in self._link.groups:
                 operation = torch.distributed.ReduceOp.MAX
                 torch.distributed.all_reduce(message, op=operation, group=group, async_op=True).wait(PATIENCE)
+            if self.ahead is not None:
+                self.ahead.catch_up(int(message[-1]))
+
+    @property
+    def _begun(self) -> int:
+        return 0 if self.ahead is None else self.ahead.begun
 
     def restart(self) -> None:
         """A new round."""
@@ -107,6 +144,10 @@ class Exchange:
 
     def __repr__(self) -> str:
         return " and ".join(dict.fromkeys(place.where for place in self._places if place is not None))
+
+    def send_ahead(self, ahead: Ahead, lanes: Lanes) -> None:
+        """Let something be reduced between the points of a round, in all processes."""
+        self.link.lanes, self.rounds.ahead = lanes, ahead
 
     def over(self, columns: Columns) -> Columns:
         """J, of which this process has these columns."""

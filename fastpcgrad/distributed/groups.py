@@ -33,7 +33,7 @@ from .processes import (
     remembered,
     static_graph_refused,
 )
-from .quiet import Silence
+from .quiet import Silence, is_armed
 
 _known: weakref.WeakSet[Any] = weakref.WeakSet()
 """Modules that were there after a collection."""
@@ -124,6 +124,10 @@ class Processes:
             return _NOBODY
         modules = [reference() for reference in self._replicas]
         return Silence([module for module in modules if module is not None and averages(module)])
+
+    def is_averaging(self) -> bool:
+        """Whether a module averages in backward passes, as far as its last forward pass says."""
+        return any((module := reference()) is not None and is_armed(module) for reference in self._replicas)
 
     def check_passes(self, losses: int) -> None:
         """Before a call runs backward passes itself.

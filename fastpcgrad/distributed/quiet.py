@@ -11,6 +11,11 @@ _ARMED = "require_forward_param_sync"
 """The one by which a forward pass says whether its backward pass averages."""
 
 
+def is_armed(module: Any) -> bool:
+    """Whether the last forward pass of a module that averages has prepared to do so in its backward pass."""
+    return bool(getattr(module, _ARMED))
+
+
 class Silence:
     """Forward passes within it speak to no other process, nor do their backward passes; afterwards all is as before.
 
@@ -32,7 +37,7 @@ class Silence:
     def check(self) -> None:
         """RuntimeError where the last forward pass of a module was before, and prepared to average."""
         for module in self._modules:
-            if getattr(module, _ARMED):
+            if is_armed(module):
                 raise RuntimeError(
                     f"{type(module).__name__} may have averaged this task's gradients with those of other tasks: run "
                     "its forward pass inside 'with surgery.task(t)', or inside no_sync() where tasks share it"

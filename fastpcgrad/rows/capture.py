@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from operator import attrgetter
 from types import MappingProxyType
@@ -61,6 +61,13 @@ class Capture:
         if row is not None:  # autograd adds to what is there
             for p, grad in zip(self.parameters, self._as_they_are(row), strict=True):
                 p.grad = grad
+
+    def watch(self, averages: Callable[[], bool]) -> None:
+        """From here on, while the task is open, backward passes are the caller's own.
+
+        Args:
+            averages: whether a module averages what they leave.
+        """
 
     def run(self, loss: Tensor, retain_graph: bool) -> None:
         """A loss of the open task backward, once in a stay."""

@@ -12,10 +12,13 @@ from torch.nn.parameter import is_lazy
 
 from .._gradients import gradient_dtype
 from ..distributed.exchange import Exchange
+from ..distributed.links import Lanes
 from ..distributed.local_tensors import LocalTensor, Part, is_dtensor
 from . import host
 from .capture import Capture, MovedCapture
 from .choice import Choice, is_large
+from .departures import Overlap, may_overlap
+from .exchanged import ExchangedGradients
 from .forms import Complex, Form
 from .memory_plan import MemoryPlan, plan_factored, plan_memory, plan_two_phase
 from .moved import MovedGradients, check_accumulate_dtype
@@ -26,7 +29,8 @@ from .parameters import (
     check_parameters,
     divide,
 )
-from .sharded import ExchangedGradients, ShardedCapture, ShardedGradients
+from .sharded import ShardedGradients
+from .sharded_capture import ShardedCapture
 from .task_gradients import TaskGradients
 
 _KIND = attrgetter(*("dtype", "device", "shape"), *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
@@ -87,6 +91,7 @@ class RowChoice(NamedTuple):
     accumulate_dtype: torch.dtype | None = None
     by_task: bool = False
     """Whether processes share tasks out among them, and not a batch."""
+    overlap: Overlap = "auto"
 
 
 class Layouts:
@@ -106,6 +111,7 @@ class Layouts:
     ) -> None:
         self._source, self._shared, self._granularity, self._rows = source, shared, granularity, rows
         self._group: Any = None
+        self._lanes = Lanes()
         self.current = self._laid_out(self.trainable())
 
     def trainable(self) -> list[Tensor]:
@@ -169,22 +175,26 @@ class Layouts:
         return capture, _exchange_for(capture)
 
     def _averaged(self, parameters: Sequence[Tensor]) -> tuple[Capture, Exchange]:
-        dtype, device, sums, by_task = self._rows
+        dtype, device, sums, by_task, overlap = self._rows
         forms = _forms_of(parameters)
         own = as_rows_see(parameters, forms)
         exchange = Exchange([Part(self._group) for _ in own], in_step=not by_task)
         rows = (ExchangedGradients if by_task else ShardedGradients)(own, dtype, exchange.link)
+        if overlaps := not by_task and rows.turns > 1 and may_overlap(overlap, rows.devices):
+            exchange.send_ahead(rows, self._lanes)
         if device is not None and any(host.copies_for(found, device) is not None for found in set(rows.devices)):
             raise NotImplementedError(f"rows that are {exchange} lie where the parameters do: leave row_device None")
         if sums is not None and any(gradient_dtype(p) != sums for p in own):
             raise NotImplementedError(
                 f"rows that are {exchange} are summed in their gradients' dtype: leave accumulate_dtype None"
             )
-        return ShardedCapture(parameters, rows, exchange, forms), exchange
+        return ShardedCapture(
+            parameters, rows, exchange, forms, overlaps=overlaps, of_callers_too=overlap is True
+        ), exchange
 
     def _capture_for(self, parameters: Sequence[Tensor]) -> Capture:
         """Of rows as autograd leaves them, or of such that are converted or sent away."""
-        dtype, device, sums, _ = self._rows
+        dtype, device, sums, *_ = self._rows
         forms = _forms_of(parameters)
         own = as_rows_see(parameters, forms)
         plain = TaskGradients(own, dtype)
@@ -202,7 +212,7 @@ class Layouts:
 
     def snapshot(self) -> dict[str, Any]:
         """What a copy of this object needs to go on with the round, see ``restored``."""
-        state = {name: value for name, value in self.__dict__.items() if name not in ("current", "_group")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("current", "_group", "_lanes")}
         return {**state, "rows_of_round": self.current.capture.rows.snapshot()}
 
     @classmethod
@@ -212,7 +222,7 @@ class Layouts:
         rows = snapshot.pop("rows_of_round")
         layouts = cls.__new__(cls)
         layouts.__dict__.update(snapshot)
-        layouts._group = None  # the copy's processes look for it
+        layouts._group, layouts._lanes = None, Lanes()  # the copy's processes look for it
         layouts.current = layouts._laid_out(layouts.trainable())
         layouts.current.capture.rows.restore(rows)
         return layouts

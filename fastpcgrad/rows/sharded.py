@@ -1,13 +1,12 @@
-"""Rows of which each process keeps a part: means over all of them, or what each of them has run."""
+"""Rows of which each process keeps a part: means over all of them."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from itertools import accumulate, zip_longest
-from types import MappingProxyType
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +17,8 @@ from .._gradients import dense, gradient_dtype, gradient_nbytes
 from .._memory import prefer_huge_pages
 from .._ops import flat
 from ..distributed.buckets import Buckets
-from ..distributed.exchange import Exchange
 from ..distributed.links import Link
-from .capture import Capture
 from .columns import Columns
-from .forms import Form
 from .memory_plan import MemoryPlan, plan_sharded
 from .task_gradients import Row, TaskGradients
 
@@ -43,11 +39,35 @@ class _Vector(NamedTuple):
     begins: list[int]
     buckets: Buckets
 
+    def within(self, number: int) -> list[int]:
+        """The parameters of which there is something in a bucket."""
+        first = number * self.buckets.width
+        last = first + self.buckets.width
+        places = zip(self.indexes, self.begins, self.begins[1:], strict=False)
+        return [index for index, begin, end in places if max(begin, first) < min(end, last)]
+
+
+class _Turn(NamedTuple):
+    """When which bucket leaves.
+
+    Attributes:
+        place: of its vector.
+        number: of the bucket there.
+        within: the parameters of which there is something in it.
+    """
+
+    place: int
+    number: int
+    within: list[int]
+
 
 class ShardedGradients(TaskGradients):
-    """Rows of which this process has its shard, of means over all processes: each is reduced once its task is left.
+    """Rows of which this process has its shard, of means over all processes: each is reduced when its task is left, or
+    ahead of that, as far as its gradients are there.
 
-    A parameter's part of a shard is an interval of its gradient as it lies in memory, and may be empty.
+    Buckets leave in one order, the same in all processes: that in which a backward pass comes to the parameters, if
+    their own order is that of the forward pass. A parameter's part of a shard is an interval of its gradient as it lies
+    in memory, and may be empty.
 
     Args:
         parameters, dtype: see ``TaskGradients``. Gradients are reduced in their own dtype.
@@ -66,7 +86,7 @@ class ShardedGradients(TaskGradients):
         self._vectors: list[_Vector] = []
         kinds = list(zip(map(gradient_dtype, parameters), self.devices, strict=True))
         for kind in dict.fromkeys(kinds):
-            indexes = [index for index, own in enumerate(kinds) if own == kind]
+            indexes = [index for index in reversed(range(len(kinds))) if kinds[index] == kind]
             begins = [0, *accumulate(self.widths[index] for index in indexes)]
             self._vectors.append(_Vector(indexes, begins, Buckets(begins[-1], *kind, link, answers)))
         self.widths = array("q", self.widths)  # from here on those of this process' part
@@ -75,6 +95,15 @@ class ShardedGradients(TaskGradients):
             for index, begin, end in zip(vector.indexes, ends, ends[1:], strict=False):
                 self.widths[index] = end - begin
         self._sizes = [width * own.itemsize for width, own in zip(self.widths, self.dtypes, strict=True)]
+        turns = [
+            _Turn(place, number, vector.within(number))
+            for place, vector in enumerate(self._vectors)
+            for number in range(vector.buckets.count)
+        ]
+        self._turns = sorted(turns, key=lambda turn: -min(turn.within, default=-1))  # the last one may be empty
+        self.begun = 0
+        """How many buckets of an open task have left: of the first turns."""
+        self._ahead: list[Tensor] = []  # the shards of these
         self._shards: dict[int, list[Tensor]] = {}
         self._there: dict[int, list[bool]] = {}
         self._free: list[list[Tensor]] = []
@@ -100,6 +129,11 @@ class ShardedGradients(TaskGradients):
             problems=problems,
         )
 
+    @property
+    def turns(self) -> int:
+        """How many buckets a row is reduced in."""
+        return len(self._turns)
+
     def take(self, task: int) -> Row | None:
         """See ``TaskGradients``; a row that is there stays here, and what the stay brings is added to it."""
         self._before = None
@@ -107,21 +141,62 @@ class ShardedGradients(TaskGradients):
             self._before = self._shards.pop(task), self._there.pop(task)
         return None
 
+    def prepare(self) -> bool:
+        """Whether an open task may be reduced ahead: not one that was entered before, whose row is there. Nothing is
+        left then to be allocated, or made with all processes together."""
+        for vector in self._vectors:
+            vector.buckets.prepare()
+        return self._before is None
+
+    def reduce_ahead(self, row: Row, are_there: Callable[[list[int]], bool]) -> list[list[int]]:
+        """Begin to reduce the open task's buckets whose turn it is and whose gradients are there. Waits for nobody.
+
+        Args:
+            row: gradients, None for what is not there.
+            are_there: whether all gradients of some parameters are in the row that are going to be.
+        Returns:
+            of each bucket that has left the parameters in it.
+        """
+        first = self.begun
+        writers: list[Callable[[Tensor, int], None]] = []
+        while self.begun < len(self._turns) and are_there(self._turns[self.begun].within):
+            self._ahead = self._ahead or self._new_shards()
+            writers = writers or self._writers(row)
+            if not self._reduce(writers, self._ahead, adds=False, waits=False):
+                break
+        return [turn.within for turn in self._turns[first : self.begun]]
+
+    def catch_up(self, begun: int) -> None:
+        """See ``Ahead``."""
+        for turn in self._turns[self.begun : begun]:
+            self._vectors[turn.place].buckets.catch_up(turn.number)
+            self.begun += 1
+
+    def forget(self) -> None:
+        """See ``Ahead``."""
+        for vector in self._vectors:
+            vector.buckets.finish()
+        if self._ahead:
+            self._free.append(self._ahead)
+        self._ahead, self.begun = [], 0
+
     def put(self, task: int, row: Row) -> None:
         """See ``keep``."""
         self.keep(task, row)
 
     def keep(self, task: int, row: Row) -> None:
-        """Reduce a task's gradients, together with all processes. They are read, and not held."""
+        """Reduce a task's gradients, or what has not left of them, together with all processes. They are read, and not
+        held."""
         there, adds = [grad is not None for grad in row], self._before is not None
         if self._before is not None:
             (shards, before), self._before = self._before, None
             there = [a or b for a, b in zip(there, before, strict=True)]
         else:
-            shards = self._new_shards()
-        for vector, shard in zip(self._vectors, shards, strict=True):
-            store = partial(_store, adds, shard)
-            vector.buckets.mean(self._writer(row, vector, self._link.size), store)
+            shards, self._ahead = self._ahead or self._new_shards(), []
+        writers = self._writers(row)
+        while self.begun < len(self._turns):
+            self._reduce(writers, shards, adds, waits=True)
+        self.forget()
         self._keep_shards(task, shards, there)
 
     def columns(self) -> Columns:
@@ -174,6 +249,16 @@ class ShardedGradients(TaskGradients):
         super().free()
         self._free = []
 
+    def _reduce(
+        self, writers: Sequence[Callable[[Tensor, int], None]], shards: Sequence[Tensor], adds: bool, waits: bool
+    ) -> bool:
+        """Whether there was room for the bucket whose turn it is."""
+        place, number, _ = self._turns[self.begun]
+        store = partial(store_part, adds, shards[place])
+        is_begun = self._vectors[place].buckets.reduce(number, writers[place], store, waits=waits)
+        self.begun += is_begun
+        return is_begun
+
     def _keep_shards(self, task: int, shards: list[Tensor], there: list[bool]) -> None:
         self._shards[task], self._there[task] = shards, there
         self._rows[task] = self._pieces(shards)
@@ -185,8 +270,12 @@ class ShardedGradients(TaskGradients):
             return self._free.pop()
         return [vector.buckets.new_shard(self.dtypes[vector.indexes[0]]) for vector in self._vectors]
 
+    def _writers(self, row: Row) -> list[Callable[[Tensor, int], None]]:
+        """Of its mean, by the place of the vector."""
+        return [self._writer(row, vector, self._link.size) for vector in self._vectors]
+
     def _writer(self, row: Row, vector: _Vector, divisor: int) -> Callable[[Tensor, int], None]:
-        """What puts a row's columns of one vector into a bucket, divided; see ``Buckets.mean``."""
+        """What puts a row's columns of one vector into a bucket, divided; see ``Buckets.reduce``."""
 
         @lru_cache(maxsize=1)  # a copy, where it is one, of one gradient at a time
         def columns_of(index: int) -> Tensor:
@@ -223,166 +312,13 @@ class ShardedGradients(TaskGradients):
         return row
 
 
-class ExchangedGradients(ShardedGradients):
-    """Rows of tasks whose backward passes are shared out among processes: those of this one are kept whole until a
-    merge, where each process gets its shard of all.
-
-    A task that several have run is the mean over them; with ``mean`` that over all stays in it, wherever they were.
-
-    Args:
-        parameters, dtype, link: see ``ShardedGradients``.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None, link: Link) -> None:
-        super().__init__(parameters, dtype, link, answers=link.size)
-        self._held = TaskGradients(parameters)
-        self._unseen: Sequence[Tensor] = parameters  # until it is known that they are alike in all processes
-
-    @property
-    def tasks(self) -> list[int]:
-        """Those of this process; once rows were exchanged, all that any process has."""
-        return super().tasks or self._held.tasks
-
-    def most_held(self, tasks: int) -> tuple[int, int]:
-        """See ``ShardedGradients``: where the tasks are shared out evenly, and the first ones are being exchanged."""
-        return -(-tasks // self._link.size), min(tasks, self._link.size)
-
-    def take(self, task: int) -> Row | None:
-        """See ``TaskGradients``."""
-        if self._rows:
-            raise RuntimeError(f"task {task} was exchanged for a merge that failed: call merge() or discard() first")
-        self._check_whole()
-        return self._held.take(task)
-
-    def keep(self, task: int, row: Row) -> None:
-        """See ``TaskGradients``."""
-        self._held.keep(task, row)
-
-    def summary(self, tasks: int, mean: bool) -> tuple[object, ...]:
-        """See ``TaskGradients``; which tasks a process has is its own."""
-        return f"0 to {tasks - 1}", mean, self.digest
-
-    def collect(self, tasks: int, mean: bool) -> None:
-        """See ``TaskGradients``. All exchange what they have, each its first row, then each its second, and so on."""
-        if self._rows:
-            return
-        self._check_whole()
-        stays = self._all_stays(tasks)
-        runners = [sum(map(bool, of_task)) for of_task in zip(*stays, strict=True)]
-        divisors = list(map(sum, zip(*stays, strict=True))) if mean else runners
-        there = {task: [False] * len(self.widths) for task, count in enumerate(runners) if count}
-        shards: dict[int, list[Tensor]] = {}
-        self.at_risk = True
-        for turn in zip_longest(*([task for task, count in enumerate(own) if count] for own in stays)):
-            row: Row = []
-            if (own := turn[self._link.rank]) is not None:
-                row = self._held.take(own) or []
-                there[own] = [grad is not None for grad in row]
-            adds = []
-            for task in turn:
-                adds.append(task in shards)
-                if task is not None and task not in shards:
-                    shards[task] = self._new_shards()  # only now, as rows that were exchanged are gone
-            self._exchange(row, divisors[own or 0], [shards.get(task) for task in turn], adds)
-        for task, parts in shards.items():
-            self._keep_shards(task, parts, there[task])
-        self._held.free()
-        self.at_risk = False
-
-    def _exchange(self, row: Row, divisor: int, shards: Sequence[list[Tensor] | None], adds: Sequence[bool]) -> None:
-        """One row of each process that has one more.
-
-        Args:
-            row, divisor: of this process.
-            shards: by rank, those of the task whose row comes from there; None: none comes.
-            adds: by rank, whether it is added to what is there.
-        """
-        senders = [rank for rank, own in enumerate(shards) if own is not None]
-        for place, vector in enumerate(self._vectors):
-
-            def store(rank: int, part: Tensor, begin: int, place: int = place) -> None:
-                _store(adds[rank], shards[rank][place], part, begin)  # type: ignore[index]
-
-            vector.buckets.each(senders, self._writer(row, vector, divisor), store)
-
-    def _all_stays(self, tasks: int) -> list[list[int]]:
-        """How often each process has entered each task: a list of all processes, by rank.
-
-        Raises:
-            RuntimeError: in the first round, where the parameters are not alike in all. Nothing would make them so.
-        """
-        own = torch.tensor([_fingerprint(self._unseen), *map(self._held.stays, range(tasks))])
-        everywhere = own.new_empty(self._link.size * len(own))
-        self._link.gather(everywhere, own)
-        found: list[list[int]] = everywhere.view(-1, len(own)).tolist()
-        if len({numbers[0] for numbers in found}) > 1:
-            raise RuntimeError(
-                "processes that share tasks out have other parameters each: seed them alike, load one checkpoint, or "
-                "wrap the model with DistributedDataParallel before the first round"
-            )
-        self._unseen = ()
-        return [numbers[1:] for numbers in found]
-
-    def _forget(self) -> None:
-        self._held.clear()
-        super()._forget()
-        self._free = []  # in the next round there are the rows of this process before there are shards
-
-    def free(self) -> None:
-        """See ``TaskGradients``."""
-        super().free()
-        self._held.free()
-
-
-class ShardedCapture(Capture):
-    """Rows of which a process gets shards, from what its own backward passes have left in ``.grad``.
-
-    What DistributedDataParallel has averaged by then stays as it is: a mean of equal numbers.
-
-    Args:
-        parameters, rows, forms: see ``Capture``.
-        exchange: with those who have the other parts.
-    """
-
-    rows: ShardedGradients
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        rows: ShardedGradients,
-        exchange: Exchange,
-        forms: Mapping[int, Form] = MappingProxyType({}),
-    ) -> None:
-        super().__init__(parameters, rows, forms)
-        self._exchange = exchange
-
-    def run(self, loss: Tensor, retain_graph: bool) -> None:
-        """See ``Capture``. Nothing accumulates, so that no module takes it for its one backward pass a forward."""
-        grads = torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, allow_unused=True)
-        if all(grad is None for grad in grads):  # a hook of the loss may run another pass, as cached losses do
-            super().run(loss, retain_graph)
-            return
-        for p, grad in zip(self.parameters, grads, strict=True):
-            p.grad = grad
-
-    def close(self) -> None:
-        """See ``Capture``. Where rows are reduced now all meet first: who has failed would leave the others waiting."""
-        if self._exchange.in_step:
-            self._exchange.rounds.arrive("end of task", self.task, self.rows.digest)
-        super().close()
-
-    def give(self, merged: Row) -> None:
-        """See ``Capture``: of all processes' parts."""
-        super().give(self.rows.whole(merged))
-
-
-def _store(adds: bool, shard: Tensor, part: Tensor, first: int) -> None:
+def store_part(adds: bool, shard: Tensor, part: Tensor, first: int) -> None:
     """Columns of a shard from ``first`` on, or what is added to them."""
     place = shard[first : first + len(part)]
     place.add_(part) if adds else place.copy_(part)
 
 
-def _fingerprint(tensors: Sequence[Tensor]) -> int:
+def fingerprint(tensors: Sequence[Tensor]) -> int:
     """A number of 62 bits that depends on every bit of the tensors."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:

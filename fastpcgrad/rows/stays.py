@@ -180,6 +180,7 @@ class Task(Stay):
         try:
             self._stays.meet("task", self._index)
             capture.open(self._index)
+            capture.watch(self._stays.processes.is_averaging)
         except BaseException as error:
             super().__exit__(type(error), error, error.__traceback__)
             raise

@@ -229,13 +229,6 @@ def test_tasks_have_names_and_dicts_are_answered_by_dicts(name):
         NAMED[name](None)
 
 
-def test_what_has_no_default_is_asked_for():
-    with pytest.raises(ValueError, match="alpha must be a finite number >= 0; found None"):
-        balancing.GradNorm(tasks=["seg", "depth"])
-    with pytest.raises(ValueError, match="mu must be a finite number > 0; found None"):
-        balancing.STCH(tasks=["seg", "depth"])
-
-
 def test_six_lines_make_a_balancer():
     class Equal(balancing.Balancer):
         def __init__(self, num_tasks):
