@@ -21,7 +21,8 @@ from .._ops import to_device
 from ..backends import kernels
 from . import hooks
 from .apart import are_apart
-from .factors import Factored, Factors, exact_dtypes, symmetric_if_exact
+from .factored import Multiplied, exact_dtypes, symmetric_if_exact
+from .factors import Factors
 from .products import Finder, Graph
 
 _LARGEST_POWER = {torch.float16: 1}
@@ -67,7 +68,7 @@ class Samples:
 
     whole = True
 
-    def __init__(self, factored: Factored, left: Tensor | None, delta: Deltas) -> None:
+    def __init__(self, factored: Multiplied, left: Tensor | None, delta: Deltas) -> None:
         self.left, self.delta = left, delta
         self._product = factored.product
 
@@ -125,7 +126,7 @@ class Samples:
         return self._product((delta * own[:, None, None]).flatten(0, 1), self.left.flatten(0, 1)).to(dtype)
 
 
-class _Bias(Factored):
+class _Bias(Multiplied):
     """Of what is added to products: its gradients are sums over rows, products with ones."""
 
     def of_input(self, node: Any) -> Tensor:
@@ -149,14 +150,15 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: boo
         ValueError: a loss depends on rows of another's sample.
     """
     graph = Graph([losses])
-    finder = Finder(graph, parameters, "factored")
+    finder = Finder(graph, parameters, "factored", tables=False)
     known = hooks.known(hash((graph.signature, "samples", len(losses), *map(id, parameters))))
     unsure = finder.look_for_hooks(known)
     passes = [torch.ones_like(losses)]
     if not are_apart(graph, len(losses)) or not hooks.are_without_hooks(graph.order):
         passes.append(_scales(losses))
     count = len(passes)
-    weights = [Factored(index, nodes, count, finder.transposed[index]) for index, nodes in finder.found.items()]
+    how = finder.how
+    weights = [Multiplied(index, nodes, count, how[index] == "as it is") for index, nodes in finder.found.items()]
     weights += [_Bias(index, nodes, count, False) for index, nodes in finder.biases(known).items()]
     weights = [weight for weight in weights if _have_rows_for(len(losses), weight)]
     if not weights:
@@ -176,7 +178,7 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: boo
     return _by_sample(right, len(losses), passes[1:], parameters)
 
 
-def _have_rows_for(samples: int, weight: Factored) -> bool:
+def _have_rows_for(samples: int, weight: Multiplied) -> bool:
     return all(node._input_metadata[0].shape[0] % samples == 0 for node, _ in weight.nodes)
 
 
@@ -192,7 +194,7 @@ _random = torch.Generator()
 
 
 def _by_sample(
-    weights: Sequence[Factored], samples: int, scales: Sequence[Tensor], parameters: Sequence[Tensor]
+    weights: Sequence[Multiplied], samples: int, scales: Sequence[Tensor], parameters: Sequence[Tensor]
 ) -> dict[int, Samples]:
     """Each with its rows by sample; those of the same products, as a weight and its bias are, share δ."""
     seen: dict[tuple[Any, ...], tuple[Deltas, list[Callable[[Tensor], Tensor]]]] = {}
