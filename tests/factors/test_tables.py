@@ -358,7 +358,6 @@ class TestChoice:
         net, ids = Net(size=size), torch.arange(100)
         surgery = surgery_of(net.parameters(), rows="auto")
         for _ in range(2):
-            losses = [head(net.table(ids)).square().sum() for head in net.heads]
             h = net.table(ids)
             losses = [head(h).square().sum() for head in net.heads]
             report = surgery.backward(losses)
