@@ -10,12 +10,13 @@ rows are whose.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .._ops import to_device
 from ..backends import kernels
@@ -70,7 +71,11 @@ class Samples:
 
     def __init__(self, factored: Multiplied, left: Tensor | None, delta: Deltas) -> None:
         self.left, self.delta = left, delta
-        self._product = factored.product
+        self._factored = factored
+
+    def of_bias(self) -> Samples:
+        """Those of what is added to the same products."""
+        return Samples(self._factored, None, self.delta)
 
     def gram(self) -> Tensor:
         """G, ``[B, B]`` float64: of a aᵀ and δ δᵀ, or where these take longer or are not exact, of gradients."""
@@ -123,7 +128,7 @@ class Samples:
         own = to_device(weights, delta.device).to(delta.dtype)
         if self.left is None:
             return (own @ delta.sum(dim=1)).to(dtype)
-        return self._product((delta * own[:, None, None]).flatten(0, 1), self.left.flatten(0, 1)).to(dtype)
+        return self._factored.product((delta * own[:, None, None]).flatten(0, 1), self.left.flatten(0, 1)).to(dtype)
 
 
 class _Bias(Multiplied):
@@ -159,23 +164,39 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: boo
     count = len(passes)
     how = finder.how
     weights = [Multiplied(index, nodes, count, how[index] == "as it is") for index, nodes in finder.found.items()]
-    weights += [_Bias(index, nodes, count, False) for index, nodes in finder.biases(known).items()]
+    biases = finder.biases(known)
+    along = _along(finder, biases, known.right - unsure)
+    weights += [_Bias(index, nodes, count, False) for index, nodes in biases.items() if index not in along]
     weights = [weight for weight in weights if _have_rows_for(len(losses), weight)]
     if not weights:
         return {}
-    factors = Factors(weights, parameters, graph, [], known, unsure.intersection(w.index for w in weights), Counter())
+    kept = {weight.index for weight in weights}
+    along = {index: weight for index, weight in along.items() if weight in kept}
+    factors = Factors(weights, parameters, graph, [], known, unsure & kept, Counter())
     with factors.noting():
         for slot, scale in enumerate(passes):
             factors.begin(slot)
             # A parameter that was compared with its factors and is none of them needs rows after all.
-            is_last = slot + 1 == count and len(weights) == len(parameters) and not factors.unknown
+            is_last = slot + 1 == count and len(weights) + len(along) == len(parameters) and not factors.unknown
             keep = retain_graph or not is_last or bool(factors.stopped)
             asked: Any = [*factors.edges, *(parameters[index] for index in factors.unknown)]
             found = torch.autograd.grad(losses, asked, scale, retain_graph=keep, allow_unused=True)
             factors.note_captured(found[: len(factors.edges)])
             factors.compare(found[len(factors.edges) :])
     right = [weight for weight in weights if weight.index not in factors.stopped]
-    return _by_sample(right, len(losses), passes[1:], parameters)
+    samples = _by_sample(right, len(losses), passes[1:], parameters)
+    return samples | {index: samples[of].of_bias() for index, of in along.items()}
+
+
+def _along(finder: Finder, biases: Mapping[int, Sequence[Node]], right: Set[int]) -> dict[int, int]:
+    """Biases that need no δ of their own, each with the weight of the same products.
+
+    Args:
+        right: those whose factors were compared before, and need not be now.
+    """
+    weights = {tuple(nodes): index for index, nodes in finder.found.items() if index in right}
+    found = {index: weights.get(tuple(nodes)) for index, nodes in biases.items() if index in right}
+    return {index: weight for index, weight in found.items() if weight is not None}
 
 
 def _have_rows_for(samples: int, weight: Multiplied) -> bool:
