@@ -39,11 +39,19 @@ class Deltas:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+        self._weights: Tensor | None = None
 
     @cached_property
     def pairs(self) -> Tensor:
         """See ``_pairs``, for S = 1; float64."""
         return _pairs(self.tensor[:, 0]).double()
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """w_s δ_s; kept for the other parameter of the same products."""
+        if self._weights is not weights:
+            own = to_device(weights, self.tensor.device).to(self.tensor.dtype)
+            self._weights, self._weighted = weights, self.tensor * own[:, None, None]
+        return self._weighted
 
 
 def _pairs(rows: Tensor) -> Tensor:
@@ -124,11 +132,10 @@ class Samples:
             weights: w, ``[B]`` float64.
             dtype: of the gradient.
         """
-        delta = self.delta.tensor
-        own = to_device(weights, delta.device).to(delta.dtype)
-        if self.left is None:
-            return (own @ delta.sum(dim=1)).to(dtype)
-        return self._factored.product((delta * own[:, None, None]).flatten(0, 1), self.left.flatten(0, 1)).to(dtype)
+        delta = self.delta.weighted(weights).flatten(0, 1)
+        return (delta.sum(dim=0) if self.left is None else self._factored.product(delta, self.left.flatten(0, 1))).to(
+            dtype
+        )
 
 
 class _Bias(Multiplied):
@@ -154,12 +161,12 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: boo
     Raises:
         ValueError: a loss depends on rows of another's sample.
     """
-    graph = Graph([losses])
+    graph, samples = Graph([losses]), len(losses)
     finder = Finder(graph, parameters, "factored", tables=False)
-    known = hooks.known(hash((graph.signature, "samples", len(losses), *map(id, parameters))))
+    known = hooks.known(hash((graph.signature, "samples", samples, *map(id, parameters))))
     unsure = finder.look_for_hooks(known)
     passes = [torch.ones_like(losses)]
-    if not are_apart(graph, len(losses)) or not hooks.are_without_hooks(graph.order):
+    if not are_apart(graph, samples) or not hooks.are_without_hooks(graph.order):
         passes.append(_scales(losses))
     count = len(passes)
     how = finder.how
@@ -167,7 +174,7 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: boo
     biases = finder.biases(known)
     along = _along(finder, biases, known.right - unsure)
     weights += [_Bias(index, nodes, count, False) for index, nodes in biases.items() if index not in along]
-    weights = [weight for weight in weights if _have_rows_for(len(losses), weight)]
+    weights = [weight for weight in weights if _have_rows_for(samples, weight)]
     if not weights:
         return {}
     kept = {weight.index for weight in weights}
@@ -184,8 +191,8 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: boo
             factors.note_captured(found[: len(factors.edges)])
             factors.compare(found[len(factors.edges) :])
     right = [weight for weight in weights if weight.index not in factors.stopped]
-    samples = _by_sample(right, len(losses), passes[1:], parameters)
-    return samples | {index: samples[of].of_bias() for index, of in along.items()}
+    by_index = _by_sample(right, samples, passes[1:], parameters)
+    return by_index | {index: by_index[of].of_bias() for index, of in along.items()}
 
 
 def _along(finder: Finder, biases: Mapping[int, Sequence[Node]], right: Set[int]) -> dict[int, int]:
