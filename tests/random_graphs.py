@@ -285,6 +285,18 @@ class FrozenTable(LookedUp):
         self.table.requires_grad_(False)
 
 
+class Bags(Piece):
+    """Means of lookups, of which one is empty, beside what was looked up alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.EmbeddingBag(7, WIDTH, mode="mean")
+
+    def forward(self, h):
+        index, ends = torch.arange(7).repeat(h.shape[1])[: 2 * h.shape[1]], 2 * torch.arange(h.shape[1])
+        return self.linear(h + self.table(index % 5, ends)).tanh() + self.table(index, ends.clamp(min=1) - 1)
+
+
 class HookedTable(LookedUp):
     def __init__(self):
         super().__init__()

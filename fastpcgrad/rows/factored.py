@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from .._memory import prefer_huge_pages
 from .._ops import to_device
 from ..backends import kernels
-from .products import SAVED
+from .products import MEAN, SAVED
 from .sparse import Order
 
 
@@ -149,17 +149,36 @@ class LookedUp(Factored):
     def __init__(self, index: int, nodes: Sequence[Node], tasks: int, shape: torch.Size) -> None:
         super().__init__(index, nodes, tasks)
         self._shape = shape
-        found = torch.cat([_indices(node) for node in nodes])
-        (there,) = (found >= 0).nonzero(as_tuple=True)
-        self._order = Order.of(found[there], there)
+        found, rows, sizes = [], [], []
+        for node, first in self.nodes:
+            indices = _indices(node)
+            row, size = _in_bags(node, indices) if node.name() == "EmbeddingBagBackward0" else _one_by_one(indices)
+            found.append(indices[: len(row)])
+            rows.append(row + first)
+            sizes.append(size)
+        indices, sources = torch.cat(found), torch.cat(rows)
+        there = indices >= 0
+        self._order = Order.of(indices[there], sources[there])
+        self._sizes = None if all(size is None for size in sizes) else self._of_rows(sizes)
+
+    def _of_rows(self, sizes: Sequence[Tensor | None]) -> Tensor:
+        """Among how many lookups each row of δ is divided, ``[M, 1]``."""
+        all_sizes = self.delta.new_ones(self.delta.shape[1], 1)
+        for (_, first), size in zip(self.nodes, sizes, strict=True):
+            if size is not None:
+                all_sizes[first : first + len(size), 0] = size
+        return all_sizes
+
+    def _sums(self, deltas: Tensor) -> Tensor:
+        return self._order.sums(deltas if self._sizes is None else deltas / self._sizes)
 
     @cached_property
     def _block(self) -> Tensor:
         """The gradients at the places that are looked up, ``[T, U, out]``."""
-        return self._order.sums(self.delta)
+        return self._sums(self.delta)
 
     def product(self, delta: Tensor) -> Tensor:
-        return self._spread(self._order.sums(delta[None])[0], delta.dtype)
+        return self._spread(self._sums(delta[None])[0], delta.dtype)
 
     def merged(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         weights = to_device(weights, self.delta.device)
@@ -180,15 +199,32 @@ class LookedUp(Factored):
         """That of partial sums is as large as they are, and random in sign."""
         if not len(self._order.places):
             return delta.new_zeros(())
-        sums = _norm(self._order.sums(delta[None].abs()))
+        sums = _norm(self._sums(delta[None].abs()))
         return 4 * torch.finfo(delta.dtype).eps * self._order.counts.amax().sqrt() * sums
 
 
 def _indices(node: Any) -> Tensor:
     """The places that a node has looked up, one after the other; -1 for that of padding, which has no gradient."""
     found: Tensor = node._saved_indices.flatten().long()
-    padding: int = node._saved_padding_idx  # without one it is -1, shown as one of 64 bits
+    padding: int = node._saved_padding_idx  # without one it is -1, which some nodes show as one of 64 bits
     return found if padding >= 1 << 63 else found.masked_fill(found == padding, -1)
+
+
+def _one_by_one(indices: Tensor) -> tuple[Tensor, None]:
+    """The row of δ of each lookup."""
+    return torch.arange(len(indices), device=indices.device), None
+
+
+def _in_bags(node: Any, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The row of δ of each lookup, its bag's; and of each bag among how many its δ is divided, where it is."""
+    bags = node._input_metadata[0].shape[0]
+    ends = torch.cat([node._saved_offsets.long(), indices.new_tensor([len(indices)])])[: bags + 1]
+    each = torch.arange(bags, device=indices.device)
+    rows = each.repeat_interleave(ends.diff())
+    if node._saved_mode != MEAN:
+        return rows, None
+    counted = torch.zeros_like(each).index_add_(0, rows, (indices[: len(rows)] >= 0).long())
+    return rows, counted.clamp(min=1)
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from math import prod
 from typing import Any, Literal
 
 import torch
@@ -20,10 +19,15 @@ from .hooks import Known, are_without_hooks, has_hooks, has_post_hooks
 
 _PLAIN = (Tensor, Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SAVED = {"AddmmBackward0": "mat1", "MmBackward0": "self", "EmbeddingBackward0": "indices"}
-"""What a node that uses a weight, as the last of what goes in, has saved of what went in besides."""
-_LOOKUP = "EmbeddingBackward0"
+SAVED = {
+    **{"AddmmBackward0": "mat1", "MmBackward0": "self"},
+    **{"EmbeddingBackward0": "indices", "EmbeddingBagBackward0": "indices"},
+}
+"""What a node that uses a weight has saved of what went in besides."""
+_LOOKUPS = {"EmbeddingBackward0", "EmbeddingBagBackward0"}
 _OTHERWISE = "no weight that matrix products alone use, and no table that lookups alone use"
+SUM, MEAN = 0, 1
+"""The modes of bags in which each lookup has its gradient whatever was found."""
 
 How = Literal["as it is", "transposed", "looked up"]
 """A weight is used."""
@@ -104,7 +108,7 @@ class Finder:
 
     def __init__(self, graph: Graph, parameters: Sequence[Tensor], rows: Choice, *, tables: bool = True) -> None:
         self._graph, self._parameters = graph, parameters
-        self._names = SAVED.keys() if tables else SAVED.keys() - {_LOOKUP}
+        self._names = SAVED.keys() if tables else SAVED.keys() - _LOOKUPS
         self.found: dict[int, list[Node]] = {}
         self.how: dict[int, How] = {}
         self.why: Counter[str] = Counter()
@@ -139,16 +143,20 @@ class Finder:
                 if name in ("TBackward0", "ToCopyBackward0"):
                     owner[node] = index, direct ^ (name == "TBackward0")
                     self._ways[index].append(node)
-                elif name in self._names and slot == len(self._graph.children[node]) - 1 and _is_plain(node):
+                elif name in self._names and slot == self._slot_of_weight(node, name) and _is_plain(node):
                     uses.setdefault(index, []).append(node)
                     how: How = "as it is" if direct else "transposed"
-                    if name == _LOOKUP:
+                    if name in _LOOKUPS:
                         how = "looked up"
-                    if self.how.setdefault(index, how) != how or (name == _LOOKUP and not direct):
+                    if self.how.setdefault(index, how) != how or (name in _LOOKUPS and not direct):
                         strays.add(index)
                 else:
                     strays.add(index)
         return {index: nodes for index, nodes in uses.items() if index not in strays}
+
+    def _slot_of_weight(self, node: Node, name: str) -> int:
+        """Which of what goes in is the weight: of products the last."""
+        return 0 if name in _LOOKUPS else len(self._graph.children[node]) - 1
 
     def biases(self, known: Known) -> dict[int, list[Node]]:
         """By the index of a parameter the products that it is added to, where that is all that is done with it.
@@ -187,18 +195,19 @@ class Finder:
         if p._backward_hooks or p._post_accumulate_grad_hooks:
             return "a hook on the weight"
         metadata = [node._input_metadata[0] for node in nodes]
-        count = sum(prod(meta.shape[:-1]) for meta in metadata)
+        if any(getattr(node, f"_raw_saved_{SAVED[node.name()]}").unpack_hook is not None for node in nodes):
+            return "activations are recomputed, or packed by a hook on saved tensors"
+        saved = [getattr(node, f"_saved_{SAVED[node.name()]}") for node in nodes]
+        is_table = nodes[0].name() in _LOOKUPS
+        count = sum(a.numel() if is_table else meta.shape[0] for a, meta in zip(saved, metadata, strict=True))
         if not p.numel() or not count:
             return "nothing in it"
         outer = metadata[0].shape[-1]
-        inner, is_table = p.numel() // outer, nodes[0].name() == _LOOKUP
+        inner = p.numel() // outer
         pays = lookups_pay(count, inner, tasks) if is_table else factors_pay(count, inner, outer, tasks)
         if rows == "auto" and not pays:
             return "factors would not pay"
-        if any(getattr(node, f"_raw_saved_{SAVED[node.name()]}").unpack_hook is not None for node in nodes):
-            return "activations are recomputed, or packed by a hook on saved tensors"
-        for node, meta in zip(nodes, metadata, strict=True):
-            a: Tensor = getattr(node, f"_saved_{SAVED[node.name()]}")
+        for a, meta in zip(saved, metadata, strict=True):
             same = meta.dtype == metadata[0].dtype and meta.dtype in _DTYPES and a.device == p.device
             same = same and (is_table or a.dtype == meta.dtype)
             if type(a) not in _PLAIN or a.layout != torch.strided or not same:
@@ -243,7 +252,9 @@ def _adds(node: Any, p: Tensor) -> bool:
 
 
 def _is_plain(node: Any) -> bool:
-    """Whether a product has no factor besides, and a lookup gives each of its gradients as it comes, to dense ones."""
-    if node.name() == _LOOKUP:
-        return not node._saved_scale_grad_by_freq and not node._saved_sparse
+    """Whether a product has no factor besides, and lookups give each its gradient as it comes or a part of it."""
+    if node.name() in _LOOKUPS and (node._saved_scale_grad_by_freq or node._saved_sparse):
+        return False
+    if node.name() == "EmbeddingBagBackward0":
+        return node._saved_mode in (SUM, MEAN) and node._saved_per_sample_weights is None
     return node.name() != "AddmmBackward0" or node._saved_alpha == 1

@@ -26,6 +26,7 @@ KINDS = [
     "Cell",
     "AsItIs",
     "LookedUp",
+    "Bags",
 ]
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, embedding_bag
 from torch.utils.checkpoint import checkpoint
 
 import fastpcgrad
@@ -59,6 +59,54 @@ def test_the_merged_gradient_is_a_dense_tensor_of_its_own():
     others = [place for place in range(SIZE) if place not in touched]
     assert (grad[touched] != 0).any(dim=1).all()
     assert (grad[others] == 0).all()
+
+
+class TestBags:
+    """Of several lookups each: their sums and means."""
+
+    IDS, OFFSETS = torch.tensor([1, 2, 2, 5, 7, 1, 3]), torch.tensor([0, 3, 3, 5])
+
+    def run(self, offsets=OFFSETS, **options):
+        """Three steps with bags of several lengths, and some that are alike; gives the report of the last."""
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(SIZE, WIDTH, dtype=torch.float64))
+        scales = torch.arange(1.0, 1 + 4 * WIDTH, dtype=torch.float64).view(4, WIDTH)
+
+        def losses():
+            found = embedding_bag(self.IDS, weight, offsets, **options)
+            alike = embedding_bag(self.IDS[:6].view(2, 3), weight, mode=options["mode"])
+            shared = (found * scales).sin().sum()
+            return [(t + 1) * shared + (t - 0.5) * alike.exp().sum() + found[t].sum().square() for t in range(TASKS)]
+
+        surgery = surgery_of([weight])
+        for _ in range(3):
+            rows = rows_of(losses(), [weight])
+            report = surgery.backward(losses())
+            assert_merged([weight], rows, report, 1e-12)
+        return report.rows
+
+    @pytest.mark.parametrize("padding", [{}, {"padding_idx": 2}], ids=["all", "padding"])
+    @pytest.mark.parametrize("mode", ["sum", "mean"])
+    def test_sums_and_means(self, mode, padding):
+        assert self.run(mode=mode, **padding).factored == 1
+
+    @pytest.mark.parametrize("mode", ["sum", "mean"])
+    def test_offsets_with_the_last_one(self, mode):
+        ends = torch.tensor([0, 3, 3, 5, 7], dtype=torch.int64)
+        assert self.run(ends, mode=mode, include_last_offset=True).factored == 1
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"mode": "max"},
+            {"mode": "mean", "scale_grad_by_freq": True},
+            {"mode": "sum", "per_sample_weights": torch.rand(7, dtype=torch.float64)},
+            {"mode": "sum", "per_sample_weights": torch.rand(7, dtype=torch.float64, requires_grad=True)},
+        ],
+        ids=["max", "by frequency", "weights", "learned weights"],
+    )
+    def test_others_are_dense(self, options):
+        assert self.run(**options).dense == {OTHERWISE: 1}
 
 
 class TestWhatIsNotFactored:
