@@ -186,9 +186,8 @@ class LookedUp(Factored):
         return out if bool(weights.isfinite().all()) else out.fill_(torch.nan)  # as zeros with these weights are
 
     def gram(self) -> tuple[Tensor, bool]:
-        """Of the places that are looked up, whose sums are autograd's; what is not finite is to show in rows."""
-        gram = kernels.gram(self._block.flatten(1))
-        return gram, bool(gram.isfinite().all())
+        """Of the places that are looked up, whose sums are autograd's."""
+        return kernels.gram(self._block.flatten(1)), True
 
     def _spread(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """These at their places, and zeros elsewhere."""
