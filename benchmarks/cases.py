@@ -122,10 +122,17 @@ MEMORY_BATCH = Batch(1, 32)
 
 
 Wide = Literal["mlp w=256", "mlp w=512", "mlp w=1024", "mlp w=2048"]
-Recommender = Literal["recommender V=3000", "recommender V=300000"]
+Recommender = Literal[
+    "recommender V=3000", "recommender V=300000", "recommender dense V=100000", "recommender dense V=300000"
+]
 WIDTHS: dict[Wide, int] = {"mlp w=256": 256, "mlp w=512": 512, "mlp w=1024": 1024, "mlp w=2048": 2048}
-TABLES: dict[Recommender, int] = {"recommender V=3000": 3000, "recommender V=300000": 300_000}
-"""Of models with sparse gradients: the size of the table."""
+TABLES: dict[Recommender, tuple[int, bool]] = {
+    "recommender V=3000": (3000, True),
+    "recommender V=300000": (300_000, True),
+    "recommender dense V=100000": (100_000, False),
+    "recommender dense V=300000": (300_000, False),
+}
+"""Of models that look things up: the size of the table, and whether autograd makes its gradients sparse."""
 Named = Literal["tutorial", "mlp", "mlp 0.94M", "mlp 0.17M", "transformer", "wide transformer"] | Wide | Recommender
 
 
@@ -229,7 +236,7 @@ def factored_memory_cases(quick: bool) -> list[FactoredCase]:
 
 
 def floor_cases(quick: bool) -> list[FloorCase]:
-    """MLPs of each width with batches of each size, and sparse tables of two sizes."""
+    """MLPs of each width with batches of each size, and tables, sparse and dense, of two sizes."""
     recommenders = [FloorCase(model, 4, Batch(512)) for model in TABLES]
     if quick:
         return [FloorCase("mlp w=256", 8, Batch(16)), recommenders[0]]

@@ -152,13 +152,13 @@ def mlp_trunk(width: int, inputs: int = 512, hidden: int = 5) -> nn.Sequential:
 
 
 class LookUp(nn.Module):
-    """Sixteen entries of a table with sparse gradients, and an MLP over them."""
+    """Sixteen entries of a table, with sparse gradients or dense ones, and an MLP over them."""
 
     ENTRIES, WIDTH, OUT = 16, 32, 256
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, sparse: bool) -> None:
         super().__init__()
-        self.table = nn.Embedding(size, self.WIDTH, sparse=True)
+        self.table = nn.Embedding(size, self.WIDTH, sparse=sparse)
         self.layers = mlp_trunk(self.OUT, self.ENTRIES * self.WIDTH, 2)
 
     def forward(self, numbers: Tensor) -> Tensor:
@@ -166,8 +166,8 @@ class LookUp(nn.Module):
         return found
 
 
-def _recommender(size: int, batch: int, tasks: int) -> Classifier:
-    return Classifier(LookUp(size), torch.randint(0, size, (batch, LookUp.ENTRIES)), LookUp.OUT, tasks)
+def _recommender(size: int, sparse: bool, batch: int, tasks: int) -> Classifier:
+    return Classifier(LookUp(size, sparse), torch.randint(0, size, (batch, LookUp.ENTRIES)), LookUp.OUT, tasks)
 
 
 def build(case: StepCase, device: str = "cpu") -> Problem:
@@ -189,7 +189,7 @@ def _built(case: StepCase) -> Problem:
         inputs, width, hidden = MLPS[case.model]
         return Classifier(mlp_trunk(width, inputs, hidden), torch.randn(batch.sequences, inputs), width, tasks)
     if case.model in TABLES:
-        return _recommender(TABLES[case.model], batch.sequences, tasks)
+        return _recommender(*TABLES[case.model], batch.sequences, tasks)
     if case.model == "wide transformer":
         return Classifier(MeanPooledEncoder(1000, 512, 2), _tokens(1000, batch), 512, tasks)
     tokens = _tokens(4000, batch)
@@ -210,7 +210,7 @@ def build_small(case: StepCase, device: str = "cpu") -> Problem:
     if case.model.startswith("mlp"):
         return Classifier(mlp_trunk(24, inputs=12, hidden=3), torch.randn(8, 12), 24, case.tasks)
     if case.model in TABLES:
-        return _recommender(50, 8, case.tasks)
+        return _recommender(50, TABLES[case.model][1], 8, case.tasks)
     return Classifier(MeanPooledEncoder(50, 16, 2), _tokens(50, Batch(4, 6)), 16, case.tasks)
 
 

@@ -182,7 +182,7 @@ def floor_of(name: str) -> str:
 def modes(case: StepCase, on_gpu: bool = False) -> list[Mode]:
     """Those that are compared on a case: with all peers, or the library's modes for large models."""
     if isinstance(case, FactoredCase):
-        return _factored_modes()[: 2 if case.model in TABLES else None]
+        return _factored_modes()[: 3 if case.model in TABLES else None]
     return _large_modes(on_gpu) if isinstance(case.model, Gpt) else _step_modes()
 
 

@@ -8,7 +8,7 @@ Parts, each with the minutes that it may take; without ``--only`` the first thre
 - *method*: every method against TorchJD's, by pytest-benchmark (``benchmarks/test_methods.py``).
 - *gradnorm*: a step of GradNorm (``benchmarks.gradnorm``).
 - *factored*: steps and a peak with factored rows, where they pay and where they do not.
-- *floor*: steps below T backward passes: over width and batch, peaks over T, one loss a sample, sparse tables.
+- *floor*: steps below T backward passes: over width and batch, peaks over T, one loss a sample, tables for lookups.
 - *large*: steps and peaks of a GPT-style transformer of 1 M to 1 G parameters in every mode of the library. What is
   predicted not to fit is skipped, and its row says so.
 

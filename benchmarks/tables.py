@@ -366,7 +366,7 @@ def gradnorm(latest: Sequence[Row]) -> str:
 
 
 def floor(latest: Sequence[Row]) -> str:
-    """One loss a sample against TorchJD's Engine, and sparse tables. Nothing where there are no rows."""
+    """One loss a sample against TorchJD's Engine, and tables that are looked up. Nothing where there are no rows."""
     lines = []
     for case, found in by_case(latest, "step", "samples").items():
         shown = [
@@ -376,17 +376,22 @@ def floor(latest: Sequence[Row]) -> str:
         lines.append((case.removeprefix("per sample "), *("" if ratio is None else f"{ratio:.3g}×" for ratio in shown)))
     header = ("one loss a sample", "Engine / `gramian`", "`gramian` / plain step", "step with PCGrad / plain step")
     peaks = by_case(latest, "memory", "floor")
-    sparse = []
+    looked_up = []
     for case, found in by_case(latest, "step", "floor").items():
         if case.startswith("recommender"):
             peak = peaks.get(f"memory {case}", {}).get(LIBRARY)
             shown_peak = "" if peak is None or peak.peak_bytes is None else f"{peak.peak_bytes / 2**20:.0f} MiB"
-            sparse.append((case.removeprefix("recommender "), _by_plain(found.get(LIBRARY), False), shown_peak))
-    if not lines and not sparse:
+            dense = _by_plain(found.get(DENSE_ROWS), False)
+            name = case.removeprefix("recommender ")
+            kind = "dense" if name.startswith("dense") else "sparse"
+            name = name.removeprefix("dense ")
+            looked_up.append((kind, name, _by_plain(found.get(LIBRARY), False), dense, shown_peak))
+    if not lines and not looked_up:
         return ""
-    of_tables = ("sparse table", "`pc_backward` / T plain backward passes", "peak of two steps")
+    by = "/ T plain backward passes"
+    of_tables = ("gradients", "table", f"`pc_backward` {by}", f'`rows="dense"` {by}', "peak of two steps")
     how = " CPU time, on a machine that others use." if any("CPU time" in row.note for row in latest) else ""
-    return "\n\n".join([markdown(header, lines), markdown(of_tables, sparse), origin(latest) + how])
+    return "\n\n".join([markdown(header, lines), markdown(of_tables, looked_up), origin(latest) + how])
 
 
 def factored(latest: Sequence[Row]) -> str:

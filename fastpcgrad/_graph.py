@@ -33,10 +33,10 @@ def nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
     while queue:
         node = queue.pop()
         yield node
-        parents = dict.fromkeys(parent for parent, _ in node.next_functions)
-        fresh = [parent for parent in parents if parent is not None and parent not in seen]
-        seen.update(fresh)
-        queue.extend(fresh)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                queue.append(parent)
 
 
 def leaves(outputs: Sequence[Tensor], *, hidden: bool = False) -> Iterator[Tensor]:

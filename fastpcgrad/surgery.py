@@ -74,11 +74,12 @@ class GradientSurgery:
             processes merge together. A task that several enter is the mean over these, or with ``accumulate="mean"``
             over all stays. A process without any calls ``merge``, too, or gives None for each loss.
         rows: how ``backward`` of losses that share a graph keeps the gradients of weights that matrix products alone
-            use. ``factored``: of each task only what comes into the products, from which G and the merged gradient are
-            made without the tasks' own. ``auto``: so where that takes less time, in models on a CPU with a million
-            elements in such weights or more, in one process. ``dense``: as they are. Everything else is kept as it is
-            in either case, and what cannot be had exactly from factors too: ``report.rows`` says what was done and
-            why. ``fastpcgrad.dense_rows()`` and ``FASTPCGRAD_ROWS=dense`` switch it off.
+            use, and of tables that lookups alone use. ``factored``: of each task only what comes into these, from which
+            G and the merged gradient are made without the tasks' own. ``auto``: so where that takes less time, in
+            models on a CPU with a million elements in such weights or more, in one process. ``dense``: as they are.
+            Everything else is kept as it is in either case, and what cannot be had exactly from factors too:
+            ``report.rows`` says what was done and why. ``fastpcgrad.dense_rows()`` and ``FASTPCGRAD_ROWS=dense`` switch
+            it off.
         overlap: of means over processes, whether a task's gradients are reduced while its backward pass runs. ``auto``:
             in passes that ``backward`` runs, of parameters on a CPU. True: also on a GPU, and in passes of one's own
             inside ``task(t)``, where what is written into a ``.grad`` after that has left is found as far as torch

@@ -257,6 +257,65 @@ class Embedded(Piece):
         return (h @ self.table.weight.T).tanh() @ self.table.weight
 
 
+class LookedUp(Piece):
+    """By indices of several shapes that repeat, some of which are padding."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.table = nn.Embedding(7, WIDTH, padding_idx=2, **options)
+
+    def forward(self, h):
+        index = torch.arange(h.shape[0] * h.shape[1]).view(h.shape[:2]) % 5
+        return self.linear(h + self.table(index)).tanh() + self.table(index[0]) + self.table(index[0, 0])
+
+
+class Renormalised(LookedUp):
+    def __init__(self):
+        super().__init__(max_norm=0.5)
+
+
+class ByFrequency(LookedUp):
+    def __init__(self):
+        super().__init__(scale_grad_by_freq=True)
+
+
+class FrozenTable(LookedUp):
+    def __init__(self):
+        super().__init__()
+        self.table.requires_grad_(False)
+
+
+class Bags(Piece):
+    """Means of lookups, of which one is empty, beside what was looked up alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.EmbeddingBag(7, WIDTH, mode="mean")
+
+    def forward(self, h):
+        index, ends = torch.arange(7).repeat(h.shape[1])[: 2 * h.shape[1]], 2 * torch.arange(h.shape[1])
+        return self.linear(h + self.table(index % 5, ends)).tanh() + self.table(index, ends.clamp(min=1) - 1)
+
+
+class HookedTable(LookedUp):
+    def __init__(self):
+        super().__init__()
+        self.table.weight.register_hook(lambda grad: grad * 2)
+
+
+class HookedLookup(Piece):
+    """The gradient changes between the losses and the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, WIDTH)
+
+    def forward(self, h):
+        found = self.table(torch.arange(h.shape[1]) % 3)
+        found.register_hook(lambda grad: -3 * grad)
+        return self.linear(h + found)
+
+
 PIECES = tuple(kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, Piece))
 
 

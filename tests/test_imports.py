@@ -24,7 +24,7 @@ FLOORS = (
     {"methods"},
     {"rows.choice", "rows.hooks", "rows.sparse", "rows.layers", "_checkpoints"},
     {"rows.products"},
-    {"rows.apart"},
+    {"rows.apart", "rows.factored"},
     {"rows.factors"},
     {"rows.samples"},
     {"rows.stacked"},

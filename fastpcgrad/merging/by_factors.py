@@ -1,8 +1,4 @@
-"""G and the merged gradient of weights whose task gradients are factors, g_t = δ_tᵀ a.
-
-With K = a aᵀ the products are G_ts = ⟨δ_t, K δ_s⟩, and the merged gradient is (Σ_t w_t δ_t)ᵀ a: one product instead of
-T, and no T gradients in memory.
-"""
+"""Which parameters' task gradients are kept as factors, and which of those are settled so when it comes to merging."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from .._torch import backward_is_compiled
 from ..distributed.processes import is_initialized
 from ..methods import Elementwise, Method
 from ..rows.choice import LEAST_ELEMENTS, Choice, RowsReport, in_force, is_large
-from ..rows.factors import Factored, Factors, all_dense, exact_dtypes, plan, symmetric_if_exact
+from ..rows.factors import Factors, all_dense, plan
 from ..rows.samples import find_samples
 from ..rows.task_gradients import TaskGradients
 
@@ -95,17 +91,16 @@ def sampled(losses: Tensor, parameters: Sequence[Tensor], method: Method, retain
 def settled(grads: TaskGradients, method: Method) -> Settled:
     """G of each weight that stays factors; the others become rows of ``grads``.
 
-    G is float64 and its products are too: those of fp32 gradients cannot leave its range, and what cancels in G leaves
-    an error of 2⁻⁵³ ‖a‖²‖δ_t‖². Where that is too much of ‖g_t‖² (activations with a mean far above their deviations,
-    and Σ δ_t = 0; or float64 gradients), or where something is not finite, the gradients themselves are made. So they
-    are where a backward pass has left some gradient of such a weight in ``.grad``, which no graph shows: that of a
-    custom function which runs another backward pass.
+    Where G would be too far from that of rows (activations with a mean far above their deviations, and Σ δ_t = 0; or
+    float64 gradients), or where something is not finite, the gradients themselves are made. So they are where a
+    backward pass has left some gradient of such a weight in ``.grad``, which no graph shows: that of a custom function
+    which runs another backward pass.
     """
     kept: dict[int, tuple[Factor, Tensor]] = {}
     assert grads.factors is not None
     for index, weight in list(grads.factors.weights.items()):
         if not isinstance(method, Elementwise) and not grads.has_rows_of(index):
-            gram, is_exact = _gram(weight)
+            gram, is_exact = weight.gram()
             if is_exact:
                 kept[index] = weight, gram
                 continue
@@ -114,14 +109,3 @@ def settled(grads: TaskGradients, method: Method) -> Settled:
                 grads.add_to(task, index, weight.product(delta).to(grads.dtypes[index]))
         grads.factors.leave_out(index, "factors would not have been exact")
     return kept
-
-
-def _gram(weight: Factored) -> tuple[Tensor, bool]:
-    """G, and whether it is as exact as a G of rows."""
-    a, delta = weight.left.double(), weight.delta.double()
-    with exact_dtypes(a.device):
-        products = (a @ a.T) @ delta
-        flat = delta.flatten(1)
-        gram = flat @ products.flatten(1).T
-    is_zero = (flat.abs().amax(dim=1) == 0) | (a.abs().amax() == 0)
-    return symmetric_if_exact(gram, a.square().sum(), flat.square().sum(dim=1), is_zero, weight.delta.dtype)

@@ -126,7 +126,10 @@ def _merge_by_weights(
         of, row_of_each = list(compress(problems.of, inside)), list(compress(problems.row_of_each, inside))
     else:
         rest, of, row_of_each = out, problems.of, [] if is_one else problems.row_of_each
-    grams = columns.gram(None if is_one else of, problems.count)
+    if rest or not factors:
+        grams = columns.gram(None if is_one else of, problems.count)
+    else:
+        grams = torch.zeros(problems.count, len(tasks), len(tasks), dtype=torch.float64)
     for index, (_, own) in factors.items():
         if problems.of[index] != SUMMED:
             grams[problems.of[index]] += own.to(grams.device)
@@ -134,8 +137,9 @@ def _merge_by_weights(
     solution = columns.solve(method, gram, tasks)
     table = solution.weights[None] if is_one and not factors else weights_table(method, solution.weights)
     columns.combine(table, row_of_each if len(table) > 1 else None, rest)
+    each = table.unbind() if factors else ()
     for index, (weight, _) in factors.items():
-        out[index] = weight.merged(table[problems.row_of_each[index]], dtypes[index])
+        out[index] = weight.merged(each[problems.row_of_each[index]], dtypes[index])
 
     def figures() -> Figures:
         return Figures(grams.sum(dim=0), *solution, grams) if problems.are_many else Figures(gram, *solution)

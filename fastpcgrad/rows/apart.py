@@ -26,22 +26,26 @@ def are_apart(graph: Graph, samples: int) -> bool:
     (root,) = graph.roots
     if root is None or samples < 2:
         return False
-    reached, queue = {root}, [root]
+    reached, queue = {root: _shape(root)}, [root]
+    if not _has_rows(reached[root], samples):
+        return False
     while queue:
         node = queue.pop()
         name = graph.order[node]
         if node in graph.leaves:
             continue
-        keeps = _KNOWN.get(name.removesuffix("0").removesuffix("1"))
+        keeps = _KNOWN.get(name[:-1])
         children = graph.children[node]
         inner = {child: number for child, number in children if child is not None and not _is_of_leaf(child, graph)}
         if keeps is None or any(inner.values()) or (name in SAVED and children[-1][0] in inner):
             return False
-        own, *shapes = map(_shape, (node, *inner))
-        if not all(_has_rows(shape, samples) for shape in (own, *shapes)) or not keeps(node, own, shapes):
+        for child in inner.keys() - reached:
+            reached[child] = _shape(child)
+            queue.append(child)
+            if not _has_rows(reached[child], samples):
+                return False
+        if not keeps(node, reached[node], [reached[child] for child in inner]):
             return False
-        queue.extend(inner.keys() - reached)
-        reached |= inner.keys()
     return True
 
 
@@ -119,4 +123,5 @@ _KNOWN: dict[str, Callable[[Any, Shape, list[Shape]], bool]] = {
     "NativeLayerNormBackward": _normalised,
     **dict.fromkeys(("AddmmBackward", "MmBackward"), _elementwise),  # with what is added, or has rows, and a weight
 }
-"""By the name of a node whether it keeps rows apart: of its shape, and those of what goes in that is no leaf."""
+"""By the name of a node, without the number that torch's own alone have, whether it keeps rows apart: of its shape, and
+those of what goes in that is no leaf."""

@@ -24,7 +24,7 @@ class RowsReport(NamedTuple):
     """How the task gradients of a surgery were kept.
 
     Attributes:
-        factored: the number of weights kept as factors, and of their elements.
+        factored: the number of weights and tables kept as factors, and of their elements.
         stacked: whether the tasks went through the trunk in one backward pass.
         dense: why the others were kept as they are, by how many parameters it holds for.
         loop: why there was a backward pass a task; None where the tasks were stacked.
@@ -97,6 +97,20 @@ def factors_pay(rows: int, inner: int, outer: int, tasks: int) -> bool:
         tasks: k, those that reach it.
     """
     return tasks > 1 and 4 * rows * (inner + tasks * outer) <= tasks * inner * outer
+
+
+def lookups_pay(lookups: int, places: int, tasks: int) -> bool:
+    """Whether the δ of lookups take less time than the task gradients of a table, which are as large as it is.
+
+    They are sorted, noted and added up where autograd adds them up and writes the rest; by the measured times the two
+    are equal where a table has two to four rows for each lookup.
+
+    Args:
+        lookups: of all uses.
+        places: the rows of the table.
+        tasks: those that reach it.
+    """
+    return tasks > 1 and 4 * lookups <= places
 
 
 def stacking_pays(rows: int, within: int, beside: int) -> bool:

@@ -1,8 +1,9 @@
 """Task gradients of weights as factors: g_t = δ_tᵀ a, of which autograd makes δ_t and nobody the product.
 
-A weight whose only uses are matrix products (the nodes of ``addmm`` and ``mm``) is left out of the backward passes.
-What comes into these nodes, δ_t, is noted on the way; what went in with the weight, a, the graph has saved. Everything
-else is as in any backward pass: hooks run, leaves accumulate.
+A weight whose only uses are matrix products (the nodes of ``addmm`` and ``mm``), or a table whose only uses are
+lookups, is left out of the backward passes. What comes into these nodes, δ_t, is noted on the way; what went in with
+the weight, a or the places that were looked up, the graph has saved. Everything else is as in any backward pass: hooks
+run, leaves accumulate.
 
 A note is taken by a prehook, which sees what the hooks on the activation have made of a gradient. What the graph does
 not show are hooks on the weight's own way, that is on its transposed view. There are none where that is newer than the
@@ -15,82 +16,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from .._memory import prefer_huge_pages
-from .._ops import to_device
-from ..backends import kernels
 from . import hooks
 from .choice import LEAST_ELEMENTS, Choice, RowsReport
-from .products import SAVED, Finder, Graph
+from .factored import Factored, LookedUp, Multiplied
+from .products import Finder, Graph
 
 Row = list[Tensor | None]
 """One task's gradient of each parameter; None where it has none."""
-
-
-class Factored:
-    """The task gradients of one weight.
-
-    Attributes:
-        index: of the parameter.
-        nodes: the products that use it, each with its first row in a and δ.
-        left: a, ``[M, in]``, one use below the other.
-        delta: δ, ``[T, M, out]``, fp64 for fp64 gradients, else fp32; zero where nothing came.
-        reached: for each task whether anything came.
-        transposed: whether the weight is ``[in, out]``, and its gradients aᵀ δ_t.
-    """
-
-    def __init__(self, index: int, nodes: Sequence[Node], tasks: int, transposed: bool) -> None:
-        self.index, self.transposed = index, transposed
-        saved = list(map(self.of_input, nodes))
-        self.left = saved[0] if len(saved) == 1 else torch.cat(saved)
-        ends = [0]
-        for a in saved:
-            ends.append(ends[-1] + a.shape[0])
-        self.nodes = list(zip(nodes, ends, strict=False))
-        meta = nodes[0]._input_metadata[0]
-        dtype = torch.float64 if meta.dtype == torch.float64 else torch.float32
-        self.delta = torch.zeros(tasks, ends[-1], meta.shape[1], dtype=dtype, device=saved[0].device)
-        self.reached = [False] * tasks
-
-    def of_input(self, node: Any) -> Tensor:
-        """What a product has saved of what went in, ``[M, in]``."""
-        saved: Tensor = getattr(node, f"_saved_{SAVED[node.name()]}")
-        return saved.detach()
-
-    @property
-    def whole(self) -> bool:
-        """Whether every task has a gradient."""
-        return all(self.reached)
-
-    def add(self, slot: int, first: int, grad: Tensor) -> None:
-        """Note what came in for a task at the use whose first row is ``first``."""
-        self.delta[slot, first : first + grad.shape[0]].add_(grad)
-        self.reached[slot] = True
-
-    def product(self, delta: Tensor, left: Tensor | None = None) -> Tensor:
-        """δᵀ a, in the shape of the weight and the dtype of δ, for any ``[M, out]``, and a in any order."""
-        left = (self.left if left is None else left).to(delta.dtype)
-        first, second = (left.T, delta) if self.transposed else (delta.T, left)
-        out = prefer_huge_pages(delta.new_empty(first.shape[0], second.shape[1]))
-        with exact_dtypes(delta.device):
-            return torch.mm(first, second, out=out)
-
-    def merged(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
-        """(Σ_t w_t δ_t)ᵀ a, in memory of its own.
-
-        Args:
-            weights: w, ``[T]`` float64.
-            dtype: of the gradient.
-        """
-        weights = to_device(weights, self.delta.device)
-        combined = kernels.combine(self.delta.flatten(1), weights).view(self.delta.shape[1:])
-        return self.product(combined).to(dtype)
 
 
 class Factors:
@@ -225,7 +163,7 @@ class Factors:
             reached = weight.reached[self._slot]
             if grad is None and not reached:
                 continue
-            if grad is not None and reached and _is_product(grad, weight, self._slot):
+            if grad is not None and reached and weight.gives(grad, self._slot):
                 self.known.right.add(index)
                 alike.append(index)
                 continue
@@ -241,53 +179,6 @@ class Factors:
         """Keep no factors of a weight after all."""
         del self.weights[index]
         self._why_dense[self.stopped.get(index, reason)] += 1
-
-
-def _is_product(grad: Tensor, weight: Factored, slot: int) -> bool:
-    """Whether a gradient is δᵀ a up to rounding: that of a product of this depth, and that of its dtype."""
-    delta = weight.delta[slot]
-    error = _norm(weight.product(delta).sub_(grad))
-    coarse = max(torch.finfo(dtype).eps for dtype in (grad.dtype, weight.left.dtype))
-    depth = 8 * torch.finfo(delta.dtype).eps * _norm(weight.left) * _norm(delta)
-    return bool((error <= 2 * coarse * _norm(grad) + depth) & depth.isfinite())
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    """In float64, piece by piece: torch would make a copy of the whole."""
-    pieces = tensor.reshape(-1).split(1 << 17)
-    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).norm()
-
-
-_LARGEST_ERROR = {torch.float64: 1e-12}
-_LARGEST_ERROR_OF_NARROWER = 1e-8
-"""Of G, relative to ‖g_t‖²."""
-_LEAST_PRODUCT = 1e-250
-"""Below, products of activations, of δ, or what is summed in G may be too small for float64."""
-
-
-def symmetric_if_exact(
-    gram: Tensor, left: Tensor, delta: Tensor, is_zero: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, bool]:
-    """G from factors made symmetric, and whether it is as exact as a G of rows.
-
-    Args:
-        gram: ``[T, T]`` float64.
-        left: ``[T]`` or for all tasks, ‖a‖² in float64.
-        delta: ``[T]``, ‖δ_t‖²; the product of both is the largest that what is summed in ‖g_t‖² can come to.
-        is_zero: ``[T]``, of which tasks the gradient is known to be zero.
-        dtype: of δ.
-    """
-    gram, bound = (gram + gram.T) / 2, left * delta
-    error = torch.finfo(torch.float64).eps * bound
-    largest = _LARGEST_ERROR.get(dtype, _LARGEST_ERROR_OF_NARROWER)
-    is_in_range = (left >= _LEAST_PRODUCT) & (delta >= _LEAST_PRODUCT) & (bound >= _LEAST_PRODUCT)
-    is_exact = is_zero | ((error <= largest * gram.diagonal()) & is_in_range)
-    return gram, bool((is_exact & gram.isfinite().all()).all())
-
-
-def exact_dtypes(device: torch.device) -> Any:
-    """Autocast would round what goes into a product."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 _MOST_UNSURE_STEPS = 2
@@ -323,7 +214,13 @@ def plan(losses: Sequence[Tensor], parameters: Sequence[Tensor], rows: Choice) -
         unsure = set()
     if not finder.found:
         return RowsReport(dense=dict(finder.why))
-    factored = [Factored(index, uses, len(losses), finder.transposed[index]) for index, uses in finder.found.items()]
+    factored: list[Factored] = []
+    for index, uses in finder.found.items():
+        how = finder.how[index]
+        if how == "looked up":
+            factored.append(LookedUp(index, uses, len(losses), parameters[index].shape))
+        else:
+            factored.append(Multiplied(index, uses, len(losses), how == "as it is"))
     chosen = {id(parameters[index]) for index in finder.found}
     others = [*graph.leaves.values(), *(loss for loss in losses if loss.is_leaf)]
     leaves = [leaf for leaf in others if id(leaf) not in chosen and leaf.requires_grad]

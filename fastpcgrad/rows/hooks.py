@@ -84,7 +84,7 @@ def are_without_hooks(nodes: Iterable[Node]) -> bool:
     Those that add to a leaf's ``.grad`` have no age, and count as new.
     """
     since, born = _seen.since.get(get_ident()), [node._sequence_nr() for node in nodes if leaf_of(node) is None]
-    return since is not None and all(since <= number < nodes_made() for number in born)
+    return since is not None and (not born or (since <= min(born) and max(born) < nodes_made()))
 
 
 def has_hooks(node: Node) -> bool:

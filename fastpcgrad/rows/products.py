@@ -1,11 +1,11 @@
-"""Finds the weights that matrix products alone use, in the graph of several losses."""
+"""Finds the weights that matrix products alone use, and the tables that lookups alone use, in the graph of losses."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,13 +14,23 @@ from torch.nn import Parameter
 
 from .._gradients import gradient_dtype
 from .._graph import leaf_of
-from .choice import Choice, factors_pay
+from .choice import Choice, factors_pay, lookups_pay
 from .hooks import Known, are_without_hooks, has_hooks, has_post_hooks
 
 _PLAIN = (Tensor, Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SAVED = {"AddmmBackward0": "mat1", "MmBackward0": "self"}
-"""What a product node has saved of what went in with the weight."""
+SAVED = {
+    **{"AddmmBackward0": "mat1", "MmBackward0": "self"},
+    **{"EmbeddingBackward0": "indices", "EmbeddingBagBackward0": "indices"},
+}
+"""What a node that uses a weight has saved of what went in besides."""
+_LOOKUPS = {"EmbeddingBackward0", "EmbeddingBagBackward0"}
+_OTHERWISE = "no weight that matrix products alone use, and no table that lookups alone use"
+SUM, MEAN = 0, 1
+"""The modes of bags in which each lookup has its gradient whatever was found."""
+
+How = Literal["as it is", "transposed", "looked up"]
+"""A weight is used."""
 
 
 class Graph:
@@ -85,16 +95,22 @@ class Graph:
 class Finder:
     """Finds the weights that can be factored.
 
+    Args:
+        graph: of the losses.
+        parameters: each once.
+        rows: see ``factors.plan``.
+        tables: also those that are looked up.
     Attributes:
-        found: by the index of a parameter the products that use it.
-        transposed: by the index, see ``Factored``.
+        found: by the index of a parameter the nodes that use it.
+        how: by the index, what these do with it.
         why: why others were not found, by how many.
     """
 
-    def __init__(self, graph: Graph, parameters: Sequence[Tensor], rows: Choice) -> None:
+    def __init__(self, graph: Graph, parameters: Sequence[Tensor], rows: Choice, *, tables: bool = True) -> None:
         self._graph, self._parameters = graph, parameters
+        self._names = SAVED.keys() if tables else SAVED.keys() - _LOOKUPS
         self.found: dict[int, list[Node]] = {}
-        self.transposed: dict[int, bool] = {}
+        self.how: dict[int, How] = {}
         self.why: Counter[str] = Counter()
         self._ways: dict[int, list[Node]] = {}
         place = {id(p): index for index, p in enumerate(parameters)}
@@ -110,11 +126,11 @@ class Finder:
                 self.found[index] = nodes
             else:
                 self.why[reason] += 1
-        self.why["no weight of matrix products alone"] += len(parameters) - len(self.found) - self.why.total()
+        self.why[_OTHERWISE] += len(parameters) - len(self.found) - self.why.total()
         self.why = +self.why
 
     def _uses(self, accumulators: dict[Node, int]) -> dict[int, list[Node]]:
-        """The products that use a parameter, of those that nothing else uses."""
+        """The nodes that use a parameter, of those that nothing else uses."""
         owner = {node: (index, True) for node, index in accumulators.items()}
         uses: dict[int, list[Node]] = {}
         strays = set[int]()
@@ -127,13 +143,20 @@ class Finder:
                 if name in ("TBackward0", "ToCopyBackward0"):
                     owner[node] = index, direct ^ (name == "TBackward0")
                     self._ways[index].append(node)
-                elif name in SAVED and slot == len(self._graph.children[node]) - 1 and _is_plain(node):
+                elif name in self._names and slot == self._slot_of_weight(node, name) and _is_plain(node):
                     uses.setdefault(index, []).append(node)
-                    if self.transposed.setdefault(index, direct) is not direct:
+                    how: How = "as it is" if direct else "transposed"
+                    if name in _LOOKUPS:
+                        how = "looked up"
+                    if self.how.setdefault(index, how) != how or (name in _LOOKUPS and not direct):
                         strays.add(index)
                 else:
                     strays.add(index)
         return {index: nodes for index, nodes in uses.items() if index not in strays}
+
+    def _slot_of_weight(self, node: Node, name: str) -> int:
+        """Which of what goes in is the weight: of products the last."""
+        return 0 if name in _LOOKUPS else len(self._graph.children[node]) - 1
 
     def biases(self, known: Known) -> dict[int, list[Node]]:
         """By the index of a parameter the products that it is added to, where that is all that is done with it.
@@ -172,17 +195,21 @@ class Finder:
         if p._backward_hooks or p._post_accumulate_grad_hooks:
             return "a hook on the weight"
         metadata = [node._input_metadata[0] for node in nodes]
-        count = sum(meta.shape[0] for meta in metadata)
-        if not p.numel() or not count:
-            return "nothing in it"
-        outer = metadata[0].shape[1]
-        if rows == "auto" and not factors_pay(count, p.numel() // outer, outer, tasks):
-            return "factors would not pay"
         if any(getattr(node, f"_raw_saved_{SAVED[node.name()]}").unpack_hook is not None for node in nodes):
             return "activations are recomputed, or packed by a hook on saved tensors"
-        for node, meta in zip(nodes, metadata, strict=True):
-            a: Tensor = getattr(node, f"_saved_{SAVED[node.name()]}")
-            same = a.dtype == meta.dtype == metadata[0].dtype and meta.dtype in _DTYPES and a.device == p.device
+        saved = [getattr(node, f"_saved_{SAVED[node.name()]}") for node in nodes]
+        is_table = nodes[0].name() in _LOOKUPS
+        count = sum(a.numel() if is_table else meta.shape[0] for a, meta in zip(saved, metadata, strict=True))
+        if not p.numel() or not count:
+            return "nothing in it"
+        outer = metadata[0].shape[-1]
+        inner = p.numel() // outer
+        pays = lookups_pay(count, inner, tasks) if is_table else factors_pay(count, inner, outer, tasks)
+        if rows == "auto" and not pays:
+            return "factors would not pay"
+        for a, meta in zip(saved, metadata, strict=True):
+            same = meta.dtype == metadata[0].dtype and meta.dtype in _DTYPES and a.device == p.device
+            same = same and (is_table or a.dtype == meta.dtype)
             if type(a) not in _PLAIN or a.layout != torch.strided or not same:
                 return "an activation that is no dense tensor of the weight's device"
         return None
@@ -225,5 +252,9 @@ def _adds(node: Any, p: Tensor) -> bool:
 
 
 def _is_plain(node: Any) -> bool:
-    """Whether a product has no factor besides."""
+    """Whether a product has no factor besides, and lookups give each its gradient as it comes or a part of it."""
+    if node.name() in _LOOKUPS and (node._saved_scale_grad_by_freq or node._saved_sparse):
+        return False
+    if node.name() == "EmbeddingBagBackward0":
+        return node._saved_mode in (SUM, MEAN) and node._saved_per_sample_weights is None
     return node.name() != "AddmmBackward0" or node._saved_alpha == 1

@@ -10,18 +10,20 @@ rows are whose.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .._ops import to_device
 from ..backends import kernels
 from . import hooks
 from .apart import are_apart
-from .factors import Factored, Factors, exact_dtypes, symmetric_if_exact
+from .factored import Multiplied, exact_dtypes, symmetric_if_exact
+from .factors import Factors
 from .products import Finder, Graph
 
 _LARGEST_POWER = {torch.float16: 1}
@@ -37,11 +39,19 @@ class Deltas:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+        self._weights: Tensor | None = None
 
     @cached_property
     def pairs(self) -> Tensor:
         """See ``_pairs``, for S = 1; float64."""
         return _pairs(self.tensor[:, 0]).double()
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """w_s δ_s; kept for the other parameter of the same products."""
+        if self._weights is not weights:
+            own = to_device(weights, self.tensor.device).to(self.tensor.dtype)
+            self._weights, self._weighted = weights, self.tensor * own[:, None, None]
+        return self._weighted
 
 
 def _pairs(rows: Tensor) -> Tensor:
@@ -67,9 +77,13 @@ class Samples:
 
     whole = True
 
-    def __init__(self, factored: Factored, left: Tensor | None, delta: Deltas) -> None:
+    def __init__(self, factored: Multiplied, left: Tensor | None, delta: Deltas) -> None:
         self.left, self.delta = left, delta
-        self._product = factored.product
+        self._factored = factored
+
+    def of_bias(self) -> Samples:
+        """Those of what is added to the same products."""
+        return Samples(self._factored, None, self.delta)
 
     def gram(self) -> Tensor:
         """G, ``[B, B]`` float64: of a aᵀ and δ δᵀ, or where these take longer or are not exact, of gradients."""
@@ -118,14 +132,13 @@ class Samples:
             weights: w, ``[B]`` float64.
             dtype: of the gradient.
         """
-        delta = self.delta.tensor
-        own = to_device(weights, delta.device).to(delta.dtype)
-        if self.left is None:
-            return (own @ delta.sum(dim=1)).to(dtype)
-        return self._product((delta * own[:, None, None]).flatten(0, 1), self.left.flatten(0, 1)).to(dtype)
+        delta = self.delta.weighted(weights).flatten(0, 1)
+        return (delta.sum(dim=0) if self.left is None else self._factored.product(delta, self.left.flatten(0, 1))).to(
+            dtype
+        )
 
 
-class _Bias(Factored):
+class _Bias(Multiplied):
     """Of what is added to products: its gradients are sums over rows, products with ones."""
 
     def of_input(self, node: Any) -> Tensor:
@@ -148,35 +161,52 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: boo
     Raises:
         ValueError: a loss depends on rows of another's sample.
     """
-    graph = Graph([losses])
-    finder = Finder(graph, parameters, "factored")
-    known = hooks.known(hash((graph.signature, "samples", len(losses), *map(id, parameters))))
+    graph, samples = Graph([losses]), len(losses)
+    finder = Finder(graph, parameters, "factored", tables=False)
+    known = hooks.known(hash((graph.signature, "samples", samples, *map(id, parameters))))
     unsure = finder.look_for_hooks(known)
     passes = [torch.ones_like(losses)]
-    if not are_apart(graph, len(losses)) or not hooks.are_without_hooks(graph.order):
+    if not are_apart(graph, samples) or not hooks.are_without_hooks(graph.order):
         passes.append(_scales(losses))
     count = len(passes)
-    weights = [Factored(index, nodes, count, finder.transposed[index]) for index, nodes in finder.found.items()]
-    weights += [_Bias(index, nodes, count, False) for index, nodes in finder.biases(known).items()]
-    weights = [weight for weight in weights if _have_rows_for(len(losses), weight)]
+    how = finder.how
+    weights = [Multiplied(index, nodes, count, how[index] == "as it is") for index, nodes in finder.found.items()]
+    biases = finder.biases(known)
+    along = _along(finder, biases, known.right - unsure)
+    weights += [_Bias(index, nodes, count, False) for index, nodes in biases.items() if index not in along]
+    weights = [weight for weight in weights if _have_rows_for(samples, weight)]
     if not weights:
         return {}
-    factors = Factors(weights, parameters, graph, [], known, unsure.intersection(w.index for w in weights), Counter())
+    kept = {weight.index for weight in weights}
+    along = {index: weight for index, weight in along.items() if weight in kept}
+    factors = Factors(weights, parameters, graph, [], known, unsure & kept, Counter())
     with factors.noting():
         for slot, scale in enumerate(passes):
             factors.begin(slot)
             # A parameter that was compared with its factors and is none of them needs rows after all.
-            is_last = slot + 1 == count and len(weights) == len(parameters) and not factors.unknown
+            is_last = slot + 1 == count and len(weights) + len(along) == len(parameters) and not factors.unknown
             keep = retain_graph or not is_last or bool(factors.stopped)
             asked: Any = [*factors.edges, *(parameters[index] for index in factors.unknown)]
             found = torch.autograd.grad(losses, asked, scale, retain_graph=keep, allow_unused=True)
             factors.note_captured(found[: len(factors.edges)])
             factors.compare(found[len(factors.edges) :])
     right = [weight for weight in weights if weight.index not in factors.stopped]
-    return _by_sample(right, len(losses), passes[1:], parameters)
+    by_index = _by_sample(right, samples, passes[1:], parameters)
+    return by_index | {index: by_index[of].of_bias() for index, of in along.items()}
 
 
-def _have_rows_for(samples: int, weight: Factored) -> bool:
+def _along(finder: Finder, biases: Mapping[int, Sequence[Node]], right: Set[int]) -> dict[int, int]:
+    """Biases that need no δ of their own, each with the weight of the same products.
+
+    Args:
+        right: those whose factors were compared before, and need not be now.
+    """
+    weights = {tuple(nodes): index for index, nodes in finder.found.items() if index in right}
+    found = {index: weights.get(tuple(nodes)) for index, nodes in biases.items() if index in right}
+    return {index: weight for index, weight in found.items() if weight is not None}
+
+
+def _have_rows_for(samples: int, weight: Multiplied) -> bool:
     return all(node._input_metadata[0].shape[0] % samples == 0 for node, _ in weight.nodes)
 
 
@@ -192,7 +222,7 @@ _random = torch.Generator()
 
 
 def _by_sample(
-    weights: Sequence[Factored], samples: int, scales: Sequence[Tensor], parameters: Sequence[Tensor]
+    weights: Sequence[Multiplied], samples: int, scales: Sequence[Tensor], parameters: Sequence[Tensor]
 ) -> dict[int, Samples]:
     """Each with its rows by sample; those of the same products, as a weight and its bias are, share δ."""
     seen: dict[tuple[Any, ...], tuple[Deltas, list[Callable[[Tensor], Tensor]]]] = {}

@@ -49,20 +49,42 @@ def stays_sparse(grad: Tensor) -> bool:
     return grad.layout == torch.sparse_coo and grad.sparse_dim() > 0
 
 
-class _Order(NamedTuple):
-    """Of some indices.
+class Order(NamedTuple):
+    """Of values that belong to places, several to one: in which to add them up.
 
     Attributes:
-        numbers: these, one for each place.
-        order: by which they ascend.
-        begins: where in that order each place begins.
-        indices: as of a coalesced tensor.
+        places: each once, ascending.
+        counts: how many values each has.
+        sources: of the values, those of a place after those of the one before.
     """
 
-    numbers: Tensor
-    order: Tensor
-    begins: Tensor
-    indices: Tensor
+    places: Tensor
+    counts: Tensor
+    sources: Tensor
+
+    @classmethod
+    def of(cls, places: Tensor, sources: Tensor | None = None) -> Order:
+        """That of values by their places.
+
+        Args:
+            places: ``[L]``, one for each value.
+            sources: ``[L]``, which of the values it is; None: they come in order.
+        """
+        ascending, order = places.sort(stable=True)
+        distinct, counts = torch.unique_consecutive(ascending, return_counts=True)
+        return cls(distinct, counts, order if sources is None else sources[order])
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Of several lots of values ``[T, L, d]`` the sums at the places, ``[T, U, d]``."""
+        lots, count, width = values.shape
+        if not len(self.places):
+            return values.new_zeros(lots, 0, width)
+        lot = torch.arange(lots, device=values.device)[:, None]
+        sources = (self.sources + count * lot).flatten()
+        begins = (self.counts.cumsum(0) - self.counts + len(self.sources) * lot).flatten()
+        # One kernel that gathers and sums up; that of coalesce() takes ten times as long.
+        sums = torch.nn.functional.embedding_bag(sources, values.flatten(0, 1), begins, mode="sum")
+        return sums.view(lots, -1, width)
 
 
 class Coalescing:
@@ -72,7 +94,7 @@ class Coalescing:
     """
 
     def __init__(self) -> None:
-        self._orders: dict[tuple[int, ...], _Order] = {}
+        self._orders: dict[tuple[int, ...], tuple[Tensor, Order]] = {}
 
     def forget(self) -> None:
         """What was put in order so far."""
@@ -83,21 +105,17 @@ class Coalescing:
         if grad.is_coalesced() or not grad._values().numel():
             return grad.clone().coalesce().to(dtype)
         values, shape = grad._values(), grad.shape
-        numbers, order, begins, indices = self._ordered(grad._indices(), shape)
-        # One kernel that gathers and sums up; that of coalesce() takes ten times as long.
-        flat = torch.nn.functional.embedding_bag(order, values.reshape(len(numbers), -1), begins, mode="sum")
-        return Touched(indices, shape).gradient(flat.view(-1, *values.shape[1:]).to(dtype))
+        order = self._ordered(grad._indices(), shape)
+        sums = order.sums(values.reshape(1, len(values), -1)).view(-1, *values.shape[1:])
+        return Touched(_indices(order.places, shape[: grad.sparse_dim()]), shape).gradient(sums.to(dtype))
 
-    def _ordered(self, indices: Tensor, shape: torch.Size) -> _Order:
+    def _ordered(self, indices: Tensor, shape: torch.Size) -> Order:
         key = indices.data_ptr(), *indices.shape, *shape
         numbers = _numbers(indices, shape[: len(indices)])
         known = self._orders.get(key)
-        if known is None or not torch.equal(known.numbers, numbers):
-            ascending, order = numbers.sort(stable=True)
-            places, counts = torch.unique_consecutive(ascending, return_counts=True)
-            coalesced = _indices(places, shape[: len(indices)])
-            known = self._orders[key] = _Order(numbers.clone(), order, counts.cumsum(0) - counts, coalesced)
-        return known
+        if known is None or not torch.equal(known[0], numbers):
+            known = self._orders[key] = numbers.clone(), Order.of(numbers)
+        return known[1]
 
 
 def in_blocks(

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from .._torch import DispatchMode
 from .choice import stacking_pays
+from .factored import Multiplied
 from .factors import Factors, Row
 from .hooks import are_without_hooks, has_hooks, register
 
@@ -98,8 +99,8 @@ class Trunk:
             if node in products:
                 (delta,) = arrived
                 assert delta is not None
-                deltas[node] = delta
-                outgoing = _through_product(node, delta, [self._leads(child) for child, _ in children[node]])
+                deltas[node] = delta.reshape(-1, delta.shape[-1])
+                outgoing = _through_use(node, delta, [self._leads(child) for child, _ in children[node]])
             elif self._leads(node):
                 found = node(*arrived)  # type: ignore[operator]
                 outgoing = found if isinstance(found, tuple) else (found,)
@@ -128,8 +129,10 @@ class Trunk:
         return wanted
 
 
-def _through_product(node: Any, delta: Tensor, leads: Sequence[bool]) -> list[Tensor | None]:
-    """What a product of a factored weight hands on: to the bias, to what went in, and nothing to the weight."""
+def _through_use(node: Any, delta: Tensor, leads: Sequence[bool]) -> list[Tensor | None]:
+    """What a use of a factored weight hands on: to the bias, to what went in, and nothing to the weight."""
+    if not any(leads):
+        return [None] * len(leads)
     to_input = delta @ node._saved_mat2.t() if leads[-2] else None
     if node.name() == "MmBackward0":
         return [to_input, None]
@@ -163,7 +166,7 @@ def find_trunk(factors: Factors) -> Trunk | str:
 
 def _why_not(factors: Factors, nodes: Sequence[Node], inside: set[Node]) -> str | None:
     graph = factors.graph
-    strange = sorted({graph.order[node] for node in nodes} - _BATCHED - {_LEAF})
+    strange = sorted({graph.order[node] for node in nodes if node not in factors.products} - _BATCHED - {_LEAF})
     if strange:
         return f"not known for stacked gradients: {', '.join(strange)}"
     if any(meta.dtype.is_complex for node in nodes for meta in node._input_metadata):
@@ -178,7 +181,11 @@ def _why_not(factors: Factors, nodes: Sequence[Node], inside: set[Node]) -> str 
             beside += leaf.numel()
             if not factors.is_parameter(leaf):
                 return "a leaf that is no parameter of the surgery"
-    within = [weight for weight in factors.weights.values() if all(node in inside for node, _ in weight.nodes)]
+    within = [
+        weight
+        for weight in factors.weights.values()
+        if isinstance(weight, Multiplied) and all(node in inside for node, _ in weight.nodes)
+    ]
     rows = max((weight.left.shape[0] for weight in within), default=0)
     if not stacking_pays(rows, sum(factors.numel(weight.index) for weight in within), beside):
         return "stacking would not pay"

@@ -355,7 +355,11 @@ def _apart(row: Row) -> Row:
 
 def _gradient_stride(parameter: Tensor) -> tuple[int, ...]:
     """A gradient has its parameter's strides (channels-last stays so) unless those leave gaps or overlap."""
-    dense = parameter.stride() if _is_dense(parameter) else torch.empty(parameter.shape, device="meta").stride()
+    dense = (
+        parameter.stride()
+        if parameter.is_contiguous() or _is_dense(parameter)
+        else torch.empty(parameter.shape, device="meta").stride()
+    )
     return tuple(dense)
 
 

@@ -1,9 +1,9 @@
-"""The benchmark below T backward passes: one loss a sample, sparse tables, and what is shown of them."""
+"""The benchmark below T backward passes: one loss a sample, tables that are looked up, and what is shown of them."""
 
 import pytest
 import torch
 
-from benchmarks import cases, plot, samples, steps, tables, targets
+from benchmarks import cases, modes, plot, samples, steps, tables, targets
 from benchmarks.cases import Batch
 from benchmarks.rows import SKIPPED_LATE, environment
 from benchmarks.session import Run
@@ -43,14 +43,16 @@ def test_what_comes_too_late_gets_rows_that_say_so(run):
     assert [row.status for row in run.rows] == [SKIPPED_LATE] * len(samples.SUBJECTS)
 
 
-def test_sparse_tables_are_timed_and_drawn(run, tmp_path):
-    case = cases.FloorCase("recommender V=3000", 2, Batch(4))
+def test_tables_are_timed_and_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(cases.TABLES, "recommender dense V=100000", (100, False))
+    case, dense = (cases.FloorCase(f"recommender {name}", 2, Batch(4)) for name in ("V=3000", "dense V=100000"))
     run.add(steps.rows(run, case, TWICE))
+    run.add(steps.rows(run, dense, TWICE))
     run.add(steps.rows(run, cases.FloorCase("mlp w=256", 2, Batch(4)), TWICE))
-    assert {row.subject for row in run.rows if row.case == case.label} == {"plain", "fastpcgrad"}
+    assert {row.subject for row in run.rows if row.case == case.label} == {"plain", "fastpcgrad", modes.DENSE_ROWS}
     assert all(row.ok for row in run.rows)
     shown = tables.floor(run.rows)
-    assert "| V=3000 T=2 B=4 |" in shown and "mlp" not in shown
+    assert "| sparse | V=3000 T=2 B=4 |" in shown and "| dense | V=100000 T=2 B=4 |" in shown and "mlp" not in shown
     pytest.importorskip("matplotlib")
     (path,) = plot.draw_floor(run.rows, tmp_path)
     assert path.stat().st_size > 0

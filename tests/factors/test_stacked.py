@@ -14,7 +14,20 @@ from tests.without_private_names import load
 
 FIRST = "the first two steps of the graph, or since somebody has registered a hook"
 OTHER = "a hook on a leaf, an activation that retains its gradient, or stacked gradients that were others"
-KINDS = ["Piece", "NoBias", "Flat", "Residual", "LayerNorm", "BatchNorm", "Reused", "LowRank", "Cell", "AsItIs"]
+KINDS = [
+    "Piece",
+    "NoBias",
+    "Flat",
+    "Residual",
+    "LayerNorm",
+    "BatchNorm",
+    "Reused",
+    "LowRank",
+    "Cell",
+    "AsItIs",
+    "LookedUp",
+    "Bags",
+]
 
 
 @pytest.fixture(autouse=True)

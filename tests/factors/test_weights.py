@@ -17,6 +17,8 @@ FACTORED = {
     "Attention": 2, "Recurrent": 2, "Cell": 2, "Reused": 1, "BothWays": 0, "Penalised": 0, "AsItIs": 1, "Scaled": 0,
     "LowRank": 2, "Frozen": 0, "WeightNorm": 0, "HookedActivation": 1, "Reversed": 1, "HookedWeight": 0,
     "HookedView": 0, "AfterAccumulation": 0, "Retained": 1, "Checkpointed": 0, "Packed": 0, "Custom": 1, "Embedded": 1,
+    "LookedUp": 2, "Bags": 2, "Renormalised": 2, "ByFrequency": 1, "FrozenTable": 1, "HookedTable": 1,
+    "HookedLookup": 2,
 }  # fmt: skip
 
 
