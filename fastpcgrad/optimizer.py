@@ -48,6 +48,7 @@ class PCGrad(torch.optim.Optimizer):
         method: any ``methods.Method`` instead of a variant.
         shared: the parameters that undergo surgery; the gradients of the others are summed. None: as the variant
             has it.
+        gram_over: those of them that the Gram matrix is made of, see ``GradientSurgery``; the weights reach all.
         generator: for the order of the projections; None: the global generator of the variant's original.
         row_dtype: dtype of the packed gradients; None: that of the parameters.
         process_group, parallel, rows: see ``GradientSurgery``.
@@ -86,6 +87,7 @@ class PCGrad(torch.optim.Optimizer):
         variant: str | None = None,
         method: methods.Method | None = None,
         shared: Iterable[Tensor] | None = None,
+        gram_over: Iterable[Tensor] | None = None,
         generator: Generator | None = None,
         row_dtype: torch.dtype | None = None,
         process_group: object = "auto",
@@ -117,6 +119,7 @@ class PCGrad(torch.optim.Optimizer):
             method=method,
             tasks=1 if tasks is None else tasks,
             shared=shared,
+            gram_over=gram_over,
             row_dtype=row_dtype,
             process_group=process_group,
             parallel=parallel,
