@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _modes
+from ._named import named
 
 Generator = torch.Generator | random.Random
 
@@ -147,10 +148,7 @@ VARIANTS: dict[str, Variant] = {
 
 def get(name: str) -> Variant:
     """The variant of that name; ValueError shows what was asked for and what there is."""
-    try:
-        return VARIANTS[name]
-    except (KeyError, TypeError):
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; found {name!r}") from None
+    return named("variant", name, VARIANTS)
 
 
 def check_generator(generator: object) -> None:
