@@ -49,8 +49,8 @@ def apply(
             some task lacks; elsewhere what a task lacks counts as zero.
         method: any method instead of a variant; its ``scope`` says what one problem spans.
         reduction: ``sum`` or ``mean`` of the projected gradients; None: the variant's own.
-        generator: a ``torch.Generator`` (CPU) or ``random.Random`` for the order of the projections. None: the
-            global generator of the variant's original.
+        generator: for the order of the projections, see ``methods.PCGrad``. None: the global generator of the variant's
+            original.
         gram_over: names, or what of a tree lies right at the top, that the Gram matrix is made of; the weights reach
             all the same. None: all.
     Returns:

@@ -58,7 +58,7 @@ ONLY = {
 
 THIRD_PARTY = {
     "torch": None,
-    "numpy": {"arrays", "backends.config", "_generators", "gradnorm", "methods"},
+    "numpy": {"arrays", "backends.config", "_generators", "gradnorm", "methods", "variants"},
     "triton": {"backends.triton"},
     "matplotlib": {"merging.conflict_maps", "merging.report", "monitor"},
     "pandas": {"merging.conflict_maps", "merging.report", "monitor"},
