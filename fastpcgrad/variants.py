@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class Variant:
             tasks but i for each i, from a list with the last one in the place of i.
         source: which generator the original draws from when none is given: a global one, or NumPy's of its own.
         guards: when one gradient is projected away from another.
-        norm_eps: added to ‖g_j‖: the denominator is (‖g_j‖ + norm_eps)². For a variant without self-projection.
+        norm_eps: added to ‖g_j‖: the denominator is (‖g_j‖ + norm_eps)² + eps. See ``guarded`` for where it can be.
         reduction: how the projected rows become one gradient unless the caller chooses.
         partial_sum: under ``mean``, parameters that only some tasks touch are summed instead.
         scope: what one surgery spans. ``all``: the whole parameter vector. ``shared``: the parameters that every
@@ -95,9 +95,34 @@ class Variant:
         return self._draw_with_shuffle(tasks, source)
 
     def ordered(self, order: Order) -> Variant:
-        """The same with another order; where the original draws nothing, from Python's global generator."""
+        """The same with another order; where the original draws nothing, from Python's global generator.
+
+        Raises:
+            ValueError: no order, or one that leaves j = i out where it takes part.
+        """
+        if order not in get_args(Order):
+            raise ValueError(f"order must be one of {', '.join(get_args(Order))} or None; found {order!r}")
+        if order == "others" and self.guards.self_projection:
+            raise ValueError(f"order='others' leaves j = i out, which variant={self.name!r} has")
         source = "python" if self.source == "none" and order != "fixed" else self.source
         return replace(self, order=order, source=source)
+
+    def guarded(self, eps: float | None, norm_eps: float | None) -> Variant:
+        """The same with other numbers in the denominator, (‖g_j‖ + norm_eps)² + eps; None: its own.
+
+        Raises:
+            ValueError: not finite or negative; norm_eps where a row's own element of G or its size counts.
+        """
+        for name, value in (("eps", eps), ("norm_eps", norm_eps)):
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative; found {value!r}")
+        if norm_eps and (self.guards.self_projection or self.guards.min_squared_norm):
+            raise ValueError(
+                f"norm_eps needs a variant that neither projects on j = i nor leaves short gradients out; found "
+                f"norm_eps={norm_eps!r} with variant={self.name!r}: take eps, or variant='paper' or 'torchjd'"
+            )
+        guards = self.guards if eps is None else self.guards._replace(eps=float(eps))
+        return replace(self, guards=guards, norm_eps=self.norm_eps if norm_eps is None else float(norm_eps))
 
     def denominators(self, gram: Tensor) -> Tensor:
         """G with what projections divide by on its diagonal.
@@ -115,8 +140,8 @@ class Variant:
             return torch.randperm(tasks, generator=generator, device="cpu").repeat(tasks, 1)
         if self.order == "others":
             drawn = [torch.randperm(tasks - 1, generator=generator, device="cpu").tolist() for _ in range(tasks)]
-            rows = [torch.tensor([*(_others(tasks, i)[k] for k in row), i]) for i, row in enumerate(drawn)]
-            return torch.stack(rows)
+            listed = [[*(_others(tasks, i)[k] for k in row), i] for i, row in enumerate(drawn)]
+            return torch.tensor(listed, dtype=torch.int64, device="cpu")
         rows = [torch.randperm(tasks, generator=generator, device="cpu") for _ in range(tasks)]
         if self.order == "cumulative":
             for i in range(1, tasks):

@@ -239,6 +239,36 @@ def test_cagrads_guard_in_every_door():
     torch.testing.assert_close(torch.from_numpy(fastpcgrad.apply(arrays, **given)["w"]), expected)
 
 
+@pytest.mark.parametrize(("eps", "norm_eps"), [(1e-2, None), (None, 1e-1), (1e-2, 1e-1), (0.0, 0.0)])
+def test_a_chosen_guard_is_in_the_denominator(eps, norm_eps):
+    for seed in range(20):
+        rows = problem(seed)
+        expected = []
+        for i, row in enumerate(rows):
+            for j in range(len(rows)):
+                dot = torch.dot(row, rows[j])
+                if j != i and dot < 0:
+                    row = row - dot / ((rows[j].norm() + (norm_eps or 0)) ** 2 + (eps or 0)) * rows[j]
+            expected.append(row)
+        method = methods.PCGrad("paper", order="fixed", eps=eps, norm_eps=norm_eps)
+        torch.testing.assert_close(method.coefficients(rows @ rows.mT) @ rows, torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"eps": -1.0}, ["eps", "-1.0"]),
+        ({"norm_eps": float("nan")}, ["norm_eps", "nan"]),
+        ({"variant": "tensorflow", "norm_eps": 1e-8}, ["norm_eps=1e-08", "tensorflow", "torchjd"]),
+        ({"variant": "tensorlogic", "norm_eps": 1e-8}, ["norm_eps=1e-08", "tensorlogic", "torchjd"]),
+    ],
+)
+def test_bad_guards_are_shown(arguments, words):
+    with pytest.raises(ValueError) as caught:
+        methods.PCGrad(**arguments)
+    assert all(word in str(caught.value) for word in words)
+
+
 def test_bad_orders_are_shown():
     with pytest.raises(
         ValueError, match="order must be one of fixed, once, fresh, cumulative, others or None; found 'x'"
@@ -250,3 +280,4 @@ def test_bad_orders_are_shown():
     with pytest.raises(ValueError, match="order='once'"):
         fastpcgrad.PCGrad(optimizer, method=methods.MGDA(), order="once")
     assert repr(methods.PCGrad("tensorflow", order="once")).endswith("reduction='sum', order='once')")
+    assert repr(methods.PCGrad(eps=1e-5)) == "PCGrad(variant='paper', reduction='sum', eps=1e-05)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,9 +27,12 @@ class PCGrad(Method):
         order: of the projections: ``fixed``, 0..T-1; ``once``, one permutation for all tasks; ``fresh``, a new one for
             each; ``cumulative``, one list, shuffled again for each; ``others``, see ``variants.Variant``. None: the
             variant's own.
+        eps, norm_eps: a projection divides by (‖g_j‖ + norm_eps)² + eps; None: the variant's own, 0 for most. Absolute
+            ones stop surgery between short gradients. norm_eps goes with paper, torchjd and cagrad alone.
     Raises:
         TypeError: a generator of another type.
-        ValueError: unknown variant, reduction or order; ``others`` with self-projection.
+        ValueError: unknown variant, reduction or order; ``others`` with self-projection; eps out of range or norm_eps
+            with another variant.
     Source: Yu et al. 2020, arXiv:2001.06782, Alg. 1. Oracle: ``reference.merge``.
     Example:
         >>> G = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)
@@ -43,14 +46,13 @@ class PCGrad(Method):
         reduction: Literal["sum", "mean"] | None = None,
         generator: Generator | None = None,
         order: variants.Order | None = None,
+        *,
+        eps: float | None = None,
+        norm_eps: float | None = None,
     ) -> None:
-        self.variant = variants.get(variant)
-        self._order = order
+        self.variant = variants.get(variant).guarded(eps, norm_eps)
+        self._changes = {"order": order, "eps": eps, "norm_eps": norm_eps}
         if order is not None:
-            if order not in get_args(variants.Order):
-                raise ValueError(f"order must be one of {', '.join(get_args(variants.Order))} or None; found {order!r}")
-            if order == "others" and self.variant.guards.self_projection:
-                raise ValueError(f"order='others' leaves j = i out, which variant={variant!r} has")
             self.variant = self.variant.ordered(order)
         if reduction not in ("sum", "mean", None):
             raise ValueError(f"reduction must be 'sum', 'mean' or None; found {reduction!r}")
@@ -92,5 +94,5 @@ class PCGrad(Method):
         return weights * weights.shape[-1] if averaged else weights
 
     def __repr__(self) -> str:
-        order = "" if self._order is None else f", order={self._order!r}"
-        return f"PCGrad(variant={self.variant.name!r}, reduction={self.reduction!r}{order})"
+        changes = "".join(f", {name}={value!r}" for name, value in self._changes.items() if value is not None)
+        return f"PCGrad(variant={self.variant.name!r}, reduction={self.reduction!r}{changes})"
