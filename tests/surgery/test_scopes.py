@@ -116,6 +116,18 @@ def test_the_report_has_the_gram_matrix_that_was_looked_at():
     )
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_that_all_tasks_touch_are_told_apart_too(method):
+    parameters = [torch.zeros(4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    rows = torch.randn(3, 8, dtype=torch.float64)
+    losses = [(torch.cat(parameters) * row).sum() for row in rows]
+    surgery = fastpcgrad.GradientSurgery(parameters, 3, METHODS[method](), gram_over=parameters[1:])
+    report = surgery.backward(losses)
+    torch.testing.assert_close(report.gram, reference.gram(rows[:, 4:]))
+    weights = METHODS[method]().weights(reference.gram(rows[:, 4:]))
+    torch.testing.assert_close(torch.cat([p.grad for p in parameters]), weights @ rows)
+
+
 def test_each_problem_has_parameters_of_its_own_to_look_at():
     setting = Setting()
     a, b, c = setting.parameters
