@@ -103,8 +103,8 @@ FPG_EXPORT int fpg_cpu_trimmed_mean(const void* const* rows, int64_t tasks, int6
 /* The T x T problems of the methods, and their two parameters. FRANK_WOLFE: MGDA's steps (epsilon, most steps);
  * SHORTEST_POINT: MGDA's minimum (none); CONFLICT_AVERSE: CAGrad (c, norm_eps); FAIRNESS: G x = x^(-1/alpha) (alpha,
  * most steps); PROJECT_EACH and PROJECT_ONE: the preferred vectors projected onto the dual cone of the task gradients,
- * that of each task or their sum (norm_eps, reg_eps); ALIGNED: Aligned-MTL (0 min, 1 median, 2 rmse); IMPARTIAL: IMTL-G
- * (none); CONFLICT_FREE: ConFIG (none). */
+ * that of each task or their sum (norm_eps, reg_eps); ALIGNED: Aligned-MTL (0 min, 1 median, 2 rmse; the eps of which
+ * eigenvalues are rounding); IMPARTIAL: IMTL-G (none); CONFLICT_FREE: ConFIG (none). */
 typedef enum {
   FPG_FRANK_WOLFE = 0,
   FPG_SHORTEST_POINT = 1,

@@ -16,6 +16,8 @@ def state_of(generator: Generator | None) -> Any:
     """None for no generator."""
     if generator is None:
         return None
+    if isinstance(generator, np.random.Generator | np.random.RandomState):
+        return _held(_numpy_state(generator))
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
@@ -30,11 +32,43 @@ def set_state(generator: Generator | None, state: Any) -> None:
         generator.setstate((version, tuple(words), gauss))
     elif isinstance(generator, torch.Generator) and isinstance(state, torch.Tensor):
         generator.set_state(state.cpu())
+    elif isinstance(generator, np.random.Generator | np.random.RandomState) and isinstance(state, Mapping):
+        given = _given(state, _numpy_state(generator))
+        if isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = given
+        else:
+            generator.set_state(given)
     elif generator is not None or state is not None:
         raise ValueError(
             f"a state that is a {type(state).__name__} does not fit a generator that is a {type(generator).__name__}: "
             "give the method the kind of generator that the checkpoint was made with"
         )
+
+
+def _numpy_state(generator: np.random.Generator | np.random.RandomState) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state(legacy=False)
+
+
+def _held(state: Any) -> Any:
+    """A state of NumPy's with tensors for its arrays."""
+    if isinstance(state, Mapping):
+        return {key: _held(value) for key, value in state.items()}
+    return torch.from_numpy(state.astype(np.int64)) if isinstance(state, np.ndarray) else state
+
+
+def _given(state: Any, like: Any) -> Any:
+    """A state as NumPy has them, its arrays as those of a state of the same kind.
+
+    Raises:
+        ValueError: it is that of another kind.
+    """
+    if isinstance(state, Mapping) and isinstance(like, Mapping):
+        if set(state) != set(like):
+            raise ValueError(f"the state of this kind of generator has the keys {sorted(like)}; found {sorted(state)}")
+        return {key: _given(value, like[key]) for key, value in state.items()}
+    return state.cpu().numpy().astype(like.dtype) if isinstance(state, torch.Tensor) else state
 
 
 def global_states() -> dict[str, Any]:

@@ -7,7 +7,7 @@ NumPy and torch is ever imported here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, reduce
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -19,8 +19,9 @@ from torch.utils.dlpack import from_dlpack
 
 from . import functional
 from ._memory import prefer_huge_pages
-from .merging.problems import SUMMED, Problems, weights_table
+from .merging.problems import SUMMED, Problems, check_scopes, weights_table
 from .methods import Elementwise, Method, PCGrad, check_method
+from .rows.parameters import UNDIVIDED, Division
 from .variants import Generator, Reduction
 
 _DEFAULT_VARIANT = "tensorlogic"
@@ -33,6 +34,7 @@ def apply(
     method: Method | None = None,
     reduction: Reduction | None = None,
     generator: Generator | None = None,
+    gram_over: Iterable[Hashable] | None = None,
 ) -> Any:
     """Merge task gradients that are dicts, lists or trees of arrays, in any library that speaks DLPack.
 
@@ -47,8 +49,10 @@ def apply(
             some task lacks; elsewhere what a task lacks counts as zero.
         method: any method instead of a variant; its ``scope`` says what one problem spans.
         reduction: ``sum`` or ``mean`` of the projected gradients; None: the variant's own.
-        generator: a ``torch.Generator`` (CPU) or ``random.Random`` for the order of the projections. None: the
-            global generator of the variant's original.
+        generator: for the order of the projections, see ``methods.PCGrad``. None: the global generator of the variant's
+            original.
+        gram_over: names, or what of a tree lies right at the top, that the Gram matrix is made of; the weights reach
+            all the same. None: all.
     Returns:
         name → array, of the library, dtype, shape and device that came in: names in the order in which they first
         appear. None shares memory with what was given; together they may lie in one block of memory. Lists, tuples
@@ -60,7 +64,8 @@ def apply(
             or generator of another type.
         ValueError: no task, arrays that differ under one name in more than their values, trees of different shapes,
             arrays on several devices, sparse arrays; unknown variant or reduction; one of them, or a generator,
-            together with ``method``.
+            together with ``method``; ``gram_over`` with what no task has, empty, or with a method that has no Gram
+            matrix over several names, as the default variant.
     Numerics: see ``gram`` and ``combine``. Names of several dtypes are merged in the dtype that holds them all, and
         each is rounded to its own at the end, so float64 keeps its precision. There is no derivative.
     Memory: (T + 1)·N·itemsize bytes for N elements under all names, in the dtype that holds them all; N·itemsize
@@ -76,14 +81,16 @@ def apply(
     chosen = _method(variant, method, reduction, generator)
     tasks, first, tree = _read(task_gradients)
     everywhere = {name: all(name in task for task in tasks) for name in first}
-    names = sorted(first, key=everywhere.__getitem__, reverse=True)
+    seen = _seen(first, chosen, gram_over)
+    names = sorted(first, key=lambda name: (name in seen, everywhere[name]), reverse=True)
     if chosen.scope == "parameter":
         names = [name for name in names if everywhere[name]]
     if not names:
         return tree.filled({})
     ends = list(accumulate(first[name].tensor.numel() for name in names))
     rows = _pack(tasks, {name: first[name].tensor for name in names})
-    merged = _merge(rows, ends, chosen, Problems.made(chosen, [everywhere[name] for name in names]))
+    division = UNDIVIDED if gram_over is None else Division(gram_over=[name in seen for name in names])
+    merged = _merge(rows, ends, chosen, Problems.made(chosen, [everywhere[name] for name in names], division))
     if merged.is_cuda and any(first[name].library is not _TORCH for name in names):
         # Other libraries do not know torch's stream: it must have read their arrays before their owners go on.
         torch.cuda.current_stream(merged.device).synchronize()
@@ -99,6 +106,22 @@ def _method(variant: str, method: Method | None, reduction: Reduction | None, ge
         if value is not None:
             raise ValueError(f"{name} belongs to a variant and cannot go with method={method!r}; found {value!r}")
     return check_method(method, PCGrad)
+
+
+def _seen(names: Collection[_Path], method: Method, gram_over: Iterable[Hashable] | None) -> Collection[_Path]:
+    """The names that the Gram matrix looks at."""
+    if gram_over is None:
+        return names
+    check_scopes(method, gram_over)
+    if isinstance(gram_over, str) or not isinstance(gram_over, Iterable):
+        raise TypeError(f"gram_over must be names; found {gram_over!r}")
+    chosen, tops = set(gram_over), {path[0] for path in names}
+    if not chosen or chosen - tops:
+        raise ValueError(
+            f"gram_over must hold at least one of the names {sorted(tops, key=str)} and no other; "
+            f"found {sorted(chosen, key=str)}"
+        )
+    return {path for path in names if path[0] in chosen}
 
 
 class _Library(NamedTuple):
@@ -275,7 +298,7 @@ def _merge(rows: Tensor, ends: Sequence[int], method: Method, problems: Problems
     """The merged gradient ``[N]``.
 
     Args:
-        ends: of each name's columns; names that are summed stand last.
+        ends: of each name's columns; those at which G does not look stand last.
         problems: of the names.
     """
     if isinstance(method, Elementwise):
@@ -284,7 +307,7 @@ def _merge(rows: Tensor, ends: Sequence[int], method: Method, problems: Problems
     if problems.are_many:
         gram = functional.gram(rows, offsets)
     else:
-        gram = functional.gram(rows[:, : offsets[len(ends) - problems.of.count(SUMMED)]])
+        gram = functional.gram(rows[:, : offsets[len(ends) - problems.in_gram.count(SUMMED)]])
     weights = method.checked_solve(gram, range(len(rows))).weights
     return functional.combine(rows, weights_table(method, weights)[problems.row_of_each], segments=offsets)
 

@@ -19,9 +19,11 @@ from .distributed.local_tensors import Part
 from .distributed.processes import check_graph
 from .merging.by_factors import NOTHING, Settled, planned, sampled, settled
 from .merging.by_rows import gram, merge, merge_apart
+from .merging.problems import check_scopes
 from .rows.choice import Choice, check_rows
 from .rows.columns import Columns
 from .rows.factors import Factors
+from .rows.parameters import Division, Scopes, divide
 from .rows.sharded import ShardedGradients
 from .rows.task_gradients import Row, TaskGradients
 
@@ -35,6 +37,7 @@ def grad(
     process_group: object = "auto",
     rows: Choice = "auto",
     batch_dim: int | None = None,
+    gram_over: Sequence[Tensor] | Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The merged gradient of several task losses with respect to ``inputs``; no ``.grad`` is touched.
 
@@ -52,11 +55,13 @@ def grad(
         batch_dim: 0: ``losses`` is one tensor with a loss for each sample of a batch, and T is the batch size. Weights
             of linear layers and their biases then take one or two backward passes for all samples together, with any
             method that needs G alone; all other parameters one for each. No loss may depend on another's sample.
+        gram_over: those of the inputs whose gradients G is made of; the weights reach all. None: all of them.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
         TypeError, ValueError: see ``functional.present_losses``; inputs without grad; a loss that depends
-            on none of the inputs; another ``process_group``; another ``batch_dim``, or samples that mix.
+            on none of the inputs; another ``process_group``; another ``batch_dim``, or samples that mix; ``gram_over``
+            that is none of the inputs, or with a method that has no G over several of them.
         RuntimeError: a reentrant checkpoint hides what lies behind it; another process has failed in this call, or
             gave other losses. ``.grad`` is not changed.
         NotImplementedError: DistributedDataParallel averages some of the inputs and not the others, or does so with
@@ -74,7 +79,7 @@ def grad(
     found = _Losses(losses, batch_dim)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
     group = group_of_graph(found.leaves(), targets, process_group)
-    merged = _merged(found, targets, method, retain_graph, check_rows(rows), group)
+    merged = _merged(found, targets, method, retain_graph, check_rows(rows), group, gram_over)
     return tuple(merged[id(target)] for target in targets)
 
 
@@ -87,6 +92,7 @@ def backward(
     process_group: object = "auto",
     rows: Choice = "auto",
     batch_dim: int | None = None,
+    gram_over: Sequence[Tensor] | Tensor | None = None,
 ) -> None:
     """Add the merged gradient of several task losses to ``.grad``, as ``torch.autograd.backward`` adds.
 
@@ -94,7 +100,7 @@ def backward(
         losses: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may share a
             graph.
         inputs: leaves that require grad; None: all leaves of the graphs.
-        method, retain_graph, process_group, rows, batch_dim: see ``grad``.
+        method, retain_graph, process_group, rows, batch_dim, gram_over: see ``grad``.
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: see ``grad``; inputs that are no leaves. ``.grad`` is
             not changed.
@@ -113,7 +119,7 @@ def backward(
         if not target.is_leaf:
             raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
     group = group_of_graph(behind, targets, process_group)
-    merged = _merged(found, targets, method, retain_graph, check_rows(rows), group)
+    merged = _merged(found, targets, method, retain_graph, check_rows(rows), group, gram_over)
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
             new, old = merged[id(target)], target.grad
@@ -183,11 +189,13 @@ def _merged(
     retain_graph: bool,
     rows: Choice,
     group: Any,
+    gram_over: Sequence[Tensor] | Tensor | None,
 ) -> dict[int, Tensor | None]:
     """The merged gradient by the id of its input; an input that stands there twice counts once."""
     method = methods.check_method(method, methods.PCGrad)
     warn_of_fewer_losses(losses.given, method, method.known_tasks)
     inputs = list({id(target): target for target in targets}.values())
+    division = _divided(inputs, method, gram_over)
     warn_of_one_loss(len(losses.tasks))
     if group is not None:
         if losses.of_samples is not None:
@@ -195,15 +203,31 @@ def _merged(
                 "batch_dim with task gradients that are means over processes, each of which has samples of its own: "
                 "pass process_group='local' to merge those of each process by itself"
             )
-        merged = _merged_over(group, losses.tensors, inputs, method, retain_graph)
+        merged = _merged_over(group, losses.tensors, inputs, method, retain_graph, division)
         return dict(zip(map(id, inputs), merged, strict=True))
     # Not in place: what autograd.grad returns may be a tensor of the graph's own.
-    _, merged = merge_apart(*_filled(losses, inputs, method, retain_graph, rows), losses.tasks, method)
+    _, merged = merge_apart(*_filled(losses, inputs, method, retain_graph, rows), losses.tasks, method, division)
     return dict(zip(map(id, inputs), merged, strict=True))
 
 
+def _divided(inputs: Sequence[Tensor], method: methods.Method, gram_over: Sequence[Tensor] | Tensor | None) -> Division:
+    """Which of the inputs G looks at.
+
+    Raises:
+        TypeError, ValueError: see ``grad``.
+    """
+    check_scopes(method, gram_over)
+    seen = [gram_over] if isinstance(gram_over, Tensor) else gram_over
+    return divide(inputs, "model", [], Scopes(gram_over=None if seen is None else check_tensors("gram_over", seen)))
+
+
 def _merged_over(
-    group: Any, losses: Mapping[int, Tensor], inputs: Sequence[Tensor], method: methods.Method, retain_graph: bool
+    group: Any,
+    losses: Mapping[int, Tensor],
+    inputs: Sequence[Tensor],
+    method: methods.Method,
+    retain_graph: bool,
+    division: Division,
 ) -> Row:
     """The merged gradient of means over a process group; where one of its processes fails, all do."""
     exchange = Exchange([Part(group) for _ in inputs])
@@ -212,7 +236,7 @@ def _merged_over(
         _check_losses(losses, inputs, retain_graph or len(losses) > 1)
         rounds.arrive("losses", *losses, type(method).__name__, grads.digest)
         _fill(grads, losses, inputs, retain_graph, range(len(inputs)), rounds)
-        _, merged = merge(grads, method, in_place=True, exchange=exchange)
+        _, merged = merge(grads, method, division, in_place=True, exchange=exchange)
         return grads.whole(merged)
     except Exception as error:
         if not isinstance(error, OutOfStep):

@@ -179,13 +179,12 @@ def pcgrad(
 
     Args:
         grads: ``[T, N]`` fp16/bf16/fp32/fp64, rows contiguous, any row stride; CPU or CUDA. Not changed.
-        variant: which published PCGrad: paper, pytorch-pcgrad, tensorflow, torchjd, libmtl or tensorlogic.
+        variant: which published PCGrad, see ``methods.PCGrad``; but for ``cagrad``, whose guard is a method's alone.
         reduction: ``sum`` or ``mean`` of the projected rows, or ``none``: the projected rows themselves.
             None: the variant's own.
         order: ``[T, T]`` int64 (``[S, T, T]`` with segments), see ``pcgrad_coefficients``. None: drawn as the
             variant draws it.
-        generator: a ``torch.Generator`` (CPU) or ``random.Random`` to draw from. None: the global generator of
-            the variant's original.
+        generator: to draw from, see ``methods.PCGrad``. None: the global generator of the variant's original.
         segments: offsets ``[S + 1]``, see ``gram``: each range of columns is a problem of its own.
         out: ``[N]`` for the merged gradient, dtype and device of ``grads``, contiguous; may be a row of ``grads``.
             Memory that was written before costs no page faults, which for two rows take a quarter of the time.
@@ -193,8 +192,9 @@ def pcgrad(
         The merged gradient ``[N]``, ``out`` if given, or the projected rows ``[T, N]`` for ``reduction="none"``.
     Raises:
         TypeError: wrong dtype or generator.
-        ValueError: unknown variant or reduction, rank, layout, device or length mismatch, no permutation; ``out``
-            without a reduction, or in the memory of rows that it is not, of the order or of segments.
+        ValueError: unknown variant or one with another guard, unknown reduction; rank, layout, device or length
+            mismatch, no permutation; ``out`` without a reduction, or in the memory of rows that it is not, of the order
+            or of segments.
         RuntimeError: ``out`` is given and a tensor requires grad or has a tangent; a derivative is asked for: by a
             backward pass, in forward mode or by a transform.
     Numerics: see ``gram`` and ``combine``; results scale with the gradients, from 1e-30 to 1e+18 in fp32.
@@ -206,7 +206,7 @@ def pcgrad(
                 [0.0000, 1.0000]])
     """
     check_rows(grads)
-    chosen = variants.get(variant)
+    chosen = _variant(variant)
     if reduction not in ("sum", "mean", "none", None):
         raise ValueError(f"reduction must be 'sum', 'mean', 'none' or None; found {reduction!r}")
     if out is not None:
@@ -257,11 +257,22 @@ def pcgrad_(
     check_rows(grads)
     _check_writable("grads", grads)
     check_separate_rows(grads)
-    chosen = variants.get(variant)
+    chosen = _variant(variant)
     offsets = _offsets(segments, grads)
     order = _order_for(grads, offsets, chosen, order, generator)
     kernels.pcgrad_(grads, order, *chosen.guards, offsets)
     return grads
+
+
+def _variant(name: str) -> variants.Variant:
+    """One that the kernels from J to the merged gradient can do; ValueError for others."""
+    chosen = variants.get(name)
+    if chosen.norm_eps:
+        raise ValueError(
+            f"variant={name!r} divides by (‖g_j‖ + {chosen.norm_eps})², which is done on the Gram matrix alone: use "
+            f"combine(grads, methods.PCGrad({name!r}).weights(gram(grads)))"
+        )
+    return chosen
 
 
 def _check_writable(name: str, tensor: Tensor) -> None:

@@ -19,7 +19,7 @@ from .merging.report import ConflictReport
 from .rows.choice import Choice
 from .rows.departures import Overlap
 from .surgery import GradientSurgery
-from .variants import Generator
+from .variants import Generator, Order
 
 _NO_SURGERY = (
     "step() with gradients that no surgery has made: call pc_backward([loss_0, loss_1, ...]) of this optimizer instead "
@@ -45,11 +45,12 @@ class PCGrad(torch.optim.Optimizer):
     Args:
         optimizer: any ``torch.optim.Optimizer``, also one that a trainer has prepared, or what acts as one.
         reduction: ``mean`` or ``sum``; None: the variant's own, which is ``mean`` for the default variant.
-        variant: whose PCGrad: pytorch-pcgrad, paper, tensorflow, torchjd, libmtl or tensorlogic.
+        variant: whose PCGrad, see ``methods.PCGrad``; None: pytorch-pcgrad.
         method: any ``methods.Method`` instead of a variant.
         shared: the parameters that undergo surgery; the gradients of the others are summed. None: as the variant
             has it.
-        generator: for the order of the projections; None: the global generator of the variant's original.
+        gram_over: those of them that the Gram matrix is made of, see ``GradientSurgery``; the weights reach all.
+        generator, order: of the projections, see ``methods.PCGrad``; None: the variant's own.
         row_dtype: dtype of the packed gradients; None: that of the parameters.
         process_group, parallel, rows, overlap: see ``GradientSurgery``.
         tasks: the names of the tasks, in the order of the losses: ``pc_backward`` takes a dict of losses, too, and the
@@ -87,7 +88,9 @@ class PCGrad(torch.optim.Optimizer):
         variant: str | None = None,
         method: methods.Method | None = None,
         shared: Iterable[Tensor] | None = None,
+        gram_over: Iterable[Tensor] | None = None,
         generator: Generator | None = None,
+        order: Order | None = None,
         row_dtype: torch.dtype | None = None,
         process_group: object = "auto",
         parallel: Literal["data", "task"] = "data",
@@ -104,11 +107,11 @@ class PCGrad(torch.optim.Optimizer):
                 f"{', '.join(missing) or 'an instance'}"
             )
         if method is None:
-            method = methods.PCGrad(variant or "pytorch-pcgrad", reduction, generator)
-        elif any(choice is not None for choice in (variant, reduction, generator)):
+            method = methods.PCGrad(variant or "pytorch-pcgrad", reduction, generator, order)
+        elif any(choice is not None for choice in (variant, reduction, generator, order)):
             raise ValueError(
-                "method brings its own reduction and generator; "
-                f"found besides it variant={variant!r}, reduction={reduction!r}, generator={generator!r}"
+                "method brings its own reduction, generator and order; found besides it "
+                f"variant={variant!r}, reduction={reduction!r}, generator={generator!r}, order={order!r}"
             )
         if on_repeat not in ("replace", "add", "raise"):
             raise ValueError(f"on_repeat must be 'replace', 'add' or 'raise'; found {on_repeat!r}")
@@ -119,6 +122,7 @@ class PCGrad(torch.optim.Optimizer):
             method=method,
             tasks=1 if tasks is None else tasks,
             shared=shared,
+            gram_over=gram_over,
             row_dtype=row_dtype,
             process_group=process_group,
             parallel=parallel,

@@ -16,6 +16,7 @@ from ._tasks import check_tasks, in_order, index_of
 from .distributed.groups import Processes
 from .merging.by_factors import planned
 from .merging.by_rows import merge
+from .merging.problems import check_scopes
 from .merging.report import ConflictReport
 from .merging.small_round import SmallRounds
 from .merging.two_phase import merge_in_two_phases
@@ -27,7 +28,7 @@ from .rows.factored_round import run_factored
 from .rows.factors import Factors, all_dense
 from .rows.layout import Layouts, RowChoice
 from .rows.memory_plan import MemoryPlan
-from .rows.parameters import Granularity, HasGroups, check_granularity, parameter_source
+from .rows.parameters import Granularity, HasGroups, Scopes, check_granularity, parameter_source
 from .rows.stays import Stay, Stays, Task
 
 
@@ -47,6 +48,9 @@ class GradientSurgery:
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         shared: the parameters that undergo surgery; the gradients of the others are summed. None: as the method's
             original has it (nearly all: every parameter).
+        gram_over: those of them whose gradients G is made of; the weights reach all the same. None: all of them. With
+            the trunk here a method weighs the losses of the heads as those of the trunk. Each problem needs one of
+            them; for methods that see all parameters through one G a problem.
         row_dtype: dtype of the rows; None: that of each parameter. bfloat16 halves the memory.
         row_device: ``"cpu"``: parameters on a CUDA device have their rows in page-locked host memory; each gradient
             is sent there as soon as autograd has it, and the surgery runs on the host. The report is there too. A
@@ -101,7 +105,8 @@ class GradientSurgery:
     Raises:
         TypeError: parameters that are no tensors, or of a dtype that rows cannot have.
         ValueError: no parameters, parameters that are no leaves; a parameter in two or in none of the collections of
-            ``granularity``; rows that cannot have that device, or sums that cannot have that dtype.
+            ``granularity``; ``gram_over`` beyond ``shared``, empty, or with a method that has no G over several
+            parameters; rows that cannot have that device, or sums that cannot have that dtype.
     Example:
         >>> model = torch.nn.Linear(4, 2)
         >>> surgery = fastpcgrad.GradientSurgery(model.parameters(), num_tasks=2)
@@ -121,6 +126,7 @@ class GradientSurgery:
         *,
         tasks: Sequence[str] | int | None = None,
         shared: Iterable[Tensor] | None = None,
+        gram_over: Iterable[Tensor] | None = None,
         row_dtype: torch.dtype | None = None,
         row_device: torch.device | str | None = None,
         accumulate: Literal["sum", "mean"] = "sum",
@@ -142,9 +148,13 @@ class GradientSurgery:
         self.rows = check_rows(rows)
         self._kept = BY_CALLER
         processes, source = Processes(process_group, parallel), parameter_source(optimizer_or_params)
-        chosen = None if shared is None else check_tensors("shared", shared)
+        scopes = Scopes(
+            None if shared is None else check_tensors("shared", shared),
+            None if gram_over is None else check_tensors("gram_over", gram_over),
+        )
+        check_scopes(self.method, scopes.gram_over)
         choice = RowChoice(row_dtype, row_device, accumulate_dtype, processes.by_task, check_overlap(overlap))
-        self._layouts = Layouts(source, chosen, self.granularity, choice)
+        self._layouts = Layouts(source, scopes, self.granularity, choice)
         self._stays = Stays(self._layouts, processes)
         self._small = SmallRounds(self._stays)
 

@@ -8,16 +8,18 @@ leaves the generator in the original's state.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import _modes
+from ._named import named
 
-Generator = torch.Generator | random.Random
+Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
 
 
 class Guards(NamedTuple):
@@ -35,15 +37,22 @@ class Guards(NamedTuple):
 
 
 Reduction = Literal["sum", "mean"]
+Order = Literal["fixed", "once", "fresh", "cumulative", "others"]
 
 
 _PLAIN = Guards()
 
 
 class Shuffler(Protocol):
-    """What ``random`` and ``random.Random`` have in common."""
+    """What ``random``, ``random.Random`` and NumPy's generators have in common."""
 
     def shuffle(self, items: list[int], /) -> None: ...
+
+
+@cache
+def _unseeded() -> Shuffler:
+    """What originals draw from that have a NumPy generator of their own, without a seed."""
+    return np.random.default_rng()
 
 
 @dataclass(frozen=True)
@@ -52,10 +61,12 @@ class Variant:
 
     Attributes:
         name: how users ask for it.
-        order: ``fixed``: 0..T-1 for each i. ``fresh``: a new permutation for each i. ``cumulative``: one list,
-            shuffled again before each i.
-        source: which global generator the original draws from when none is given.
+        order: ``fixed``: 0..T-1 for each i. ``once``: one permutation for all i and all problems. ``fresh``: a new one
+            for each i. ``cumulative``: one list, shuffled again before each i. ``others``: a new permutation of the
+            tasks but i for each i, from a list with the last one in the place of i.
+        source: which generator the original draws from when none is given: a global one, or NumPy's of its own.
         guards: when one gradient is projected away from another.
+        norm_eps: added to ‖g_j‖: the denominator is (‖g_j‖ + norm_eps)² + eps. See ``guarded`` for where it can be.
         reduction: how the projected rows become one gradient unless the caller chooses.
         partial_sum: under ``mean``, parameters that only some tasks touch are summed instead.
         scope: what one surgery spans. ``all``: the whole parameter vector. ``shared``: the parameters that every
@@ -64,9 +75,10 @@ class Variant:
     """
 
     name: str
-    order: Literal["fixed", "fresh", "cumulative"]
-    source: Literal["none", "torch", "python"]
+    order: Order
+    source: Literal["none", "torch", "python", "numpy"]
     guards: Guards = _PLAIN
+    norm_eps: float = 0.0
     reduction: Reduction = "sum"
     partial_sum: bool = False
     scope: Literal["all", "shared", "parameter"] = "all"
@@ -77,9 +89,59 @@ class Variant:
             return torch.arange(tasks, device="cpu").repeat(tasks, 1)
         if isinstance(generator, torch.Generator) or (generator is None and self.source == "torch"):
             return self._draw_with_randperm(tasks, generator)
-        return self._draw_with_shuffle(tasks, random if generator is None else generator)
+        source: Any = generator  # NumPy's shuffle whatever is a sequence
+        if generator is None:
+            source = _unseeded() if self.source == "numpy" else random
+        return self._draw_with_shuffle(tasks, source)
+
+    def ordered(self, order: Order) -> Variant:
+        """The same with another order; where the original draws nothing, from Python's global generator.
+
+        Raises:
+            ValueError: no order, or one that leaves j = i out where it takes part.
+        """
+        if order not in get_args(Order):
+            raise ValueError(f"order must be one of {', '.join(get_args(Order))} or None; found {order!r}")
+        if order == "others" and self.guards.self_projection:
+            raise ValueError(f"order='others' leaves j = i out, which variant={self.name!r} has")
+        source = "python" if self.source == "none" and order != "fixed" else self.source
+        return replace(self, order=order, source=source)
+
+    def guarded(self, eps: float | None, norm_eps: float | None) -> Variant:
+        """The same with other numbers in the denominator, (‖g_j‖ + norm_eps)² + eps; None: its own.
+
+        Raises:
+            ValueError: not finite or negative; norm_eps where a row's own element of G or its size counts.
+        """
+        for name, value in (("eps", eps), ("norm_eps", norm_eps)):
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative; found {value!r}")
+        if norm_eps and (self.guards.self_projection or self.guards.min_squared_norm):
+            raise ValueError(
+                f"norm_eps needs a variant that neither projects on j = i nor leaves short gradients out; found "
+                f"norm_eps={norm_eps!r} with variant={self.name!r}: take eps, or variant='paper' or 'torchjd'"
+            )
+        guards = self.guards if eps is None else self.guards._replace(eps=float(eps))
+        return replace(self, guards=guards, norm_eps=self.norm_eps if norm_eps is None else float(norm_eps))
+
+    def denominators(self, gram: Tensor) -> Tensor:
+        """G with what projections divide by on its diagonal.
+
+        Without self-projection no projection reads its row's own element, and that of j not after the one on j.
+        """
+        if not self.norm_eps:
+            return gram
+        gram = gram.clone()
+        gram.diagonal(dim1=-2, dim2=-1).sqrt_().add_(self.norm_eps).square_()
+        return gram
 
     def _draw_with_randperm(self, tasks: int, generator: torch.Generator | None) -> Tensor:
+        if self.order == "once":
+            return torch.randperm(tasks, generator=generator, device="cpu").repeat(tasks, 1)
+        if self.order == "others":
+            drawn = [torch.randperm(tasks - 1, generator=generator, device="cpu").tolist() for _ in range(tasks)]
+            listed = [[*(_others(tasks, i)[k] for k in row), i] for i, row in enumerate(drawn)]
+            return torch.tensor(listed, dtype=torch.int64, device="cpu")
         rows = [torch.randperm(tasks, generator=generator, device="cpu") for _ in range(tasks)]
         if self.order == "cumulative":
             for i in range(1, tasks):
@@ -89,21 +151,31 @@ class Variant:
     def _draw_with_shuffle(self, tasks: int, source: Shuffler) -> Tensor:
         rows: list[tuple[int, ...]] = []
         items = list(range(tasks))
-        for _ in range(tasks):
+        for i in range(tasks):
             if self.order == "fresh":
                 items = list(range(tasks))
-            source.shuffle(items)
-            rows.append(tuple(items))
+            elif self.order == "others":
+                items = _others(tasks, i)
+            if i == 0 or self.order != "once":
+                source.shuffle(items)
+            rows.append((*items, i) if self.order == "others" else tuple(items))
         if tasks > 3 or torch.compiler.is_compiling() or _modes.is_on():
             return torch.tensor(rows, dtype=torch.int64, device="cpu")
         return _small_order(tuple(rows))
 
     def draw_orders(self, tasks: int, count: int | None, generator: Generator | None = None) -> Tensor:
         """One order ``[T, T]``, or for ``count`` independent problems one each: ``[count, T, T]``."""
-        if count is None or self.order == "fixed":
+        if count is None or self.order in ("fixed", "once"):
             return self.draw_order(tasks, generator)
         orders = [self.draw_order(tasks, generator) for _ in range(count)]
         return torch.stack(orders) if orders else torch.empty(0, tasks, tasks, dtype=torch.int64, device="cpu")
+
+
+def _others(tasks: int, i: int) -> list[int]:
+    """0..tasks-1 without i, in whose place the last one stands."""
+    items = list(range(tasks))
+    items[i] = items[-1]
+    return items[:-1]
 
 
 @cache
@@ -145,19 +217,39 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+RELATIVES: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("cagrad", order="others", source="numpy", norm_eps=1e-8, reduction="mean"),
+        Variant(
+            "tensor2robot",
+            order="once",
+            source="python",
+            guards=Guards(self_projection=True, eps=1e-5),
+            scope="parameter",
+        ),
+        Variant(
+            "samsunglabs", order="once", source="torch", guards=Guards(self_projection=True, eps=1e-5), scope="shared"
+        ),
+        Variant("libmtl-1.1.5", order="fresh", source="python", guards=Guards(self_projection=True), scope="shared"),
+    )
+}
+"""Codes that differ from one of ``VARIANTS`` in their order, guard or scope alone."""
+
+
 def get(name: str) -> Variant:
     """The variant of that name; ValueError shows what was asked for and what there is."""
-    try:
-        return VARIANTS[name]
-    except (KeyError, TypeError):
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; found {name!r}") from None
+    return named("variant", name, {**VARIANTS, **RELATIVES})
 
 
 def check_generator(generator: object) -> None:
-    """TypeError unless ``generator`` is None, a torch CPU generator or a ``random.Random``."""
-    if generator is None or isinstance(generator, random.Random):
+    """TypeError unless ``generator`` is None, a torch CPU generator, a ``random.Random`` or one of NumPy."""
+    if generator is None or isinstance(generator, random.Random | np.random.Generator | np.random.RandomState):
         return
     if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, a random.Random or None; found {generator!r}")
+        raise TypeError(
+            "generator must be a torch.Generator, a random.Random, a numpy.random.Generator or RandomState, "
+            f"or None; found {generator!r}"
+        )
     if generator.device.type != "cpu":
         raise ValueError(f"generator must be a CPU generator: orders are drawn there; found {generator.device}")

@@ -12,7 +12,7 @@ import fastpcgrad
 PACKAGE = Path(fastpcgrad.__file__).parent
 
 FLOORS = (
-    {"_torch", "_tasks", "_loss_scales"},
+    {"_torch", "_tasks", "_loss_scales", "_named"},
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
     {"_checks", "_blocks", "variants", "distributed.links"},
     {"_ops", "_generators", "distributed.local_tensors", "distributed.buckets"},
@@ -50,7 +50,7 @@ own."""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {
     "reference": set(),
-    "variants": {"_modes"},
+    "variants": {"_modes", "_named"},
     "backends": {
         *("_ops", "_blocks", "_memory", "_checks", "_modes", "_warnings", "_version", "_torch", "variants", "reference")
     },
@@ -59,7 +59,7 @@ ONLY = {
 
 THIRD_PARTY = {
     "torch": None,
-    "numpy": {"arrays", "backends.config", "backends.triton", "_generators", "gradnorm", "methods"},
+    "numpy": {"arrays", "backends.config", "backends.triton", "_generators", "gradnorm", "methods", "variants"},
     "triton": {"backends.triton"},
     "matplotlib": {"commands.demo_figure", "merging.conflict_maps", "merging.report", "monitor"},
     "sklearn": {"commands.demo_problems"},

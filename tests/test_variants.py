@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -169,18 +170,20 @@ def test_the_table_of_variants():
 
 @pytest.mark.parametrize("name", ["Paper", "", None, 3, ["paper"]])
 def test_an_unknown_variant_is_shown_with_those_there_are(name):
-    with pytest.raises(ValueError, match=r"paper, pytorch-pcgrad, .*tensorlogic; found") as raised:
+    with pytest.raises(ValueError, match=r"paper, pytorch-pcgrad, .*tensorlogic, .*libmtl-1\.1\.5; found") as raised:
         variants.get(name)
     assert repr(name) in str(raised.value)
 
 
-@pytest.mark.parametrize("generator", [3, "seed", random])
+@pytest.mark.parametrize("generator", [3, "seed", random, np.random])
 def test_what_is_no_generator_is_shown(generator):
-    with pytest.raises(TypeError, match=r"torch\.Generator, a random\.Random or None; found") as raised:
+    with pytest.raises(TypeError, match=r"torch\.Generator, a random\.Random, .*, or None; found") as raised:
         variants.check_generator(generator)
     assert repr(generator) in str(raised.value)
 
 
-@pytest.mark.parametrize("generator", [None, random.Random(), torch.Generator()])
+@pytest.mark.parametrize(
+    "generator", [None, random.Random(), torch.Generator(), np.random.default_rng(0), np.random.RandomState(0)]
+)
 def test_generators_are_accepted(generator):
     variants.check_generator(generator)

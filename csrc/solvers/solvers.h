@@ -86,7 +86,7 @@ int with_solver(int solver, const double* parameters, Body body) {
     case FPG_FAIRNESS: return body(Fairness{a, b});
     case FPG_PROJECT_EACH: return body(ProjectEach{{a, b}});
     case FPG_PROJECT_ONE: return body(ProjectOne{{a, b}});
-    case FPG_ALIGNED: return body(Aligned{a});
+    case FPG_ALIGNED: return body(Aligned{a, b});
     case FPG_IMPARTIAL: return body(Impartial{});
     case FPG_CONFLICT_FREE: return body(ConflictFree{});
     default: return FPG_BAD_ARGUMENT;

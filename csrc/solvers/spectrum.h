@@ -83,10 +83,10 @@ FPG_HOST_DEVICE Spectrum decompose(const Group& group, int64_t tasks, double* sc
   return p;
 }
 
-// Up to here an eigenvalue is rounding.
+// Up to here an eigenvalue is rounding, of numbers with this eps.
 template <class Group>
-FPG_HOST_DEVICE double rounding_of(const Group& group, const Spectrum& p) {
-  return largest_value(group, p) * (static_cast<double>(p.tasks) * kEps);
+FPG_HOST_DEVICE double rounding_of(const Group& group, const Spectrum& p, double eps = kEps) {
+  return largest_value(group, p) * (static_cast<double>(p.tasks) * eps);
 }
 
 // Σ_t V_it x(t): the coordinate of x along eigenvector i.
@@ -108,6 +108,7 @@ enum class Scale { kMin = 0, kMedian = 1, kMeanSquare = 2 };
 
 struct Aligned {
   double scale;  // a Scale
+  double eps;    // of which eigenvalues are rounding
 };
 
 FPG_HOST_DEVICE int64_t scratch_doubles(const Aligned&, int64_t tasks) { return spectrum_doubles(tasks) + tasks; }
@@ -117,7 +118,7 @@ FPG_HOST_DEVICE void align(const Group& group, const Aligned& method, const doub
                            Preferred preferred_of, double* weights, double* scratch) {
   const Spectrum p = decompose(group, tasks, scratch, [&](int64_t k) { return gram[k]; });
   double* coordinates = scratch + spectrum_doubles(tasks);
-  const double least = rounding_of(group, p);
+  const double least = rounding_of(group, p, method.eps);
   const auto is_kept = [&](int64_t i) { return p.value(i) > least; };
   const double rank = sum_of(group, tasks, [&](int64_t i) { return is_kept(i) ? 1.0 : 0.0; });
   if (rank == 0) {

@@ -37,6 +37,7 @@ _ARGUMENTS = {
     "fpg_cpu_isa": (),
 }
 _BY_EIGENVALUES = {"aligned", "impartial", "conflict_free"}
+_PROJECTIONS = {"project_each", "project_one"}
 _LARGEST_BY_JACOBI, _LARGEST_SOLVED = 16, 64
 _ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError}
 
@@ -230,8 +231,9 @@ def trimmed_mean(rows: Sequence[Tensor | None], trim: int, out: Tensor) -> None:
 
 
 def method_weights(name: str, gram: Tensor, parameters: Sequence[float], preference: Tensor | None) -> Tensor | None:
-    """None for many tasks, of which NumPy takes less time."""
-    if gram.shape[-1] > (_LARGEST_BY_JACOBI if name in _BY_EIGENVALUES else _LARGEST_SOLVED):
+    """None for many tasks, of which NumPy takes less time: never for projections, which it would make all at once."""
+    largest = _LARGEST_BY_JACOBI if name in _BY_EIGENVALUES else _LARGEST_SOLVED
+    if gram.shape[-1] > largest and name not in _PROJECTIONS:
         return None
     gram, numbers = gram.contiguous(), array("d", parameters)
     answers = abi.new_answers(name, gram)

@@ -8,7 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .._named import named
 from .base import LearnedBalancer, Losses, OptimizerFactory, all_finite, task_values
+
+_DECAYS = {"libmtl": 1e-3, "famo": 1e-2, "famo-experiments": 1e-5}
+"""γ of the published codes."""
 
 
 class FAMO(LearnedBalancer):
@@ -21,13 +25,16 @@ class FAMO(LearnedBalancer):
         num_tasks, tasks, process_group: see ``Balancer``.
         min_losses: T lower bounds of the losses; None: zeros.
         optimizer: makes the optimizer of ξ: the paper's β is its ``lr``, γ its ``weight_decay``. None: Adam with 0.025
-            and 1e-3.
+            and the variant's γ.
+        variant: whose γ: ``libmtl``: LibMTL's 1e-3. ``famo``: 1e-2, the authors' package. ``famo-experiments``: 1e-5,
+            the code of the paper's experiments. Both of the authors' also clip the gradient of what is shared to norm
+            1, which is left to the training loop.
     Attributes:
         logits: ξ, ``[T]``, starts at 0.
         weights: those of the last call whose losses were finite; 1/T before it.
     Raises:
         TypeError: ``optimizer`` makes none.
-        ValueError: ``min_losses`` are not T finite numbers.
+        ValueError: ``min_losses`` are not T finite numbers; unknown variant, or one besides ``optimizer``.
     Numerics: 1e-8 is added to each D_i. A call with a loss that is not finite weighs by the weights of the call before
         it, and the update after it is skipped. A loss below its ``min_losses`` is an error of the call that was given
         it; see ``Balancer``.
@@ -49,14 +56,20 @@ class FAMO(LearnedBalancer):
         min_losses: Iterable[float] | Tensor | None = None,
         optimizer: OptimizerFactory | None = None,
         *,
+        variant: str | None = None,
         tasks: Sequence[str] | int | None = None,
         process_group: object = "auto",
     ) -> None:
         super().__init__(num_tasks, process_group, tasks=tasks)
+        decay = named("variant", variant or "libmtl", _DECAYS)
+        if variant is not None and optimizer is not None:
+            raise ValueError(
+                f"variant is the weight decay of the optimizer; found variant={variant!r} and an optimizer"
+            )
         least = task_values("min_losses", [0.0] * self.num_tasks if min_losses is None else min_losses, self.num_tasks)
         self.register_buffer("min_losses", least)
         self.logits = self._learn(
-            torch.zeros_like(least), optimizer or partial(torch.optim.Adam, lr=0.025, weight_decay=1e-3)
+            torch.zeros_like(least), optimizer or partial(torch.optim.Adam, lr=0.025, weight_decay=decay)
         )
         self.register_buffer("weights", torch.full_like(least, 1 / self.num_tasks), persistent=False)
         self._before: Tensor | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -227,10 +226,9 @@ class SharedColumns(JointColumns):
         """See ``Columns``. Replicas of a column draw alike, and no two others do."""
         if not method.draws:
             return lambda index: method
-        assert not isinstance(method.generator, random.Random)
-        device = self.devices[0]
-        on = device if method.generator is None else method.generator.device
-        own = torch.randint(1 << 62, (1,), generator=method.generator, device=on)
+        generator, device = method.generator, self.devices[0]
+        assert generator is None or isinstance(generator, torch.Generator)
+        own = torch.randint(1 << 62, (1,), generator=generator, device=generator.device if generator else device)
         seed = int(self._link.from_root_(own.to(device)))
         drawing = copy.copy(method)
 

@@ -15,18 +15,22 @@ from ..surgery import GradientSurgery
 
 
 class Weighting(AbsWeighting):
-    """A method as a weighting strategy: gradients of the shared parameters are merged, all others are summed.
+    """A method as a weighting strategy: gradients of the shared parameters are merged, all others are summed, unless
+    the method is to weigh them too.
 
     A subclass gives ``make_method``; ``weighting`` makes one. The trainer's ``weight_args`` have no meaning here: what
     a method is told, it is told when it is made.
 
     Attributes:
+        weighs_heads: whether the weights that the method makes of the shared parameters' gradients reach all others
+            too, as those of LibMTL's ``Nash_MTL`` do.
         report: the ``ConflictReport`` of the last batch; None before the first.
     Raises:
         NotImplementedError: ``rep_grad=True``.
         In training: TypeError for ``weight_args``; what ``fastpcgrad.GradientSurgery.backward`` raises.
     """
 
+    weighs_heads: bool = False
     report: ConflictReport | None = None
     _surgery: GradientSurgery | None = None
 
@@ -58,11 +62,9 @@ class Weighting(AbsWeighting):
         if kwargs:
             raise TypeError(f"weight_args must be empty: make_method tells the method; found {sorted(kwargs)}")
         if self._surgery is None:
+            scope = {"gram_over" if self.weighs_heads else "shared": self.get_share_params()}
             self._surgery = GradientSurgery(
-                self.parameters(),
-                tasks=list(self.task_name),
-                method=self.make_method(),
-                shared=self.get_share_params(),
+                self.parameters(), tasks=list(self.task_name), method=self.make_method(), **scope
             )
         self.report = self._surgery.backward(losses if isinstance(losses, Tensor) else list(losses))
         if isinstance(self._surgery.method, Elementwise):
@@ -77,17 +79,21 @@ class PCGrad(Weighting):
         return methods.PCGrad("libmtl")
 
 
-def weighting(method: Method) -> type[Weighting]:
+def weighting(method: Method, *, weighs_heads: bool = False) -> type[Weighting]:
     """A weighting strategy of any method: ``Trainer(weighting=weighting(methods.UPGrad()), ...)``.
 
     Args:
         method: for one trainer; the next one would go on with its state.
+        weighs_heads: see ``Weighting``.
     Raises:
         TypeError: no method.
     """
     check_method(method, methods.PCGrad)
+    of_heads = weighs_heads
 
     class OfMethod(Weighting):
+        weighs_heads = of_heads
+
         def make_method(self) -> Method:
             return method
 

@@ -123,16 +123,16 @@ def _merge_by_weights(
     if factors:
         inside = [index not in factors for index in range(len(out))]
         columns, rest = columns.only(inside), list(compress(out, inside))
-        of, row_of_each = list(compress(problems.of, inside)), list(compress(problems.row_of_each, inside))
+        in_gram, row_of_each = list(compress(problems.in_gram, inside)), list(compress(problems.row_of_each, inside))
     else:
-        rest, of, row_of_each = out, problems.of, [] if is_one else problems.row_of_each
+        rest, in_gram, row_of_each = out, problems.in_gram, [] if is_one else problems.row_of_each
     if rest or not factors:
-        grams = columns.gram(None if is_one else of, problems.count)
+        grams = columns.gram(None if is_one else in_gram, problems.count)
     else:
         grams = torch.zeros(problems.count, len(tasks), len(tasks), dtype=torch.float64)
     for index, (_, own) in factors.items():
-        if problems.of[index] != SUMMED:
-            grams[problems.of[index]] += own.to(grams.device)
+        if problems.in_gram[index] != SUMMED:
+            grams[problems.in_gram[index]] += own.to(grams.device)
     gram = grams if problems.are_many else grams[0]
     solution = columns.solve(method, gram, tasks)
     table = solution.weights[None] if is_one and not factors else weights_table(method, solution.weights)

@@ -10,7 +10,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from ..methods import Method
+from ..methods import Elementwise, Method
 from ..rows.parameters import UNDIVIDED, Division
 
 SUMMED = -1
@@ -33,6 +33,19 @@ def weights_table(method: Method, weights: Tensor) -> Tensor:
     return torch.cat([each, method.partial_weights(each), each.new_ones(1, each.shape[1])])
 
 
+def check_scopes(method: Method, gram_over: object) -> None:
+    """ValueError where G is to look at some of the parameters alone, and the method has no such G."""
+    if gram_over is None:
+        return
+    if isinstance(method, Elementwise):
+        raise ValueError(f"gram_over needs a method that makes weights of G; found {method!r}, which needs the rows")
+    if method.scope == "parameter":
+        raise ValueError(
+            f"gram_over needs a method with one G for several parameters; found {method!r}, which has one for each: "
+            "choose another variant"
+        )
+
+
 @dataclass(frozen=True)
 class Problems:
     """S problems, each with a Gram matrix and weights of its own.
@@ -43,6 +56,7 @@ class Problems:
         count: S; 1 where there is one for all, even if all are summed.
         are_many: whether figures are those of each problem, ``[S, ...]``, also where S = 1.
         names: one for each problem; empty where they have none.
+        gram_over: for each parameter whether its problem's Gram matrix looks at it; None: at all that are in one.
     """
 
     of: list[int]
@@ -50,29 +64,42 @@ class Problems:
     count: int
     are_many: bool
     names: Sequence[str] = ()
+    gram_over: Sequence[bool] | None = None
 
     @classmethod
     def made(cls, method: Method, whole: Sequence[bool], division: Division = UNDIVIDED) -> Problems:
-        """As the caller divides the parameters, and where nothing is said as the method's ``scope`` does."""
+        """As the caller divides the parameters, and where nothing is said as the method's ``scope`` does.
+
+        Raises:
+            ValueError: see ``check_scopes``.
+        """
         shared: Sequence[bool] | None
-        shared, groups, names = division
+        shared, groups, names, gram_over = division
+        check_scopes(method, gram_over)
         count = len(whole)
-        if shared is groups is None and method.scope != "parameter" and all(whole):
+        if shared is groups is gram_over is None and method.scope != "parameter" and all(whole):
             return _one_for_all(count)
         if shared is None:
             shared = whole if method.scope == "shared" else [True] * count
         if method.scope == "parameter":
             groups, names = list(range(count)), names if len(names) == count else ()
         if groups is None:
-            return cls([0 if inside else SUMMED for inside in shared], whole, 1, are_many=False)
+            return cls([0 if inside else SUMMED for inside in shared], whole, 1, False, gram_over=gram_over)
         numbers = {group: n for n, group in enumerate(sorted(set(compress(groups, shared))))}
         of = [numbers[group] if inside else SUMMED for group, inside in zip(groups, shared, strict=True)]
-        return cls(of, whole, len(numbers), True, [names[group] for group in numbers] if names else ())
+        return cls(of, whole, len(numbers), True, [names[group] for group in numbers] if names else (), gram_over)
 
     @cached_property
     def is_one_for_all(self) -> bool:
-        """Whether every parameter takes the same weights."""
-        return not self.are_many and all(self.whole) and SUMMED not in self.of
+        """Whether every parameter takes the same weights, made of a Gram matrix of them all."""
+        return not self.are_many and all(self.whole) and self.gram_over is None and SUMMED not in self.of
+
+    @cached_property
+    def in_gram(self) -> list[int]:
+        """For each parameter the number of the problem whose Gram matrix looks at it, or ``SUMMED``."""
+        if self.gram_over is None:
+            return self.of
+        return [p if seen else SUMMED for p, seen in zip(self.of, self.gram_over, strict=True)]
 
     @cached_property
     def row_of_each(self) -> list[int]:

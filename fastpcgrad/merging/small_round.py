@@ -66,6 +66,7 @@ class SmallRound:
             and rows == "auto"
             and self._stays.layouts.is_current()
             and method.scope != "parameter"
+            and not method.variant.norm_eps
             and not is_initialized()
             and "torch._inductor.compile_fx" not in sys.modules
             and not _modes.is_on()

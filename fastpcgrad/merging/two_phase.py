@@ -20,12 +20,13 @@ from ..rows.parameters import UNDIVIDED, Division
 from ..rows.sparse import stays_sparse
 from ..rows.task_gradients import Row, TaskGradients
 from .graph_pieces import Graph, Open
-from .problems import PARTIAL, SUM, WHOLE, Problems, weights_table
+from .problems import PARTIAL, SUM, SUMMED, WHOLE, Problems, weights_table
 from .report import ConflictReport
 
-_KINDS = len((WHOLE, PARTIAL, SUM))
+_ROWS = len((WHOLE, PARTIAL, SUM))
+_KINDS = 2 * _ROWS
 """G is kept by itself for each piece of the graph and each row of weights: for row k of piece p as number
-p·_KINDS + k."""
+p·_KINDS + k, and p·_KINDS + _ROWS + k of parameters that the method's G does not look at."""
 
 # Within one, a checkpointed block is recomputed once; without one, once in each piece that it is part of.
 _Recomputed = getattr(checkpoint, "GraphExecGroup", nullcontext)
@@ -90,7 +91,7 @@ def merge_in_two_phases(
     weights = weights_table(method, solution.weights)
     alike = method.partial_weights(solution.weights) is solution.weights
     rows = [WHOLE, WHOLE if alike else PARTIAL, SUM]  # what takes the same weights takes one pass
-    chosen = [rows[place % _KINDS] if place >= 0 else -1 for place in places]
+    chosen = [rows[place % _ROWS] if place >= 0 else -1 for place in places]
     merged = _weighted_backward(found, parameters, chosen, weights, retain_graph)
     _check_linear(parameters, places, grams, weights, merged, graph.dtypes)
     return ConflictReport(indices, lambda: Figures(gram, *solution)), merged
@@ -140,7 +141,11 @@ def _gram_of_each_place(
                 piece.run(there)
             rows[t] = [there.pop(graph.leaves[index], None) for index in piece.complete]
         touched = [[row[column] is not None for row in rows] for column in range(len(piece.complete))]
-        kinds = Problems.made(method, list(map(all, touched)), division.of(piece.complete)).row_of_each
+        problems = Problems.made(method, list(map(all, touched)), division.of(piece.complete))
+        kinds = [
+            row + _ROWS * (problem == SUMMED)
+            for row, problem in zip(problems.row_of_each, problems.in_gram, strict=True)
+        ]
         for index, tasks, kind in zip(piece.complete, touched, kinds, strict=True):
             unreached.difference_update(compress(range(count), tasks))
             if any(tasks):
@@ -230,7 +235,7 @@ def _check_linear(
         return
     squares = grams.new_zeros(len(grams), 1, 1)
     _add_products(squares, parameters, [merged], places)
-    weights = weights.repeat(len(grams) // _KINDS, 1)
+    weights = weights.repeat(len(grams) // _ROWS, 1)
     expected = torch.einsum("pi,pij,pj->p", weights, grams, weights)
     lengths = weights.abs() * grams.diagonal(dim1=-2, dim2=-1).sqrt()
     scale = lengths.sum(dim=-1).square()

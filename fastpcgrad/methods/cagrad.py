@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
+from .._named import named
 from ._compiled import CompiledMethod
+from .base import Solution
 from .solvers import simplex
 from .solvers.problems import Array, CompiledSolver
+
+_DIVISORS = {"paper": lambda c: 1.0, "cagrad": lambda c: 1 + c * c, "cagrad-toy": lambda c: 1 + c}
+"""What the published codes divide the answer by."""
 
 
 class CAGrad(CompiledMethod):
@@ -20,8 +26,11 @@ class CAGrad(CompiledMethod):
             0.5.
         norm_eps: zero weights where ‖g_v‖ < norm_eps·‖J‖_F: the point is about Pareto-stationary; not negative. TorchJD
             also gives zeros where ‖J‖_F² < norm_eps, which would stop the training on small or scaled gradients.
+        variant: ``paper``: as above, as TorchJD too. ``cagrad``: divided by 1 + c², as the authors' experiments,
+            LibMTL's ``rescale=1`` and what follows them. ``cagrad-toy``: by 1 + c, as the authors' toy problem,
+            LibMTL's ``rescale=2``.
     Raises:
-        ValueError: an argument is negative or not finite.
+        ValueError: an argument is negative or not finite; unknown variant.
     Numerics: see ``simplex.minimum``: exact up to rounding while ‖g_v‖ is not tiny. float64,
         see ``_compiled.CompiledMethod``.
     Source: Liu et al. 2021, Conflict-Averse Gradient Descent, arXiv:2110.14048, Alg. 1. Oracle: ``reference.cagrad``.
@@ -31,13 +40,19 @@ class CAGrad(CompiledMethod):
         tensor([1.0590, 0.5000], dtype=torch.float64)
     """
 
-    def __init__(self, c: float = 0.5, norm_eps: float = 0.0001) -> None:
+    def __init__(self, c: float = 0.5, norm_eps: float = 0.0001, variant: str = "paper") -> None:
         if not 0 <= c < np.inf:
             raise ValueError(f"c must be finite and not negative; found {c!r}")
         if not 0 <= norm_eps < np.inf:
             raise ValueError(f"norm_eps must be finite and not negative; found {norm_eps!r}")
         self.c = c
         self.norm_eps = norm_eps
+        self.variant = variant
+        self._divisor = named("variant", variant, _DIVISORS)(c)
+
+    def solve(self, gram: Tensor) -> Solution:
+        weights = super().solve(gram).weights
+        return Solution(weights if self._divisor == 1 else weights / self._divisor, None)
 
     def compiled_solver(self) -> CompiledSolver:
         return CompiledSolver("conflict_averse", (self.c, self.norm_eps))
@@ -62,4 +77,4 @@ class CAGrad(CompiledMethod):
         return mean + radius / norm * v
 
     def __repr__(self) -> str:
-        return f"CAGrad(c={self.c!r}, norm_eps={self.norm_eps!r})"
+        return f"CAGrad(c={self.c!r}, norm_eps={self.norm_eps!r}, variant={self.variant!r})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ class GradVac(Method):
         eps: added to ‖g_i'‖‖g_j‖ and to the other denominator, as TorchJD does; not negative. It is absolute: gradients
             with ‖g_i‖‖g_j‖ near it count as orthogonal. With 0 the merged gradient scales with the gradients, zero
             gradients have cosine 0, and a target of exactly 1, which cannot be reached, changes nothing.
-        generator: a ``torch.Generator`` (CPU) or ``random.Random`` for the order of j. None: torch's global generator.
+        generator: for the order of j, see ``methods.PCGrad``. None: torch's global generator.
             A task draws T − 1 places with ``torch.randperm``, as in TorchJD: the same seed gives the same result.
     Raises:
         TypeError: a generator of another type.
@@ -153,11 +152,11 @@ def _draw_places(shape: torch.Size, generator: Generator | None) -> NDArray[np.i
 def _permutation(count: int, generator: Generator | None) -> list[int]:
     if count < 2:  # nothing is drawn for it
         return list(range(count))
-    if isinstance(generator, random.Random):
-        items = list(range(count))
-        generator.shuffle(items)
-        return items
-    return torch.randperm(count, generator=generator, device="cpu").tolist()
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randperm(count, generator=generator, device="cpu").tolist()
+    items = list(range(count))
+    generator.shuffle(items)
+    return items
 
 
 def _vaccinated(gram: Tensor, phi: Tensor, places: Tensor, beta: float, eps: float) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from .base import Solution
 class UPGrad(DualConeMethod):
     """Replace each task gradient by the nearest vector that conflicts with no task, then combine by preference.
 
-    No task is harmed with ``reg_eps=0``; by default one with a short gradient beside long ones can be, a little.
+    No task is harmed with ``reg_eps=0``. Else g_t·d ≥ −reg_eps·‖J‖_F²·w_t: one with a short gradient beside long ones
+    can be, a little.
 
     Args:
         pref_vector: preference of each task, ``[T]``; None: 1/T each.

@@ -26,7 +26,8 @@ from .parameters import (
     CheckedGranularity,
     Division,
     HasGroups,
-    check_parameters,
+    Scopes,
+    check_leaves,
     divide,
 )
 from .sharded import ShardedGradients
@@ -99,17 +100,15 @@ class Layouts:
 
     Args:
         source: is asked for its parameter groups anew each round.
-        shared: the parameters that undergo surgery; None: as the method's scope says.
+        scopes: the parameters that undergo surgery, and those that G looks at.
         granularity: which of them form one problem.
         rows: how they are kept.
     Raises:
         TypeError, ValueError: see ``GradientSurgery``.
     """
 
-    def __init__(
-        self, source: HasGroups, shared: Sequence[Tensor] | None, granularity: CheckedGranularity, rows: RowChoice
-    ) -> None:
-        self._source, self._shared, self._granularity, self._rows = source, shared, granularity, rows
+    def __init__(self, source: HasGroups, scopes: Scopes, granularity: CheckedGranularity, rows: RowChoice) -> None:
+        self._source, self._scopes, self._granularity, self._rows = source, scopes, granularity, rows
         self._group: Any = None
         self._lanes = Lanes()
         self.current = self._laid_out(self.trainable())
@@ -164,8 +163,8 @@ class Layouts:
     def _laid_out(self, found: list[Tensor], parameters: Sequence[Tensor] | None = None) -> Layout:
         if parameters is None:
             parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
-        check_parameters(parameters, self._shared)
-        division = divide(parameters, self._granularity, self._source.param_groups, self._shared)
+        check_leaves(parameters)
+        division = divide(parameters, self._granularity, self._source.param_groups, self._scopes)
         lazy = any(map(is_lazy, found))
         capture, exchange = self._averaged(parameters) if self._group is not None else self._own(parameters)
         return Layout(found, _kinds(found), division, capture, exchange, lazy, is_large(parameters))

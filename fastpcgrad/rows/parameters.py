@@ -23,17 +23,20 @@ class Division(NamedTuple):
         shared: for each whether it undergoes surgery; the others are summed. None: as the method's scope says.
         groups: for each the number of its problem; None: one problem, or as the method's scope says.
         names: of the problems, by their number; empty where they have none.
+        gram_over: for each whether the Gram matrix of its problem looks at it; None: at all that undergo surgery.
     """
 
     shared: list[bool] | None = None
     groups: list[int] | None = None
     names: Sequence[str] = ()
+    gram_over: list[bool] | None = None
 
     def of(self, chosen: Sequence[int]) -> Division:
         """That of some of the parameters, by their index."""
         shared = None if self.shared is None else [self.shared[index] for index in chosen]
         groups = None if self.groups is None else [self.groups[index] for index in chosen]
-        return Division(shared, groups, self.names)
+        gram_over = None if self.gram_over is None else [self.gram_over[index] for index in chosen]
+        return Division(shared, groups, self.names, gram_over)
 
 
 UNDIVIDED = Division()
@@ -85,14 +88,31 @@ def are_among(tensors: Sequence[Tensor], chosen: Iterable[Tensor]) -> list[bool]
     return [id(tensor) in known for tensor in tensors]
 
 
-def check_parameters(parameters: Sequence[Tensor], shared: Sequence[Tensor] | None) -> None:
+class Scopes(NamedTuple):
+    """Which parameters a caller has chosen for what, see ``GradientSurgery``; None: as the method's scope says."""
+
+    shared: Sequence[Tensor] | None = None
+    gram_over: Sequence[Tensor] | None = None
+
+
+def check_leaves(parameters: Sequence[Tensor]) -> None:
     for p in parameters:
         if not p.is_leaf:
             raise ValueError(f"parameters must be leaves of the graph; found {list(p.shape)} with {p.grad_fn}")
-    trainable = [p for p in shared or () if p.requires_grad]
-    for p, known in zip(trainable, are_among(trainable, parameters), strict=True):
-        if not known:
-            raise ValueError(f"shared holds a tensor {list(p.shape)} that is none of the parameters")
+
+
+def _check_scopes(parameters: Sequence[Tensor], scopes: Scopes) -> None:
+    _check_among("shared", scopes.shared, parameters, "none of the parameters")
+    _check_among("gram_over", scopes.gram_over, parameters, "none of the parameters")
+    if scopes.shared is not None:
+        _check_among("gram_over", scopes.gram_over, scopes.shared, "not in shared, so that no weights reach it")
+
+
+def _check_among(name: str, chosen: Sequence[Tensor] | None, known: Sequence[Tensor], why: str) -> None:
+    trainable = [p for p in chosen or () if p.requires_grad]
+    for p, is_known in zip(trainable, are_among(trainable, known), strict=True):
+        if not is_known:
+            raise ValueError(f"{name} holds a tensor {list(p.shape)} that is {why}")
 
 
 def check_granularity(granularity: Granularity, model: nn.Module | None = None) -> CheckedGranularity:
@@ -128,14 +148,42 @@ def divide(
     parameters: Sequence[Tensor],
     granularity: CheckedGranularity,
     groups: Sequence[dict[str, Any]],
-    shared: Sequence[Tensor] | None,
+    scopes: Scopes,
 ) -> Division:
-    """Which of the parameters undergo surgery, and which form one problem.
+    """Which of the parameters undergo surgery, which form one problem, and at which its Gram matrix looks.
 
     Raises:
-        ValueError: collections without a parameter that undergoes surgery, or with one that is not there; a model
-            without one.
+        ValueError: scopes with a tensor that is none of the parameters; collections without a parameter that undergoes
+            surgery, or with one that is not there; a model without one; a problem whose Gram matrix would look at
+            nothing.
     """
+    _check_scopes(parameters, scopes)
+    division = _divided(parameters, granularity, groups, scopes.shared)
+    if scopes.gram_over is None:
+        return division
+    division = division._replace(gram_over=are_among(parameters, scopes.gram_over))
+    _check_gram_over(division)
+    return division
+
+
+def _check_gram_over(division: Division) -> None:
+    """ValueError where a problem's Gram matrix would look at no parameter."""
+    shared, groups, names, seen = division
+    assert seen is not None
+    problems = [0] * len(seen) if groups is None else groups
+    inside = [True] * len(seen) if shared is None else shared
+    if empty := set(compress(problems, inside)) - set(compress(problems, seen)):
+        missing = "" if groups is None else f" of problem {names[min(empty)] if names else min(empty)}"
+        raise ValueError(f"gram_over holds no trainable parameter{missing}: its Gram matrix would be zero")
+
+
+def _divided(
+    parameters: Sequence[Tensor],
+    granularity: CheckedGranularity,
+    groups: Sequence[dict[str, Any]],
+    shared: Sequence[Tensor] | None,
+) -> Division:
+    """But for what the Gram matrices look at."""
     operated = None if shared is None else are_among(parameters, shared)
     if granularity == "model":
         return Division(operated)

@@ -24,7 +24,7 @@ PARAMETERS = {
     "fairness": (1.0, 100.0),
     "project_each": (0.0, 1e-4),
     "project_one": (0.0, 0.0),
-    "aligned": (0.0, 0.0),
+    "aligned": (0.0, 2.0**-52),
     "impartial": (0.0, 0.0),
     "conflict_free": (0.0, 0.0),
 }

@@ -70,6 +70,26 @@ def test_a_step_worked_by_hand():
     torch.testing.assert_close(balancer.logits.data, torch.stack([-fall, fall]), rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("variant", "gamma"), [(None, 1e-3), ("libmtl", 1e-3), ("famo", 1e-2), ("famo-experiments", 1e-5)]
+)
+def test_variants_decay_as_published(variant, gamma):
+    """Against the rule of Cranial-XIX/FAMO (commit 250873e), famo.py, in 200 steps."""
+    balancer = FAMO(3, variant=variant).double()
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([w], lr=0.025, weight_decay=gamma)
+    for before, after in torch.rand(200, 2, 3, dtype=torch.float64) + 0.1:
+        shares = torch.softmax(w, -1) / (before + 1e-8)
+        balancer(before)
+        torch.testing.assert_close(balancer.weights, (shares / shares.sum()).detach())
+        delta = (before + 1e-8).log() - (after + 1e-8).log()
+        (w.grad,) = torch.autograd.grad(torch.softmax(w, -1), w, grad_outputs=delta)
+        optimizer.step()
+        balancer.update(after)
+    torch.testing.assert_close(balancer.logits.data, w.detach(), rtol=1e-9, atol=1e-12)
+    assert w.detach().abs().max() > 0.1
+
+
 def test_a_resumed_run_gives_the_same_numbers(tmp_path):
     losses = torch.rand(20, 2, 3) + 0.1
 
@@ -114,6 +134,8 @@ def test_a_loss_that_is_not_finite_shows_and_moves_nothing():
     [
         ({"min_losses": [0.0]}, ValueError, ["min_losses", "2", "[0.0]"]),
         ({"min_losses": [0.0, float("inf")]}, ValueError, ["min_losses", "inf"]),
+        ({"variant": "paper"}, ValueError, ["variant", "paper", "famo-experiments"]),
+        ({"variant": "famo", "optimizer": torch.optim.Adam}, ValueError, ["variant", "famo", "optimizer"]),
         ({"optimizer": "adam"}, TypeError, ["optimizer", "adam"]),
         ({"optimizer": lambda parameters: None}, TypeError, ["optimizer", "None"]),
     ],

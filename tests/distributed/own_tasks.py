@@ -147,6 +147,7 @@ def a_model_that_averages_in_ordinary_steps(wrap):
 
 @each(
     shared={"shared": lambda ps: ps[:2]},
+    gram_over={"gram_over": lambda ps: ps[:6]},
     parameter={"granularity": "parameter"},
     bf16={"row_dtype": torch.bfloat16},
 )

@@ -126,6 +126,7 @@ def one_forward_a_task(case):
 
 @each(
     shared={"shared": lambda ps: ps[:2]},
+    gram_over={"gram_over": lambda ps: ps[:6]},
     parameter={"granularity": "parameter"},
     bf16={"row_dtype": torch.bfloat16},
     mean={"accumulate": "mean"},

@@ -250,6 +250,7 @@ def memory_is_that_of_the_plan():
 @each(
     full={},
     shared={"shared": lambda ps: ps[:2]},
+    gram_over={"gram_over": lambda ps: ps[:6]},
     parameter={"granularity": "parameter"},
     bf16={"row_dtype": torch.bfloat16},
 )

@@ -129,6 +129,25 @@ def test_the_sum_is_equal_weighting(libmtl, ours):
     assert (found[2] == 1).all()
 
 
+def test_weights_reach_the_heads_where_they_are_to(libmtl, ours):
+    class WeighsAll(libmtl.weighting.abstract_weighting.AbsWeighting):
+        """As LibMTL's Nash_MTL: G of the shared parameters, and one backward pass of the weighted losses."""
+
+        def backward(self, losses, **kwargs):
+            self._compute_grad_dim()
+            grads = self._compute_grad(losses, mode="autograd").double()
+            weights = methods.CAGrad(c=0.5).weights(grads @ grads.mT)
+            (weights * losses).sum().backward()
+            return weights.numpy()
+
+    theirs = trained(libmtl, WeighsAll)
+    weighed, summed = (
+        trained(libmtl, ours.weighting(methods.CAGrad(c=0.5), weighs_heads=flag)) for flag in (True, False)
+    )
+    assert walked_alike(weighed, theirs) <= 1e-5
+    assert walked_alike(summed, theirs) > 0.1
+
+
 @pytest.mark.parametrize("method", [methods.UPGrad(), methods.PCGrad("tensorlogic"), methods.TrimmedMean(1)])
 def test_any_method_trains(libmtl, ours, method):
     start, end, of_losses, trainer = trained(libmtl, ours.weighting(method), epochs=1)

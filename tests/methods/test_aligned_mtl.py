@@ -11,11 +11,11 @@ MODES = ("min", "median", "rmse")
 for_every_mode = pytest.mark.parametrize("mode", MODES)
 
 
-def settled_rank(rows):
+def settled_rank(rows, least=1e-17, most=1e-13):
     """Whether no eigenvalue lies where rounding decides if it counts: near λ_max·T·2⁻⁵²."""
     values = torch.linalg.eigvalsh(gram(rows))
     relative = values.abs() / values[-1]
-    return not bool(((relative > 1e-17) & (relative < 1e-13)).any())
+    return not bool(((relative > least) & (relative < most)).any())
 
 
 @for_every_mode
@@ -32,6 +32,50 @@ def test_it_is_torchjds(mode, preferred):
         assert difference(rows, found, expected) <= 1e-9, name
         compared += 1
     assert compared >= 200
+
+
+def samsunglabs(grads, mode):
+    """The rule of SamsungLabs/MTL (commit 3f577f1), code/optim/aligned/solver.py, on J [T, N]: its weights."""
+    values, basis = torch.linalg.eigh(grads @ grads.mT)
+    rank = sum(values > values.max() * len(grads) * torch.finfo(torch.float32).eps)
+    order = torch.argsort(values, descending=True)
+    values, basis = values[order][:rank], basis[:, order][:, :rank]
+    scale = {"min": lambda: values[-1], "median": lambda: torch.median(values), "rmse": lambda: values.mean()}[mode]()
+    return (basis * scale.sqrt() / values.sqrt() @ basis.mT).sum(dim=-1)
+
+
+@for_every_mode
+def test_it_is_the_authors(mode):
+    compared = 0
+    for name, rows in jacobians():
+        if rows.any() and settled_rank(rows, 1e-9, 1e-5):
+            found = AlignedMTL(scale_mode=mode, variant="samsunglabs").weights(gram(rows))
+            assert difference(rows, found, samsunglabs(rows, mode)) <= 1e-9, name
+            compared += 1
+    assert compared >= 200
+
+
+def test_it_is_torchjds_with_fp32_rows():
+    """Of a Gram matrix in fp32, whose eigenvalues have its rounding errors."""
+    torchjd = pytest.importorskip("torchjd.aggregation")
+    compared = 0
+    for name, rows in jacobians(scales=(1.0, 100.0)):
+        if settled_rank(rows, 1e-9, 1e-4):
+            expected = torchjd.AlignedMTLWeighting()(gram(rows).float()).double()
+            found = AlignedMTL(variant="torchjd-fp32").weights(gram(rows))
+            assert difference(rows, found, expected) <= 1e-2, name
+            compared += 1
+    assert compared >= 200
+
+
+@pytest.mark.parametrize("variant", ["torchjd-fp32", "samsunglabs"])
+def test_a_direction_that_is_rounding_in_fp32_is_left_out(variant, solver):
+    """Eigenvalues 2 and 2e-8 of two tasks, and 1 of another: without the small one there are two of nearly one size."""
+    rows = torch.tensor([[1.0, 0.0, 1e-4], [1.0, 0.0, -1e-4], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    total = 3.0 if variant == "samsunglabs" else 1.0
+    kept = total / 3 * torch.tensor([0.5**0.5, 0.5**0.5, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(AlignedMTL(variant=variant).weights(gram(rows)), kept)
+    assert AlignedMTL().weights(gram(rows)).abs().max() < 1e-3
 
 
 @for_every_mode
@@ -82,6 +126,7 @@ def test_in_a_surgery():
     ("arguments", "words"),
     [
         ({"scale_mode": "max"}, ["scale_mode", "max", "rmse"]),
+        ({"variant": "paper"}, ["variant", "paper", "samsunglabs"]),
         ({"pref_vector": torch.ones(2, 2)}, ["pref_vector"]),
         ({"pref_vector": torch.tensor([1.0, torch.nan])}, ["pref_vector", "nan"]),
     ],
@@ -100,4 +145,4 @@ def test_a_preference_for_other_tasks_is_refused():
 def test_it_has_no_state_and_says_what_it_is():
     method = AlignedMTL(torch.tensor([1.0, 3.0]), "rmse")
     assert method.state_dict() == {}
-    assert repr(method) == "AlignedMTL(pref_vector=[1.0, 3.0], scale_mode='rmse')"
+    assert repr(method) == "AlignedMTL(pref_vector=[1.0, 3.0], scale_mode='rmse', variant='torchjd')"

@@ -44,6 +44,35 @@ def test_it_is_torchjds(c):
     assert compared >= 200
 
 
+def as_published(rows, c, rescale):
+    """The rule of Cranial-XIX/CAGrad (commit c691dc5), cityscapes/utils.py, for two tasks, without 1e-8 in roots."""
+    minimize_scalar = pytest.importorskip("scipy.optimize").minimize_scalar
+    (g11, g12), (_, g22) = gram(rows).tolist()
+    radius = c * 0.5 * (g11 + g22 + 2 * g12) ** 0.5
+
+    def squared(x):
+        return x * x * (g11 + g22 - 2 * g12) + 2 * x * (g12 - g22) + g22
+
+    def objective(x):
+        along = 0.5 * x * (g11 + g22 - 2 * g12) + (0.5 + x) * (g12 - g22) + g22
+        return radius * max(squared(x), 0.0) ** 0.5 + along
+
+    x = minimize_scalar(objective, bounds=(0, 1), method="bounded", options={"xatol": 1e-12}).x
+    share = radius / squared(x) ** 0.5
+    return torch.tensor([0.5 + share * x, 0.5 + share * (1 - x)], dtype=torch.float64) / rescale
+
+
+@pytest.mark.parametrize("c", [0.2, 0.5])
+def test_variants_are_what_was_published(c):
+    for seed in range(200):
+        torch.manual_seed(seed)
+        rows = torch.randn(2, 5, dtype=torch.float64)
+        for variant, divisor in {"paper": 1, "cagrad": 1 + c**2, "cagrad-toy": 1 + c}.items():
+            found = CAGrad(c, variant=variant).weights(gram(rows))
+            # The minimum of a function is known to the root of its rounding.
+            assert difference(rows, found, as_published(rows, c, divisor)) <= 1e-6, (seed, variant)
+
+
 @pytest.mark.parametrize("tasks", [32, 64])
 @pytest.mark.parametrize("c", [0.5, 2.0])
 def test_the_worst_gain_of_many_tasks_is_the_best_possible(c, tasks, solver):
@@ -103,6 +132,7 @@ def test_in_a_surgery():
         ({"c": float("inf")}, ["c must", "inf"]),
         ({"c": 0.5, "norm_eps": -1.0}, ["norm_eps", "-1.0"]),
         ({"c": 0.5, "norm_eps": float("nan")}, ["norm_eps", "nan"]),
+        ({"c": 0.5, "variant": "libmtl"}, ["variant", "libmtl", "cagrad-toy"]),
     ],
 )
 def test_bad_arguments_name_what_was_found(arguments, words):
@@ -113,4 +143,4 @@ def test_bad_arguments_name_what_was_found(arguments, words):
 
 def test_it_has_no_state_and_says_what_it_is():
     assert CAGrad().c == 0.5
-    assert make().state_dict() == {} and repr(make()) == "CAGrad(c=0.5, norm_eps=0.0001)"
+    assert make().state_dict() == {} and repr(make()) == "CAGrad(c=0.5, norm_eps=0.0001, variant='paper')"

@@ -46,6 +46,41 @@ def test_many_tasks_and_few_dimensions(reg_eps, rank, project_each):
     assert violation(prepared(gram(rows), reg_eps), torch.eye(32).double(), values) <= 1e-12
 
 
+def one_loss_a_sample(tasks):
+    """Gradients of single samples' losses of a layer of 40 weights: correlated, and at most 40 are independent."""
+    inputs = torch.randn(tasks, 40, dtype=torch.float64).relu()
+    return inputs * torch.randn(tasks, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("reg_eps", [0.0, 1e-4])
+def test_hundreds_of_tasks(reg_eps):
+    """Each in a compiled library too, of which a problem takes milliseconds there."""
+    for method, tasks in ((UPGrad, 96), (DualProj, 256)):
+        rows = one_loss_a_sample(tasks)
+        matrix, preferred = gram(rows), torch.full((tasks,), 1 / tasks, dtype=torch.float64)
+        each = method is UPGrad
+        values = kernels.method_weights("project_each" if each else "project_one", matrix, (0.0, reg_eps), preferred)
+        if values is None:
+            pytest.skip("there is no compiled library")
+        lower = preferred.diag() if each else preferred
+        assert violation(prepared(matrix, reg_eps), lower, values) <= 1e-12
+        torch.testing.assert_close(method(reg_eps=reg_eps).weights(matrix), values.sum(dim=0) if each else values)
+
+
+@for_both_methods
+@pytest.mark.parametrize("reg_eps", [1e-4, 1e-2])
+def test_what_a_regularised_projection_lets_through_is_bounded(method, reg_eps):
+    harmed = 0
+    for seed in range(200):
+        rows = random_rows(seed, kinds=KINDS + HARD)
+        weights = method(reg_eps=reg_eps).weights(gram(rows))
+        products, squared = rows @ (weights @ rows), float(rows.square().sum())
+        allowed = reg_eps * squared * weights + 1e-13 * rows.norm(dim=1) * (weights.abs() * rows.norm(dim=1)).sum()
+        assert (products >= -allowed).all(), seed
+        harmed += bool((products < -1e-3 * allowed).any())
+    assert harmed > 20
+
+
 @pytest.mark.parametrize("reg_eps", [0.0, 1e-4])
 def test_without_block_pivoting_it_is_the_oracles_too(reg_eps, monkeypatch):
     monkeypatch.setenv("FASTPCGRAD_BACKEND", "eager")

@@ -18,7 +18,7 @@ class Spectrum(NamedTuple):
     Attributes:
         values: Λ, ``[S, T]``, ascending; 1 where not kept, so that they can be divided by.
         vectors: V, ``[S, T, T]``, one eigenvector a column.
-        kept: ``[S, T]``: the eigenvalues above λ_max·T·2⁻⁵²; as many as the numerical rank.
+        kept: ``[S, T]``: the eigenvalues above λ_max·T·eps; as many as the numerical rank.
     """
 
     values: Array
@@ -26,10 +26,10 @@ class Spectrum(NamedTuple):
     kept: Flags
 
 
-def spectrum(gram: Array) -> Spectrum:
-    """The eigendecomposition of finite Gram matrices, ``[S, T, T]`` float64."""
+def spectrum(gram: Array, eps: float = EPS) -> Spectrum:
+    """The eigendecomposition of finite Gram matrices, ``[S, T, T]`` float64, whose numbers have this eps."""
     # NumPy's LAPACK has threads of its own, which from T = 32 or so wait for torch's spinning ones: milliseconds.
     found, vectors = torch.linalg.eigh(torch.from_numpy(gram))
     values: Array = found.numpy()
-    kept = values > values[:, -1:] * (gram.shape[-1] * EPS)
+    kept = values > values[:, -1:] * (gram.shape[-1] * eps)
     return Spectrum(np.where(kept, values, 1.0), vectors.numpy(), kept)
