@@ -16,8 +16,9 @@ from typing import Any
 from benchmarks import rows, samples, targets
 from benchmarks.cases import WIDTHS
 from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS, floor_of
+from benchmarks.pages import PAGES
 from benchmarks.rows import FIGURES, LIBRARY, Row
-from benchmarks.tables import CPU_OPS, GPU_OPS, PAGES, by_case, origin
+from benchmarks.tables import CPU_OPS, GPU_OPS, by_case, origin
 
 # Okabe and Ito's colours, which the colour-blind tell apart too, and paler ones for what belongs to one of them.
 RED, PALE_RED, PINK, SKY, BLUE = "#d55e00", "#f2b98f", "#cc79a7", "#56b4e9", "#0072b2"

@@ -1,19 +1,14 @@
-"""Tables from rows, in Markdown: of README.md and of docs/, and what a run shows.
-
-Pages hold what is written here between two markers, from the rows of the latest run of each file alone.
-"""
+"""Tables from rows, in Markdown: of README.md and of docs/, and what a run shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks import rows, samples, targets
+from benchmarks import samples, targets
 from benchmarks.cases import DTYPES, OPS
 from benchmarks.method_cases import FLOOR, PEER
 from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS
-from benchmarks.rows import LIBRARY, MACHINE, ROOT, Row
+from benchmarks.rows import LIBRARY, MACHINE, Row
 from benchmarks.steps import WHOLE
 
 CPU_OPS = {"pcgrad": "`pcgrad(J)`", "gram": "`gram(J)`", "combine": "`combine(J, w)`", "mix_": "`mix_(J, C)`"}
@@ -412,35 +407,3 @@ def factored(latest: Sequence[Row]) -> str:
     header = ("`pc_backward` by T plain backward passes", *subjects.values())
     how = "CPU time. " if any("CPU time" in row.note for row in latest) else ""
     return f"{markdown(header, lines)}\n\n{how}{origin(latest)}" if lines else ""
-
-
-@dataclass(frozen=True)
-class Page:
-    """A page of which a part is written from the rows of files of results, by name."""
-
-    path: Path
-    results: tuple[str, ...]
-    marker: str
-    table: Callable[[Sequence[Row]], str]
-
-    def written(self) -> str:
-        """The page as it must be; ValueError unless it has each of the two markers once, in this order."""
-        page = self.path.read_text(encoding="utf-8")
-        start, end = f"<!-- {self.marker}:start -->", f"<!-- {self.marker}:end -->"
-        if page.count(start) != 1 or page.count(end) != 1 or page.index(start) > page.index(end):
-            raise ValueError(f"{self.path} must hold {start} and {end} once each, in this order")
-        content = self.table(rows.latest_of(*self.results))
-        return f"{page.split(start)[0]}{start}\n{content}\n{end}{page.split(end)[1]}"
-
-    def is_stale(self) -> bool:
-        return self.path.read_text(encoding="utf-8") != self.written()
-
-
-PAGES = (
-    Page(ROOT / "README.md", ("cpu", "memory"), "summary-table", summary),
-    Page(ROOT / "docs" / "benchmarks.md", ("cpu", "memory"), "benchmark-table", cpu),
-    Page(ROOT / "docs" / "benchmarks.md", ("factored",), "factored-table", factored),
-    Page(ROOT / "docs" / "below_the_floor.md", ("floor",), "floor-table", floor),
-    Page(ROOT / "docs" / "kernels.md", ("gpu",), "gpu-table", gpu),
-    Page(ROOT / "docs" / "methods.md", ("methods",), "methods-table", methods),
-)

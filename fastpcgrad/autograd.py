@@ -218,7 +218,7 @@ def _divided(inputs: Sequence[Tensor], method: methods.Method, gram_over: Sequen
     """
     check_scopes(method, gram_over)
     seen = [gram_over] if isinstance(gram_over, Tensor) else gram_over
-    return divide(inputs, "model", [], Scopes(gram_over=None if seen is None else check_tensors("gram_over", seen)))
+    return divide(inputs, "model", [], Scopes.of(None, seen))
 
 
 def _merged_over(

@@ -16,6 +16,8 @@ from .._losses import check_losses, check_tensors
 from .._modes import is_fake
 from .._ops import Figures
 from ..methods import Elementwise, Method
+from ..rows.capture import MovedCapture
+from ..rows.layout import Layout
 from ..rows.parameters import UNDIVIDED, Division
 from ..rows.sparse import stays_sparse
 from ..rows.task_gradients import Row, TaskGradients
@@ -30,6 +32,26 @@ p·_KINDS + k, and p·_KINDS + _ROWS + k of parameters that the method's G does 
 
 # Within one, a checkpointed block is recomputed once; without one, once in each piece that it is part of.
 _Recomputed = getattr(checkpoint, "GraphExecGroup", nullcontext)
+
+
+def check_no_rows(layout: Layout, *chosen: object) -> None:
+    """Before losses are merged so: no process has all gradients of several, nor are rows that are kept nowhere moved.
+
+    Args:
+        chosen: how rows are moved.
+    Raises:
+        NotImplementedError, ValueError: see above.
+    """
+    if layout.exchange is not None:
+        raise NotImplementedError(
+            f"two_phase has no gradients of several processes, here {layout.exchange}, before its last backward pass: "
+            "leave it False"
+        )
+    if isinstance(layout.capture, MovedCapture):
+        raise ValueError(
+            "two_phase keeps no rows: leave row_dtype, row_device and accumulate_dtype None; found "
+            + ", ".join(map(str, chosen))
+        )
 
 
 def merge_in_two_phases(

@@ -94,6 +94,14 @@ class Scopes(NamedTuple):
     shared: Sequence[Tensor] | None = None
     gram_over: Sequence[Tensor] | None = None
 
+    @classmethod
+    def of(cls, shared: Iterable[Tensor] | None, gram_over: Iterable[Tensor] | None) -> Scopes:
+        """TypeError for what are no tensors."""
+        return cls(
+            None if shared is None else check_tensors("shared", shared),
+            None if gram_over is None else check_tensors("gram_over", gram_over),
+        )
+
 
 def check_leaves(parameters: Sequence[Tensor]) -> None:
     for p in parameters:

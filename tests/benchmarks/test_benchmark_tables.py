@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import plot, rows, tables, targets
+from benchmarks import pages, plot, rows, tables, targets
 from benchmarks.rows import Environment, Row
 from benchmarks.steps import WHOLE
 
@@ -216,7 +216,7 @@ def test_without_a_peer_there_is_no_factor():
     assert "| `UPGrad` |  | 2 |" in found and "times as fast" not in found
 
 
-@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.path.name)
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.path.name)
 def test_the_committed_pages_are_what_the_rows_give(page):
     assert not page.is_stale()
 
@@ -225,7 +225,7 @@ def test_the_committed_pages_are_what_the_rows_give(page):
 def page(tmp_path, monkeypatch):
     """A page with an old table, and rows of another in two files."""
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    found = tables.Page(tmp_path / "page.md", ("times", "peaks"), "m", lambda latest: f"{len(latest)} rows")
+    found = pages.Page(tmp_path / "page.md", ("times", "peaks"), "m", lambda latest: f"{len(latest)} rows")
     found.path.write_text("# Title\n\n<!-- m:start -->\nold\n<!-- m:end -->\n\nEnd\n", encoding="utf-8")
     rows.append(CPU_ROWS[:2], tmp_path / "times.jsonl")
     rows.append(CPU_ROWS[2:], tmp_path / "peaks.jsonl")
