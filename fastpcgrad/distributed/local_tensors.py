@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -41,12 +44,14 @@ class LocalTensor:
 
     Args:
         parameter: a DTensor.
+        shards: what of ``fully_shard`` reduces its gradients, if anything, see ``shards_of``.
     Raises:
         NotImplementedError: a parameter that is a partial sum, has gradients of another dtype, or lies on a mesh that
             this process is no part of.
     """
 
-    def __init__(self, parameter: Any) -> None:
+    def __init__(self, parameter: Any, shards: weakref.ref[Any] | None = None) -> None:
+        self._shards = shards
         self.mesh, self._placements = parameter.device_mesh, tuple(parameter.placements)
         self._shape, self._stride = parameter.shape, parameter.stride()
         self._parameter = parameter
@@ -67,6 +72,17 @@ class LocalTensor:
     def like_row(self) -> Tensor:
         return as_real(_local(self._parameter.detach()))
 
+    def check(self) -> None:
+        """RuntimeError where ``fully_shard`` has kept gradients that it has not reduced: they would come with those of
+        another task."""
+        shards = None if self._shards is None else self._shards()
+        if shards is not None and _are_kept(shards):
+            raise RuntimeError(
+                f"fully_shard has kept gradients of a parameter {list(self._shape)} as they were, after "
+                "set_requires_gradient_sync(False) or set_requires_all_reduce(False), and would add them to those of "
+                "the next task: switch it on before the last backward pass of each task"
+            )
+
     def into_row(self, grad: Any) -> Tensor:
         if not is_dtensor(grad):
             raise TypeError(f"the gradient of a DTensor must be one; found a {type(grad).__name__} {list(grad.shape)}")
@@ -83,6 +99,29 @@ class LocalTensor:
             return DTensor.from_local(
                 local, self.mesh, self._placements, run_check=False, shape=self._shape, stride=self._stride
             )
+
+
+def shards_of(parameters: Sequence[Tensor]) -> dict[int, weakref.ref[Any]]:
+    """By the id of a parameter that ``fully_shard`` holds, what reduces its gradients. Looks at all live objects."""
+    wanted, found = set(map(id, parameters)), dict[int, weakref.ref[Any]]()
+    objects = gc.get_objects() if wanted else []
+    # By the name of their class, which moves from module to module; by id, for a class need not be hashable.
+    kinds = {id(kind) for kind in map(type, objects) if kind.__name__ == "FSDPParamGroup"}
+    for group in objects:
+        if id(type(group)) in kinds:
+            for own in vars(group).get("fsdp_params", ()):
+                if id(own.sharded_param) in wanted:
+                    found[id(own.sharded_param)] = weakref.ref(group)
+    return found
+
+
+def _are_kept(group: Any) -> bool:
+    """Whether there are gradients that were not reduced, or not over all replicas."""
+    kept = [getattr(group, "_partial_reduce_output", None)]
+    for own in group.fsdp_params:
+        gathered = getattr(own, "_unsharded_param", None)
+        kept += [getattr(own, "unsharded_accumulated_grad", None), getattr(gathered, "grad", None)]
+    return any(grad is not None for grad in kept)
 
 
 class Part:

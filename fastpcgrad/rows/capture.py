@@ -75,11 +75,17 @@ class Capture:
 
     def close(self) -> None:
         """What there is of the open task's gradients is its row."""
+        self.check_forms()
         row = self.taken()
         for index in self.forms:
             row[index] = self._into_row(index, row[index])
         self.rows.keep(self.task, row)
         self.task = -1
+
+    def check_forms(self) -> None:
+        """RuntimeError where what backward passes have made is not all in ``.grad``."""
+        for form in self.forms.values():
+            form.check()
 
     def taken(self) -> Row:
         """What there is of the open task's gradients, as autograd left it; it is gone from ``.grad``."""
@@ -153,6 +159,7 @@ class MovedCapture(Capture):
         self.rows.open(task)
 
     def close(self) -> None:
+        self.check_forms()
         # What came without a hook: gradients that were assigned, or that another's later hook has looked at first.
         for index in range(len(self.parameters)):
             self.move(index)

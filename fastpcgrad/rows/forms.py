@@ -16,6 +16,9 @@ class Form(Protocol):
     def like_row(self) -> Tensor:
         """A tensor with the shape, strides, dtype and device that the parameter's rows have."""
 
+    def check(self) -> None:
+        """RuntimeError where ``.grad`` is not all that backward passes have made."""
+
     def into_row(self, grad: Tensor) -> Tensor:
         """What a row holds of a gradient."""
 
@@ -31,6 +34,9 @@ class Complex:
 
     def like_row(self) -> Tensor:
         return as_real(self._parameter.detach())
+
+    def check(self) -> None:
+        pass
 
     def into_row(self, grad: Tensor) -> Tensor:
         return as_real(grad)

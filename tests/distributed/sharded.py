@@ -3,6 +3,7 @@
 import os
 import random
 
+import pytest
 import torch
 import torch._dynamo  # which FSDP would otherwise import in each rank
 import torch.distributed as dist
@@ -272,3 +273,26 @@ def one_forward_a_task(name, setting):
 def the_drop_in_and_losses_of_one_forward(name, setting):
     for chosen in ("pytorch-pcgrad", "libmtl", "GradVac")[: 3 if dist.get_world_size() == 2 else 1]:
         train(setting, METHODS[chosen], of_one_forward)
+
+
+@SCENARIOS.each(of_shards=False, over_replicas=True)
+def gradients_that_fully_shard_keeps_end_the_task(over_replicas):
+    """They would come with those of the next task. Those of micro-batches that the last one reduces are all there."""
+    net = Net().to(DEVICE)
+    net = sharded(net, mesh(1, dist.get_world_size()) if not over_replicas else mesh(dist.get_world_size(), 1))
+    switch = net.set_requires_all_reduce if over_replicas else net.set_requires_gradient_sync
+    surgery = fastpcgrad.GradientSurgery(net.parameters(), TASKS, METHODS["paper"]())
+    x = torch.randn(2, BATCH, 5, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(dist.get_rank()))
+    reports = []
+    for together in (True, False):
+        for task in range(TASKS):
+            with surgery.task(task):
+                parts = [x.flatten(0, 1)] if together else list(x)
+                for number, part in enumerate(parts, 1):
+                    switch(number == len(parts))
+                    (net(part, task).sum() / (2 * BATCH)).backward()
+        reports.append(surgery.merge())
+    torch.testing.assert_close(reports[0].gram, reports[1].gram, rtol=1e-5, atol=1e-9)
+    switch(False)
+    with pytest.raises(RuntimeError, match="has kept gradients of a parameter"), surgery.task(0):
+        net(x[0], 0).sum().backward()
