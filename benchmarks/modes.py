@@ -133,7 +133,8 @@ def _surgery(problem: Problem, optimizer: Optimizer) -> Phases:
 
 def _functional(problem: Problem, optimizer: Optimizer) -> Phases:
     parameters, method = problem.parameters_list(), fastpcgrad.methods.PCGrad()
-    return _on_losses(problem, lambda forward: fastpcgrad.backward(forward.losses, parameters, method=method))
+    call = functools.partial(fastpcgrad.backward, method=method, rows="dense")
+    return _on_losses(problem, lambda forward: call(forward.losses, parameters))
 
 
 def _streaming(
@@ -197,11 +198,13 @@ def _factored_modes() -> list[Mode]:
 
 
 def _step_modes() -> list[Mode]:
+    """With rows that are whole gradients, as everybody else's: factored ones have a part of their own."""
+    dense = functools.partial(_drop_in, rows="dense")
     bf16_rows = functools.partial(_drop_in, row_dtype=torch.bfloat16)
     return [
         Mode("plain", _plain, "last", "torch"),
         Mode("accumulate", functools.partial(_plain, summed=True), "none", "torch", timed=False),
-        Mode(LIBRARY, _drop_in, "pytorch-pcgrad"),
+        Mode(LIBRARY, dense, "pytorch-pcgrad"),
         Mode(f"{LIBRARY}.GradientSurgery", _surgery, "paper"),
         Mode(f"{LIBRARY}.backward", _functional, "paper"),
         Mode(f"{LIBRARY}[bf16 rows]", bf16_rows, "pytorch-pcgrad", timed=False),
