@@ -54,10 +54,8 @@ def test_what_the_graph_shows_needs_no_comparison(way):
     weight, bias = net[0][0].weight, net[0][0].bias
 
     def losses():
-        if way == "scaled":
-            hidden = torch.addmm(bias, x, weight.t(), alpha=2)
-        else:
-            hidden = torch.addmm(bias, x, weight.t().t().t())
+        used, alpha = (weight.t(), 2) if way == "scaled" else (weight.t().t(), 1)
+        hidden = torch.addmm(bias, x, used, alpha=alpha)
         return [head(hidden).square().mean() for head in net[1]]
 
     rows = rows_of(losses(), [weight])
