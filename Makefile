@@ -14,9 +14,8 @@ NATIVE_SOURCES := setup.py $(shell find csrc)
 WARNINGS := -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized
 # nvcc takes minutes: without a GPU the tests compile the CUDA library by themselves, once, and nothing else needs it
 export FASTPCGRAD_BUILD ?= $(if $(shell command -v nvidia-smi),auto,cpu)
-# The tests of a file stay together: some share what is slow to set up, such as processes or a compiled library. The files
-# go in the order of tests/conftest.py, the longest first.
-PYTEST := $(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# The tests of a file stay together: some share what is slow to set up, such as processes or a compiled library.
+PYTEST := $(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 # What a change of the algorithms breaks first: no peers, no compilers, no other processes.
 CORE := $(addprefix tests/,ops reference methods optimizer surgery test_autograd.py test_checks.py test_functional.py test_merging.py \
 	test_small_round.py test_task_gradients.py test_variants.py)

@@ -21,14 +21,6 @@ from fastpcgrad.backends import cpu
 BACKENDS = ("eager", "cpu-baseline", "cpu-avx2", "cpu-avx512")
 
 
-LONGEST = ("test_sharded.py", "test_cuda.py", "test_passes.py", "test_transformers.py", "test_processes.py")
-"""Files by the time that they take. Where these began last, one core would be idle meanwhile."""
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-
-
 @pytest.fixture(autouse=True)
 def _seeds():
     torch.default_generator.manual_seed(0)  # torch.manual_seed takes milliseconds: it records a stack for CUDA
