@@ -234,3 +234,11 @@ def test_same_bits_every_time(tasks: int, dtype: torch.dtype) -> None:
         gram, coefficients, _ = backend.pcgrad(grads, order, Guards(), 1.0, None, out)
         runs.append((out, gram, coefficients))
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("column", [0, 1, 599])
+def test_a_row_whose_one_number_has_a_square_below_fp32s_range(column: int) -> None:
+    rows = random_rows(3, 600)
+    rows[1] = 0
+    rows[1, column] = 1e-30
+    check_gram(backend.gram(rows, None), rows)
