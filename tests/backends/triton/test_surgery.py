@@ -84,6 +84,12 @@ def test_a_bad_task_does_not_spoil_the_others_tests(bad: float) -> None:
     assert torch.allclose(found[kept][:, kept].cpu(), expected, rtol=1e-11, atol=1e-12)
 
 
+def test_an_infinite_dot_product_projects_nothing() -> None:
+    gram = torch.tensor([[1.0, -torch.inf], [-torch.inf, 1.0]], dtype=FP64, device=DEVICE)
+    order = torch.tensor([[1, 0], [0, 1]], device=DEVICE)
+    assert torch.equal(backend.pcgrad_coefficients(gram, order, Guards()).cpu(), torch.eye(2, dtype=FP64))
+
+
 @pytest.mark.parametrize(
     ("tasks", "dtype", "scale"), [(2, FP32, 1.0), (5, FP32, 1e-30), (8, BF16, 1.0), (3, FP32, 1e18), (17, FP32, 1.0)]
 )
