@@ -14,7 +14,7 @@ PACKAGE = Path(fastpcgrad.__file__).parent
 FLOORS = (
     {"_torch", "_tasks", "_loss_scales", "_named"},
     {"reference", "_version", "_warnings", "_graph", "_memory", "_gradients", "_modes"},
-    {"_checks", "_blocks", "variants", "distributed.links"},
+    {"_checks", "_blocks", "variants", "distributed.links", "distributed.live"},
     {"_ops", "_generators", "distributed.local_tensors", "distributed.buckets"},
     {"_losses", "distributed.processes", "distributed.quiet", "distributed.cost"},
     {"balancing", "distributed.groups"},

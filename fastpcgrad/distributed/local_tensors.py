@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .._gradients import as_real, gradient_dtype
 from .links import groups_of
+from .live import live
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -37,6 +37,31 @@ class Place(Protocol):
     where: str
 
 
+class Reducer(NamedTuple):
+    """What of ``fully_shard`` reduces the gradients of one parameter, and of the others of its group."""
+
+    own: weakref.ref[Any]
+    group: weakref.ref[Any]
+
+    def keeps(self) -> bool:
+        """Whether there is a gradient that was not reduced, or not over all replicas."""
+        own, group = self.own(), self.group()
+        gathered = getattr(own, "_unsharded_param", None)
+        kept = getattr(own, "unsharded_accumulated_grad", None), getattr(group, "_partial_reduce_output", None)
+        return any(grad is not None for grad in (*kept, getattr(gathered, "grad", None)))
+
+
+def reducers_of(parameters: Sequence[Tensor]) -> dict[int, Reducer]:
+    """By the id of a parameter that ``fully_shard`` holds. Looks at all live objects, if there are any parameters."""
+    wanted = set(map(id, parameters))
+    return {
+        id(own.sharded_param): Reducer(weakref.ref(own), weakref.ref(group))
+        for _, group in (live({"FSDPParamGroup"}) if wanted else ())
+        for own in vars(group).get("fsdp_params", ())
+        if id(own.sharded_param) in wanted
+    }
+
+
 class LocalTensor:
     """The gradient of a DTensor as rows hold it: the part of this process, placed as the parameter is. A ``Place``.
 
@@ -44,14 +69,14 @@ class LocalTensor:
 
     Args:
         parameter: a DTensor.
-        shards: what of ``fully_shard`` reduces its gradients, if anything, see ``shards_of``.
+        reducer: what of ``fully_shard`` reduces its gradients, if anything.
     Raises:
         NotImplementedError: a parameter that is a partial sum, has gradients of another dtype, or lies on a mesh that
             this process is no part of.
     """
 
-    def __init__(self, parameter: Any, shards: weakref.ref[Any] | None = None) -> None:
-        self._shards = shards
+    def __init__(self, parameter: Any, reducer: Reducer | None = None) -> None:
+        self._reducer = reducer
         self.mesh, self._placements = parameter.device_mesh, tuple(parameter.placements)
         self._shape, self._stride = parameter.shape, parameter.stride()
         self._parameter = parameter
@@ -75,8 +100,7 @@ class LocalTensor:
     def check(self) -> None:
         """RuntimeError where ``fully_shard`` has kept gradients that it has not reduced: they would come with those of
         another task."""
-        shards = None if self._shards is None else self._shards()
-        if shards is not None and _are_kept(shards):
+        if self._reducer is not None and self._reducer.keeps():
             raise RuntimeError(
                 f"fully_shard has kept gradients of a parameter {list(self._shape)} as they were, after "
                 "set_requires_gradient_sync(False) or set_requires_all_reduce(False), and would add them to those of "
@@ -99,29 +123,6 @@ class LocalTensor:
             return DTensor.from_local(
                 local, self.mesh, self._placements, run_check=False, shape=self._shape, stride=self._stride
             )
-
-
-def shards_of(parameters: Sequence[Tensor]) -> dict[int, weakref.ref[Any]]:
-    """By the id of a parameter that ``fully_shard`` holds, what reduces its gradients. Looks at all live objects."""
-    wanted, found = set(map(id, parameters)), dict[int, weakref.ref[Any]]()
-    objects = gc.get_objects() if wanted else []
-    # By the name of their class, which moves from module to module; by id, for a class need not be hashable.
-    kinds = {id(kind) for kind in map(type, objects) if kind.__name__ == "FSDPParamGroup"}
-    for group in objects:
-        if id(type(group)) in kinds:
-            for own in vars(group).get("fsdp_params", ()):
-                if id(own.sharded_param) in wanted:
-                    found[id(own.sharded_param)] = weakref.ref(group)
-    return found
-
-
-def _are_kept(group: Any) -> bool:
-    """Whether there are gradients that were not reduced, or not over all replicas."""
-    kept = [getattr(group, "_partial_reduce_output", None)]
-    for own in group.fsdp_params:
-        gathered = getattr(own, "_unsharded_param", None)
-        kept += [getattr(own, "unsharded_accumulated_grad", None), getattr(gathered, "grad", None)]
-    return any(grad is not None for grad in kept)
 
 
 class Part:

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .._graph import leaves
 from .._warnings import warn_once
 from .links import groups_of
+from .live import live
 from .local_tensors import is_dtensor
 
 Choice = Literal["auto", "local"]
@@ -251,15 +252,7 @@ def look_up(parameters: Sequence[Tensor]) -> list[Replicas]:
 
 def _holders() -> Iterator[tuple[str, Any]]:
     """The live objects that hold parameters for several processes, by the name in the list of their bases."""
-    objects = gc.get_objects()
-    kinds = {id(kind): kind for kind in map(type, objects)}  # by id: a class need not be hashable
-    names = {
-        key: base.__name__
-        for key, kind in kinds.items()
-        for base in kind.__mro__
-        if base.__name__ == _REPLICA or base.__name__ in _SHARDERS
-    }
-    return ((names[id(type(found))], found) for found in objects if id(type(found)) in names)
+    return live({_REPLICA, *_SHARDERS})
 
 
 def blamed(replicas: Replicas, fault: Callable[[Any], bool]) -> Any | None:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from .._gradients import gradient_dtype
 from ..distributed.exchange import Exchange
 from ..distributed.links import Lanes
-from ..distributed.local_tensors import LocalTensor, Part, is_dtensor, shards_of
+from ..distributed.local_tensors import LocalTensor, Part, is_dtensor, reducers_of
 from . import host
 from .capture import Capture, MovedCapture
 from .choice import Choice, is_large
@@ -241,10 +241,10 @@ def as_rows_see(parameters: Sequence[Tensor], forms: Mapping[int, Form]) -> Sequ
 def _forms_of(parameters: Sequence[Tensor]) -> dict[int, Form]:
     """How rows hold the gradients of DTensors and of complex parameters, by index."""
     forms: dict[int, Form] = {}
-    shards = shards_of(list(filter(is_dtensor, parameters)))
+    reducers = reducers_of(list(filter(is_dtensor, parameters)))
     for index, p in enumerate(parameters):
         if is_dtensor(p):
-            forms[index] = LocalTensor(p, shards.get(id(p)))
+            forms[index] = LocalTensor(p, reducers.get(id(p)))
         elif p.is_complex():
             forms[index] = Complex(p)
     return forms

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import Trainer, TrainingArguments
 
 from fastpcgrad import methods
@@ -23,7 +23,7 @@ from fastpcgrad.integrations import accelerate as of_accelerate
 from fastpcgrad.integrations.lightning import GradientSurgeryMixin
 from fastpcgrad.integrations.transformers import GradientSurgeryTrainer, Surgery
 from tests.distributed.scenarios import Scenarios
-from tests.integrations.tiny import TASKS, Texts, collate, distance, flat, language_model
+from tests.integrations.tiny import ARGUMENTS, TASKS, InOrder, Texts, collate, distance, flat, language_model
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 STEPS, PROCESSES = 3, 2
@@ -90,11 +90,6 @@ class Uneven(Texts):
             row["input_ids"] = row["input_ids"][: 3 + i % 5]
 
 
-class InOrder:
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
-
-
 class Stock(InOrder, Trainer):
     pass
 
@@ -118,21 +113,11 @@ def trainer_of(
 ):
     given = {
         "per_device_train_batch_size": 2 if together else 2 * PROCESSES,
-        "gradient_accumulation_steps": 6,
         "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "linear",
-        "max_grad_norm": 0.5,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     return kind(
         model=model,
-        args=settings(place, **{**given, **options}),
+        args=settings(place, **{**ARGUMENTS, **given, **options}),
         train_dataset=data,
         eval_dataset=held_out,
         data_collator=collator,

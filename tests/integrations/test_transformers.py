@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.utils.data import SequentialSampler
 
-from tests.integrations.tiny import BATCH, TASKS, VOCABULARY, Texts, collate, distance, flat, language_model
+from tests.integrations.tiny import BATCH, TASKS, VOCABULARY, InOrder, Texts, collate, distance, flat, language_model
 
 pytest.importorskip("transformers", reason="pip install 'fastpcgrad[transformers]'")
 pytest.importorskip("accelerate", reason="pip install 'fastpcgrad[transformers]'")
@@ -22,11 +21,6 @@ pytestmark = [
 ]
 
 ROWS = 144
-
-
-class InOrder:
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
 
 
 class Stock(InOrder, Trainer):

@@ -5,7 +5,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 
 VOCABULARY = 32
 BATCH = 2
@@ -48,6 +48,28 @@ class Texts(Dataset):
 
     def __getitem__(self, index):
         return self.rows[index]
+
+
+ARGUMENTS = {
+    "gradient_accumulation_steps": 6,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 0.5,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""What trainers made from that of transformers are told."""
+
+
+class InOrder:
+    """Before a trainer: rows come as they stand."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
 
 
 def collate(rows):
