@@ -75,7 +75,7 @@ gpu: ## on a machine with a GPU, in 15 minutes: build, test, measure, tune into 
 	$(PYTHON) -m benchmarks.gpu_plan $(PARTS) $(ARGS)
 
 nccl: ## test surgery over several processes on the GPUs of this machine, one a process; needs torch, pytest alone
-	FASTPCGRAD_TEST_DEVICE=cuda PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PYTHON) -m pytest -q tests/test_sharded.py $(ARGS)
+	FASTPCGRAD_TEST_DEVICE=cuda PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PYTHON) -m pytest -q tests/distributed $(ARGS)
 
 clean: ## remove what was built and installed
 	rm -rf $(VENV) build dist *.egg-info fastpcgrad/*.so fastpcgrad/*.missing

@@ -364,7 +364,7 @@ class GradientSurgery:
 
     def _planned(self, losses: Mapping[int, Tensor], capture: Capture) -> Factors | None:
         """How weights' gradients are kept as factors; None where all rows are to be whole."""
-        if self.rows == "auto" and not self._layouts.current.is_large:
+        if self.rows != "factored" and not self._layouts.current.is_large:
             self._kept = SMALL
             return None
         if isinstance(capture, MovedCapture):

@@ -202,7 +202,7 @@ def test_what_changes_between_rounds_is_seen(runs, way):
     elif way == "method":
         surgery.method = methods.PCGrad("torchjd", generator=torch.Generator().manual_seed(0))
     elif way == "rows":
-        surgery.rows = "dense"
+        surgery.rows = "factored"
     else:
         net, surgery = copy.deepcopy((net, surgery))
         parameters = list(net.parameters())

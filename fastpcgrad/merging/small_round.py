@@ -63,7 +63,7 @@ class SmallRound:
         """Whether the round to come is of this kind."""
         return (
             type(method) is PCGrad
-            and rows == "auto"
+            and rows != "factored"
             and self._stays.layouts.is_current()
             and method.scope != "parameter"
             and not method.variant.norm_eps
