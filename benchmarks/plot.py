@@ -53,7 +53,7 @@ LARGE_COLOURS = {
 def draw(folder: Path) -> list[Path]:
     """All plots that the committed rows have data for, as PNG."""
     cpu, large, floor, gpu = map(rows.latest_of, ("cpu", "large", "floor", "gpu"))
-    of_cpu = draw_cpu([*cpu, *rows.latest_of("memory")], folder)
+    of_cpu = draw_cpu([*cpu, *rows.latest_of("steps", "memory")], folder)
     return [*of_cpu, *draw_large(large, folder), *draw_floor(floor, folder), *draw_gpu(gpu, folder)]
 
 
@@ -68,13 +68,13 @@ def draw_cpu(latest: Sequence[Row], folder: Path) -> list[Path]:
     from matplotlib import rc_context
 
     made = []
-    peaks = [row for row in latest if row.kind == "memory"]
-    others = [row for row in latest if row.kind != "memory"]
+    steps, peaks = ([row for row in latest if row.kind == kind] for kind in ("step", "memory"))
+    ops = [row for row in latest if row.kind in ("kernel", "bandwidth")]
     with rc_context({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
         for name, figure, of in (
-            ("kernels", _kernels(others), others),
-            ("bandwidth", _bandwidth(others), others),
-            ("steps", _bars(others, "step"), others),
+            ("kernels", _kernels(ops), ops),
+            ("bandwidth", _bandwidth(ops), ops),
+            ("steps", _bars(steps, "step"), steps),
             ("memory", _bars(peaks, "memory"), peaks),
         ):
             if figure is not None:
@@ -101,34 +101,30 @@ def _ops(kernels: Sequence[Row]) -> list[str]:
 
 
 def _kernels(latest: Sequence[Row]) -> Any:
-    """One panel for each op and T: time over N, every competitor a line."""
-    kernels = [
-        r for r in latest if r.kind == "kernel" and r.ok and (r.dtype, r.layout) == ("float32", "contiguous")
-    ]  # fmt: skip
+    """One panel for each op, at the largest N: for each T a bar for each competitor, by the library's time."""
+    ours = [
+        r for r in latest if r.kind == "kernel" and (r.subject, r.dtype, r.layout) == (LIBRARY, "float32", "contiguous")
+    ]
+    widest = max((r.N or 0 for r in ours), default=0)
+    kernels = [r for r in ours if widest == r.N and r.ratios]
     if not kernels:
         return None
-    ops, tasks = _ops(kernels), sorted({r.T for r in kernels if r.T is not None})
-    figure, axes = _panels(len(ops), len(tasks), 2.4 * len(tasks), 2.1 * len(ops) + 0.6, sharex=True)
+    ops, tasks = _ops(kernels), sorted({r.T or 0 for r in kernels})
+    figure, axes = _panels(1, len(ops), 2.7 * len(ops), 5, sharey=True)
     lines = {}
-    for axis, (op, count) in zip(axes.flat, ((op, t) for op in ops for t in tasks), strict=True):
-        for subject in dict.fromkeys(r.subject for r in kernels):
-            points = [
-                (r.N, r.p50_ms, r.p20_ms, r.p80_ms) for r in kernels if (r.op, r.T, r.subject) == (op, count, subject)
-            ]
-            if not points:
-                continue
-            n, p50, p20, p80 = zip(*sorted(points), strict=True)
-            (lines[subject],) = axis.plot(n, p50, "o-", ms=3, lw=1, color=COLOURS.get(subject))
-            axis.fill_between(n, p20, p80, color=COLOURS.get(subject), alpha=0.15, lw=0)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_title(f"{op}, T={count}", fontsize=8)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("ms")
-    for axis in axes[-1]:
-        axis.set_xlabel("N")
+    for axis, op in zip(axes.flat, ops, strict=True):
+        subjects = list(dict.fromkeys(subject for r in kernels if r.op == op for subject in r.ratios))
+        for n, subject in enumerate(subjects):
+            values = {r.T or 0: 1 / r.ratios[subject] for r in kernels if r.op == op and subject in r.ratios}
+            places = [tasks.index(count) + (n + 0.5) / len(subjects) * 0.8 - 0.4 for count in values]
+            lines[subject] = _cut_bars(axis, places, list(values.values()), COLOURS[subject], 0.8 / len(subjects))
+        axis.axvline(1, color=COLOURS[LIBRARY], lw=1.5)
+        axis.set_title(op, fontsize=8)
+        axis.set_xlim(0, 1.3 * LONGEST_BAR)
+    axes[0][0].set_yticks(range(len(tasks)), [f"T={count}" for count in tasks])
+    axes[0][0].invert_yaxis()
     _legend(figure, lines)
-    figure.suptitle("fp32, contiguous rows: median time of a call, band p20 to p80")
+    figure.suptitle(f"time / fastpcgrad's (the line), fp32, N=2^{widest.bit_length() - 1}, contiguous rows")
     return figure
 
 
@@ -169,6 +165,13 @@ LONGEST_BAR = 6.0
 """Longer ones end there, and their labels say how long they are: else the loop's leave nothing to see of the others."""
 
 
+def _cut_bars(axis: Any, places: Sequence[Any], values: Sequence[float], colour: Any, height: float = 0.8) -> Any:
+    """Bars with their values beside them, the longest cut."""
+    drawn = axis.barh(places, [min(value, LONGEST_BAR) for value in values], height, color=colour)
+    axis.bar_label(drawn, [f"{value:.2f}{' →' * (value > LONGEST_BAR)}" for value in values], padding=2, fontsize=7)
+    return drawn
+
+
 def _bars(latest: Sequence[Row], kind: str) -> Any:
     """One panel for each case: a bar for each competitor, from 0; the target as a line."""
     cases = by_case(latest, kind, "step")
@@ -184,12 +187,8 @@ def _bars(latest: Sequence[Row], kind: str) -> Any:
             s: row.peak_ratio if kind == "memory" else 1.0 if s == "plain" else row.ratios.get("plain")
             for s, row in found.items()
         }
-        bars = {s: value for s, value in values.items() if value is not None}
-        lengths = [min(value, LONGEST_BAR) for value in bars.values()]
-        drawn = axis.barh(list(bars), lengths, color=[COLOURS.get(s) for s in bars])
-        axis.bar_label(drawn, [f"{value:.2f}{' →' * (value > LONGEST_BAR)}" for value in bars.values()], padding=2)
-        axis.axvline(1.05 if kind == "memory" else 1.3 if case.startswith("tutorial") else 1.25, color="grey", ls=":")
-        axis.set_xlim(0, 1.25 * max(lengths, default=1.0))
+        target = 1.05 if kind == "memory" else 1.3 if case.startswith("tutorial") else 1.25
+        _one_case(axis, {s: value for s, value in values.items() if value is not None}, COLOURS, target)
         axis.set_title(case.removeprefix("memory "), fontsize=8)
     axes[0][0].invert_yaxis()
     figure.suptitle(
@@ -200,48 +199,33 @@ def _bars(latest: Sequence[Row], kind: str) -> Any:
     return figure
 
 
+def _one_case(axis: Any, values: Mapping[str, float], colours: Mapping[str, str], target: float) -> None:
+    _cut_bars(axis, list(values), list(values.values()), [colours.get(subject) for subject in values])
+    axis.axvline(target, color="grey", ls=":")
+    axis.set_xlim(0, 1.25 * min(LONGEST_BAR, max(values.values(), default=1.0)))
+
+
 def draw_large(latest: Sequence[Row], folder: Path) -> list[Path]:
-    """Above the whole step against plain passes, below the peak; a column for each T, every mode a line."""
-    tasks = sorted({row.T for row in latest if row.T is not None})
-    if not tasks:
+    """Above the whole step against plain passes, below the peak, at the size that most modes have; a column a T."""
+    measured = [row.N for row in latest if row.ok and row.N and row.kind == "memory"]
+    if not measured:
         return []
-    figure, panels = _panels(2, len(tasks), 3.2 * len(tasks) + 0.6, 5.6, sharex=True, sharey="row")
-    limits = targets.STREAMING_STEP, targets.STREAMING_PEAK
-    lines: dict[str, Any] = {}
+    size = f"{max(set(measured), key=measured.count) / 1e6:.0f}"
+    chosen = [row for row in latest if row.ok and f"{(row.N or 0) / 1e6:.0f}" == size]
+    tasks = sorted({row.T for row in chosen if row.T is not None})
+    figure, panels = _panels(2, len(tasks), 3.2 * len(tasks) + 0.6, 5.6, sharey=True)
     for axes, count in zip(panels.T, tasks, strict=True):
-        at = [row for row in latest if count == row.T and row.ok and row.N]
-        for subject, colour in LARGE_COLOURS.items():
-            for axis, points in zip(axes, (_step_points(at, subject), _peak_points(at, subject)), strict=True):
-                if points:
-                    (lines[subject],) = axis.plot(*zip(*points, strict=True), "o-", ms=4, color=colour)
-        axes[0].set_title(f"T={count}")
-        axes[1].set_xlabel("N, parameters")
-        for axis, limit in zip(axes, limits, strict=True):
-            axis.axhline(limit, color="grey", ls=":")
-            axis.set(xscale="log", yscale="log")
-            axis.set_yticks((0.1, 0.2, 0.5, 1, 2, 5, 10))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-    panels[0][0].set_ylabel("whole step / plain passes")
-    panels[1][0].set_ylabel("peak / T·N·itemsize")
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
-    last = latest[-1].environment
-    where = f"{last.device}, {last.threads} threads; torch {last.torch}; commit {last.commit}, {last.date}"
-    figure.suptitle(textwrap.fill(f"GPT-style transformer (dotted: target for streaming). {where}", 90), fontsize=9)
+        at = [row for row in chosen if count == row.T]
+        steps = {row.subject: row.whole_ratios.get(floor_of(row.subject), 1.0) for row in at if row.kind == "step"}
+        peaks = {row.subject: row.peak_ratio for row in at if row.peak_ratio is not None}
+        _one_case(axes[0], {s: steps[s] for s in LARGE_COLOURS if s in steps}, LARGE_COLOURS, targets.STREAMING_STEP)
+        _one_case(axes[1], {s: peaks[s] for s in LARGE_COLOURS if s in peaks}, LARGE_COLOURS, targets.STREAMING_PEAK)
+        axes[0].set_title(f"T={count}: whole step / plain passes", fontsize=8)
+        axes[1].set_title(f"T={count}: peak / T·N·itemsize", fontsize=8)
+    panels[0][0].invert_yaxis()
+    where = f"GPT-style transformer of {size} M parameters (dotted: target for streaming). {origin(chosen)}"
+    figure.suptitle(textwrap.fill(where, 120), fontsize=8)
     return [_save(figure, folder / "large.png", 100)]
-
-
-def _step_points(at: Sequence[Row], subject: str) -> list[tuple[int, float]]:
-    """Each mode against the plain passes over graphs of the same kind."""
-    floor = floor_of(subject)
-    chosen = [row for row in at if row.kind == "step" and row.subject == subject != floor]
-    return sorted((row.N or 0, row.whole_ratios[floor]) for row in chosen if floor in row.whole_ratios)
-
-
-def _peak_points(at: Sequence[Row], subject: str) -> list[tuple[int, float]]:
-    chosen = [row for row in at if row.kind == "memory" and row.subject == subject]
-    return sorted((row.N or 0, row.peak_ratio) for row in chosen if row.peak_ratio is not None)
 
 
 def draw_floor(latest: Sequence[Row], folder: Path) -> list[Path]:

@@ -99,7 +99,7 @@ def floor(run: Run) -> None:
 
 PARTS = {
     "kernel": Part("cpu", 6.0, calls("test_kernels.py")),
-    "step": Part("cpu", 3.5, here(lambda run: steps.measure(run, cases.step_cases(run.quick)))),
+    "step": Part("steps", 3.5, here(lambda run: steps.measure(run, cases.step_cases(run.quick)))),
     "memory": Part("memory", 8.0, here(lambda run: memory.measure(run, cases.memory_cases(run.quick)))),
     "method": Part("methods", 7.0, calls("test_methods.py")),
     "gradnorm": Part("gradnorm", 2.0, here(lambda run: gradnorm.measure(run, gradnorm.cases(run.quick)))),

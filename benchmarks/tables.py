@@ -152,13 +152,18 @@ def origin(latest: Sequence[Row]) -> str:
     return f"Measured on {machine}; {versions}; commit {e.commit}; {e.date}."
 
 
+_PARTS = {"bandwidth": "Ops", "kernel": "Ops", "step": "Steps", "memory": "Peaks"}
+
+
 def origins(latest: Sequence[Row]) -> str:
-    """Of times and of peaks, which may be of two runs."""
-    peaks = [row for row in latest if row.kind == "memory"]
-    others = [row for row in latest if row.kind != "memory"]
-    if not peaks or not others or peaks[-1].environment.run == others[-1].environment.run:
+    """Of ops, steps and peaks, which may be of several runs."""
+    runs: dict[str, list[Row]] = {}
+    for row in latest:
+        runs.setdefault(row.environment.run, []).append(row)
+    if len(runs) == 1:
         return origin(latest)
-    return f"{origin(others)} Peaks: commit {peaks[-1].environment.commit}; {peaks[-1].environment.date}."
+    said = [(" and ".join(dict.fromkeys(_PARTS[row.kind] for row in of)), origin(of)) for of in runs.values()]
+    return "\n\n".join(f"{parts}: {where[0].lower()}{where[1:]}" for parts, where in said)
 
 
 def gpu(latest: Sequence[Row]) -> str:

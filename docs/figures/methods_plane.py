@@ -23,8 +23,8 @@ from benchmarks import method_cases
 
 IMAGE = Path(__file__).with_suffix(".png")
 GRADIENTS = torch.tensor([[1.6, 0.2], [-0.75, 0.6]], dtype=torch.float64)
-COLOURS = ("#1f77b4", "#ff7f0e")
-MERGED = "#d62728"
+COLOURS = ("#0072b2", "#e69f00")  # Okabe and Ito's, which the colour-blind tell apart too
+MERGED = "#d55e00"
 DRAWS = 64
 COLUMNS = 5
 LIMIT = 1.9

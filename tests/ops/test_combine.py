@@ -49,6 +49,16 @@ def test_out_may_be_a_row_of_j(backend, case, row):
     assert torch.equal(packed.grads, expected) and packed.padding_is_untouched()
 
 
+@pytest.mark.parametrize("width", [7, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@cases.on_all_backends
+def test_what_lies_in_the_middle_is_rounded_to_even(backend, dtype, width):
+    half = torch.finfo(dtype).eps / 2
+    lower = torch.arange(width) % 2 * 2 * half + 1  # even and odd by turns, and half a step above
+    rows = torch.stack([lower, torch.full((width,), half)]).to(dtype)
+    assert torch.equal(fastpcgrad.combine(rows, doubles(1, 1)), (lower.double() + half).to(dtype))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("tasks", [2, 9])
