@@ -25,7 +25,8 @@ class GradientSurgery:
     Each loss runs backward inside its task, with the share of an accumulation and the loss scale that
     ``accelerator.backward`` gives it. Where gradients are synchronized, on the last micro-batch of an accumulation, the
     rows are merged into ``.grad``: clip, step and zero as ever. A micro-batch may have the losses of some tasks only.
-    With DistributedDataParallel rows are means over the processes, and all have the same tasks in the same micro-batch.
+    With DistributedDataParallel and with the second FSDP, whose parameters are those of ``fully_shard``, rows are means
+    over the processes, and all have the same tasks in the same micro-batch.
 
     Args:
         accelerator: the ``Accelerator``.
@@ -38,7 +39,8 @@ class GradientSurgery:
         report: of the last merge; None before the first.
     Raises:
         TypeError: the optimizer is a ``fastpcgrad.PCGrad``.
-        NotImplementedError: DeepSpeed, Megatron-LM, FSDP, and what else is not DistributedDataParallel.
+        NotImplementedError: DeepSpeed, Megatron-LM, the first FSDP, and what else is neither DistributedDataParallel
+            nor the second FSDP; the latter with accumulation that does not reduce each micro-batch.
     Example:
         surgery = GradientSurgery(accelerator, optimizer, tasks=["seg", "depth"])
         accelerator.register_for_checkpointing(surgery)
@@ -62,7 +64,7 @@ class GradientSurgery:
         monitor: ConflictMonitor | None = None,
         **options: Any,
     ) -> None:
-        refuse_strategies(accelerator)
+        refuse_strategies(accelerator, accelerator.gradient_accumulation_steps)
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer must be what accelerator.prepare gave; found {type(optimizer).__name__}")
         refuse_wrapper(optimizer)
@@ -113,18 +115,30 @@ class GradientSurgery:
         self._surgery.load_state_dict(state_dict)
 
 
-def refuse_strategies(accelerator: Accelerator) -> None:
-    """NotImplementedError for what owns the gradients itself, or has parts of them elsewhere."""
+def refuse_strategies(accelerator: Accelerator, accumulation: int) -> None:
+    """NotImplementedError for what owns the gradients itself, or has parts of them elsewhere.
+
+    Args:
+        accumulation: micro-batches of a step.
+    """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if not ((kind == "NO" and accelerator.num_processes == 1) or kind.startswith("MULTI_")):
+    shards_parameters = kind == "FSDP" and accelerator.is_fsdp2
+    is_alone = kind == "NO" and accelerator.num_processes == 1
+    if not (is_alone or shards_parameters or kind.startswith("MULTI_")):
         raise NotImplementedError(
             f"found an Accelerator of {accelerator.num_processes} processes, distributed_type {kind}: the integrations "
-            "cover one process and DistributedDataParallel. With fully_shard use fastpcgrad.GradientSurgery in a loop "
-            "of your own (docs/distributed.md); DeepSpeed, Megatron-LM and FullyShardedDataParallel keep gradients of "
-            "their own, on which no surgery is possible"
+            "cover one process, DistributedDataParallel, and fully_shard, which is FSDP with fsdp_version=2. "
+            "DeepSpeed, Megatron-LM and the first FSDP keep gradients of their own, on which no surgery is possible"
         )
     if (parallelism := getattr(accelerator, "parallelism_config", None)) is not None:
         raise NotImplementedError(
-            f"found an Accelerator with {parallelism}: the integrations cover one process and DistributedDataParallel; "
-            "with tensors that are sharded use fastpcgrad.GradientSurgery in a loop of your own (docs/distributed.md)"
+            f"found an Accelerator with {parallelism}: the integrations cover data parallelism; with tensors that are "
+            "sharded in other ways use fastpcgrad.GradientSurgery in a loop of your own (docs/distributed.md)"
+        )
+    if shards_parameters and accumulation > 1 and not accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):
+        raise NotImplementedError(
+            f"found {accumulation} micro-batches a step, whose gradients Accelerate leaves unreduced but for the last: "
+            "with fully_shard each task's have to be reduced. Pass GradientAccumulationPlugin(num_steps="
+            f"{accumulation}, sync_each_batch=True), or to a Trainer "
+            "accelerator_config={'gradient_accumulation_kwargs': {'sync_each_batch': True}}"
         )

@@ -33,7 +33,8 @@ class GradientSurgeryMixin:
     In automatic optimization ``training_step`` returns ``self.surgery({"seg": ..., "depth": ...})``, of all tasks or of
     those that this batch has. Each loss runs backward inside its task, with the scale that the precision gives it;
     where the accumulation ends, the rows are merged into ``.grad``, before clipping and the step. On several processes,
-    with ``strategy="ddp"``, rows are means over these, and all have losses of the same tasks in the same batch.
+    with ``strategy="ddp"`` or ``fully_shard`` under ``ModelParallelStrategy``, rows are means over these, and all have
+    losses of the same tasks in the same batch.
     Checkpoints have the surgery's state. Logged are ``surgery/...``: the figures of each merge, and each task's loss.
 
     Attributes:
@@ -41,7 +42,7 @@ class GradientSurgeryMixin:
     Raises:
         In training: RuntimeError for a loss that ``self.surgery`` did not give, and in manual optimization; TypeError
             where ``configure_optimizers`` gives a ``fastpcgrad.PCGrad``; NotImplementedError for several optimizers,
-            and for strategies other than DDP on several processes.
+            and for strategies other than these on several processes.
     Warns:
         FastPCGradWarning: a checkpoint without the surgery's state.
     """
@@ -116,15 +117,12 @@ class GradientSurgeryMixin:
         trainer = self.trainer
         if self._rounds is None or self._optimizers_of_rounds is not trainer.optimizers:
             strategy = type(trainer.strategy).__name__
-            is_alone = trainer.world_size == 1 and not any(
-                name in strategy for name in ("DeepSpeed", "FSDP", "ModelParallel")
-            )
-            if not is_alone and not strategy.startswith("DDP"):
+            is_alone = trainer.world_size == 1 and not any(name in strategy for name in ("DeepSpeed", "FSDP"))
+            if not is_alone and not strategy.startswith(("DDP", "ModelParallel")):
                 raise NotImplementedError(
-                    f"found {strategy} on {trainer.world_size} processes: the integration covers one process and "
-                    "DistributedDataParallel, strategy='ddp'. With fully_shard use fastpcgrad.GradientSurgery in a "
-                    "loop of your own (docs/distributed.md); DeepSpeed and FullyShardedDataParallel keep gradients of "
-                    "their own"
+                    f"found {strategy} on {trainer.world_size} processes: the integration covers one process, "
+                    "DistributedDataParallel, strategy='ddp', and fully_shard, strategy=ModelParallelStrategy(). "
+                    "DeepSpeed and FullyShardedDataParallel keep gradients of their own"
                 )
             if len(trainer.optimizers) != 1:
                 raise NotImplementedError(f"gradient surgery needs one optimizer; found {len(trainer.optimizers)}")

@@ -55,9 +55,10 @@ class GradientSurgeryMixin:
         surgery_report: the ``ConflictReport`` of the last step.
         current_task: the name, or the index, of the micro-batch's task; None where it has several losses.
     Raises:
-        NotImplementedError: DeepSpeed, FSDP, DataParallel, optimizers that step within the backward pass (LOMO, those
-            by layers), packing, which mixes tasks in a row; on several processes ``split_batches``, and batches of one
-            task that one process dispatches.
+        NotImplementedError: DeepSpeed, the first FSDP, DataParallel, optimizers that step within the backward pass
+            (LOMO, those by layers), packing, which mixes tasks in a row; on several processes ``split_batches``, and
+            batches of one task that one process dispatches; the second FSDP with accumulation that does not reduce each
+            micro-batch.
         In training: KeyError where a micro-batch has no task and no losses of several; ValueError for one of several
             tasks; TypeError where the optimizer is a ``fastpcgrad.PCGrad``.
     Warns:
@@ -317,8 +318,8 @@ class GradientSurgeryMixin:
 
     def _refuse(self) -> None:
         """NotImplementedError for what is not covered."""
-        refuse_strategies(self.accelerator)
         args = self.args
+        refuse_strategies(self.accelerator, args.gradient_accumulation_steps)
         optimizer = str(getattr(args.optim, "value", args.optim))
         found = {
             f"optim={optimizer!r}, which steps within the backward pass": optimizer in _STEP_IN_BACKWARD

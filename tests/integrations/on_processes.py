@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 
 import lightning as L
@@ -14,7 +14,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import Trainer, TrainingArguments
 
@@ -51,6 +55,21 @@ def processes(together):
             patch.setenv(name, value) if together else patch.delenv(name, raising=False)
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
+        yield
+
+
+@contextmanager
+def gpus_in_name():
+    """Accelerate shards on GPUs alone, by what it calls the kind of processes: nothing else asks for them."""
+    make = PartialState.__init__
+
+    def make_named(state, *args, **kwargs):
+        make(state, *args, **kwargs)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartialState, "__init__", make_named)
         yield
 
 
@@ -126,8 +145,8 @@ def trainer_of(
     )
 
 
-def train(kind, surgery, together, *arguments, resume=None, **options):
-    with processes(together):
+def train(kind, surgery, together, *arguments, resume=None, shards=False, **options):
+    with processes(together), gpus_in_name() if shards else nullcontext():
         trainer = trainer_of(kind, surgery, together, *arguments, **options)
         trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -152,6 +171,54 @@ def one_task_a_micro_batch(accumulation):
     assert distance(alike(several.model), one.model, language_model()) < 1e-6
     for name in ("loss", "grad_norm", "surgery/loss/a", "surgery/conflict_rate"):
         assert logged(several, name) == pytest.approx(logged(one, name), rel=1e-6)
+
+
+def fully_sharded():
+    """Anew: a Trainer adds to what it is given."""
+    return {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    }
+
+
+@scenario
+def a_trainer_with_fully_shard():
+    """The same by the second FSDP."""
+    runs = []
+    for together in (True, False):
+        surgery = Surgery(tasks=TASKS, method=fixed(together), options={} if together else ALONE)
+        options = fully_sharded() if together else {}
+        data = Uneven(72, run=1)
+        runs.append(
+            train(
+                Mine,
+                surgery,
+                together,
+                data,
+                language_model(),
+                shards=together,
+                gradient_accumulation_steps=6,
+                **options,
+            )
+        )
+    several, one = runs
+    assert isinstance(next(several.model.parameters()), DTensor)
+    assert distance(alike(several.model), one.model, language_model()) < 1e-6
+    for name in ("loss", "grad_norm", "surgery/loss/a", "surgery/conflict_rate"):
+        assert logged(several, name) == pytest.approx(logged(one, name), rel=1e-6)
+    with pytest.raises(NotImplementedError, match=r"6 micro-batches a step.*sync_each_batch"):
+        unreduced = {**fully_sharded(), "accelerator_config": {}}
+        train(
+            Mine,
+            Surgery(tasks=TASKS),
+            True,
+            data,
+            language_model(),
+            shards=True,
+            gradient_accumulation_steps=6,
+            **unreduced,
+        )
 
 
 @scenario
@@ -223,11 +290,12 @@ def several_losses_a_micro_batch(accumulation):
     assert distance(alike(mine.model), stock.model, TwoHeads()) < 1e-6
 
 
-@scenario
-def a_trainer_that_was_resumed_goes_on_with_the_same_numbers():
+@each(data_parallel=False, fully_shard=True)
+def a_trainer_that_was_resumed_goes_on_with_the_same_numbers(shards):
     def run(**options):
         surgery = Surgery(tasks=TASKS, method=fixed(kind=methods.GradVac, beta=0.3))
-        return train(Mine, surgery, True, Uneven(72, run=1), language_model(), place=place, max_steps=4, **options)
+        options |= {"shards": shards, "place": place, "max_steps": 4} | (fully_sharded() if shards else {})
+        return train(Mine, surgery, True, Uneven(72, run=1), language_model(), **options)
 
     with folder() as place:
         whole = run(save_strategy="steps", save_steps=2)
@@ -322,13 +390,13 @@ class Surgical(GradientSurgeryMixin, Base):
         return self.surgery(losses if i % 2 == 0 else {"far": losses["far"]})
 
 
-def fit(kind, together, surgery=None, path=None, **length):
+def fit(kind, together, surgery=None, path=None, strategy="ddp_find_unused_parameters_true", **length):
     with processes(together):
         module = kind(together)
         module.made = surgery
         trainer = L.Trainer(
             accelerator="cpu",
-            strategy="ddp_find_unused_parameters_true" if together else "auto",
+            strategy=strategy if together else "auto",
             devices=PROCESSES if together else 1,
             use_distributed_sampler=False,  # it would shuffle
             accumulate_grad_batches=2,
@@ -355,6 +423,24 @@ def lightning_with_accumulation_and_clipping():
     assert distance(alike(module), expected, Base()) < 1e-6
     for name in ("surgery/loss/near", "surgery/conflict_rate"):
         assert float(several.callback_metrics[name]) == pytest.approx(float(one.callback_metrics[name]), rel=1e-6)
+
+
+class Sharded(Surgical):
+    def configure_model(self):
+        if self.together:
+            for part in (self.net.trunk, *self.net.heads, self.net):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+@scenario
+def lightning_with_fully_shard():
+    runs = [
+        fit(Sharded, together, Surgery(method=fixed(together), options={} if together else ALONE), strategy=strategy)
+        for together, strategy in ((True, ModelParallelStrategy(PROCESSES, 1)), (False, "auto"))
+    ]
+    (_, module), (_, expected) = runs
+    assert isinstance(next(module.parameters()), DTensor)
+    assert distance(alike(module), expected, Base()) < 1e-6
 
 
 @scenario
@@ -384,9 +470,18 @@ def a_lightning_module_that_was_resumed_goes_on_with_the_same_numbers():
 # Accelerate
 
 
-def loop(together, method, losses_of, tasks=("near", "far"), place=None, stops=(), start=0):
-    with processes(together):
-        accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=2), TwoHeads()
+def sharding():
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Linear"]
+    )
+
+
+def loop(together, method, losses_of, tasks=("near", "far"), place=None, stops=(), start=0, shards=False):
+    with processes(together), gpus_in_name() if shards else nullcontext():
+        accumulation = GradientAccumulationPlugin(num_steps=2, sync_each_batch=shards)
+        plugin = sharding() if shards else None
+        accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=accumulation, fsdp_plugin=plugin)
+        model = TwoHeads()
         loader = DataLoader(TensorDataset(stacked(points())["x"]), batch_size=4 if together else 4 * PROCESSES)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -427,6 +522,14 @@ def some_losses(model, x, i):
 @each(all_tasks=all_losses, some_tasks=some_losses)
 def accelerate_with_accumulation_and_clipping(losses_of):
     several = loop(True, fixed(), losses_of)
+    one = loop(False, fixed(together=False), losses_of)
+    assert distance(alike(several), one, TwoHeads()) < 1e-6
+
+
+@each(all_tasks=all_losses, some_tasks=some_losses)
+def accelerate_with_fully_shard(losses_of):
+    several = loop(True, fixed(), losses_of, shards=True)
+    assert isinstance(next(several.parameters()), DTensor)
     one = loop(False, fixed(together=False), losses_of)
     assert distance(alike(several), one, TwoHeads()) < 1e-6
 

@@ -254,13 +254,18 @@ def test_a_loss_scale_is_carried():
 @pytest.mark.parametrize(
     ("marks", "words"),
     [
-        *(({"distributed_type": kind}, f"{kind}.*cover one process") for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM")),
+        *(
+            ({"distributed_type": kind}, f"{kind}.*cover one process.*fsdp_version=2")
+            for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+        ),
         ({"distributed_type": "MULTI_GPU", "parallelism_config": "ParallelismConfig(tp_size=2)"}, "tp_size=2.*sharded"),
     ],
     ids=lambda value: value["distributed_type"] if isinstance(value, dict) else None,
 )
 def test_what_is_not_covered_is_refused_by_name(marks, words):
-    accelerator = type("Accelerator", (), {"num_processes": 2, **marks})()
+    accelerator = type(
+        "Accelerator", (), {"num_processes": 2, "gradient_accumulation_steps": 1, "is_fsdp2": False, **marks}
+    )()
     with pytest.raises(NotImplementedError, match=words):
         GradientSurgery(accelerator, torch.optim.SGD(net().parameters(), lr=0.1), 2)
 

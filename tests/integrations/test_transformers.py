@@ -424,11 +424,15 @@ def test_what_is_not_covered_is_refused_by_name(arguments, change, words):
     trainer = Mine(model=language_model(), args=arguments(), train_dataset=Texts(6), surgery=Surgery(tasks=TASKS))
     ((name, value),) = change.items()
     if name == "distributed_type":
-        trainer.accelerator = type("Accelerator", (), {"distributed_type": value, "num_processes": 2})()
+        trainer.accelerator = type(
+            "Accelerator", (), {"distributed_type": value, "num_processes": 2, "is_fsdp2": False}
+        )()
     elif name == "is_distributed_loading_by_transformers":
         trainer.is_distributed_loading_by_transformers = value
     else:
-        trainer.args = type("Arguments", (), {"optim": "adamw_torch", "n_gpu": 1, name: value})()
+        trainer.args = type(
+            "Arguments", (), {"optim": "adamw_torch", "n_gpu": 1, "gradient_accumulation_steps": 1, name: value}
+        )()
     with pytest.raises(NotImplementedError, match=words):
         trainer._refuse()
 

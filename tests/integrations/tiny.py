@@ -79,7 +79,9 @@ def collate(rows):
 
 
 def flat(model):
-    return torch.cat([p.detach().flatten().double() for p in model.parameters() if p.requires_grad])
+    own = [p.detach() for p in model.parameters() if p.requires_grad]
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in own]  # of DTensors
+    return torch.cat([p.flatten().double() for p in whole])
 
 
 def distance(model, other, start):
