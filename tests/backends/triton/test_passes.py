@@ -178,6 +178,15 @@ def test_weights_that_fp32_cannot_hold(tasks: int, scale: float) -> None:
     check_rows(grads, reference.mix(before, coefficients), coefficients, before)
 
 
+def test_a_weight_that_fp32_cannot_hold_in_the_last_tile_of_coefficients() -> None:
+    grads, coefficients = random_rows(33, 130), random_weights(33, 33)
+    grads[0] /= 1e34
+    coefficients[32, 0] *= 1e45
+    before = grads.clone()
+    backend.mix_(grads, coefficients, None)
+    check_rows(grads, reference.mix(before, coefficients), coefficients, before)
+
+
 @pytest.mark.parametrize(("tasks", "dtype"), [(3, FP32), (3, BF16), (17, FP32)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_value_reaches_its_column_and_no_other(tasks: int, dtype: torch.dtype, bad: float) -> None:
