@@ -7,7 +7,8 @@ Passes over J (``gram``, ``combine``, ``mix``) compute in float64 whatever the d
 PCGrad (``project``, ``merge``) computes in the dtype that it is given; compare with float64 inputs.
 Each other method has a function with the name of its file in ``methods/``: from J ``[T, N]``, in float64, to weights
 ``[T]`` where it has weights. State and random draws are arguments. J is taken rather than G since G holds half of its
-digits: what a solver makes of G is compared with what is true of J.
+digits: what a solver makes of G is compared with what is true of J. What a balancer scalarizes is a function of the
+losses, whose gradient is autograd's.
 """
 
 from .columns import graddrop, trimmed_mean
@@ -32,6 +33,7 @@ from .pcgrad import (
     project_tensorlogic,
     project_torchjd,
 )
+from .scalarizations import cosmos, geometric_mean, imtl_l, pbi
 
 __all__ = [
     "PROJECT",
@@ -43,12 +45,15 @@ __all__ = [
     "combine",
     "conflict_free",
     "constant",
+    "cosmos",
     "dualproj",
     "fairgrad",
     "frank_wolfe",
+    "geometric_mean",
     "graddrop",
     "gradvac",
     "gram",
+    "imtl_l",
     "imtlg",
     "krum",
     "krum_scores",
@@ -57,6 +62,7 @@ __all__ = [
     "mgda",
     "mix",
     "nash_mtl",
+    "pbi",
     "project_libmtl",
     "project_paper",
     "project_pytorch_pcgrad",
