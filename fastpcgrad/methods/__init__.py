@@ -4,6 +4,7 @@ from .aligned_mtl import AlignedMTL
 from .base import Method, Solution, check_method
 from .cagrad import CAGrad
 from .conflict_free import ConFIG
+from .crmogm import CRMOGM
 from .dualproj import DualProj
 from .elementwise import Elementwise
 from .fairgrad import FairGrad
@@ -19,6 +20,7 @@ from .trimmed_mean import TrimmedMean
 from .upgrad import UPGrad
 
 __all__ = [
+    "CRMOGM",
     "IMTLG",
     "MGDA",
     "AlignedMTL",

@@ -11,6 +11,7 @@ digits: what a solver makes of G is compared with what is true of J. What a bala
 losses, whose gradient is autograd's.
 """
 
+from .averages import averaged_weights
 from .columns import graddrop, trimmed_mean
 from .directions import aligned_mtl, conflict_free, imtlg
 from .faces import cagrad, dualproj, mgda, upgrad
@@ -40,6 +41,7 @@ __all__ = [
     "Generator",
     "TaskGradient",
     "aligned_mtl",
+    "averaged_weights",
     "cagrad",
     "coefficients",
     "combine",
