@@ -41,7 +41,7 @@ class TaskNumbers:
             raise self._none_for(gram)
         self._make_room(tasks)
         values = to_device(self.values, gram.device)
-        return values[..., _index(tasks, gram.device)]
+        return values[..., places(tasks, gram.device)]
 
     def keep(self, numbers: Tensor, tasks: Sequence[int]) -> None:
         """``numbers``, in the shape of weights, for ``tasks``; those of others stay."""
@@ -49,7 +49,7 @@ class TaskNumbers:
             self.values = numbers.new_full((*numbers.shape[:-1], 0), torch.nan)
         self._make_room(tasks)
         values = to_device(self.values, numbers.device).clone()
-        values[..., _index(tasks, numbers.device)] = numbers
+        values[..., places(tasks, numbers.device)] = numbers
         self.values = values
 
     def _make_room(self, tasks: Sequence[int]) -> None:
@@ -82,5 +82,6 @@ class TaskNumbers:
         self.values = None if state is None else state.detach().clone()
 
 
-def _index(tasks: Sequence[int], device: torch.device) -> Tensor:
+def places(tasks: Sequence[int], device: torch.device) -> Tensor:
+    """The indices of tasks, to index a tensor on ``device`` with."""
     return to_device(torch.tensor(tasks, dtype=torch.int64), device)

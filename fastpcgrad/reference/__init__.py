@@ -17,7 +17,7 @@ from .directions import aligned_mtl, conflict_free, imtlg
 from .faces import cagrad, dualproj, mgda, upgrad
 from .fairness import fairgrad, nash_mtl
 from .fixed_weights import constant, mean, random_weights, total
-from .frank_wolfe import frank_wolfe
+from .frank_wolfe import frank_wolfe, normalized
 from .gradvac import gradvac
 from .krum import krum, krum_scores
 from .passes import combine, gram, mix
@@ -64,6 +64,7 @@ __all__ = [
     "mgda",
     "mix",
     "nash_mtl",
+    "normalized",
     "pbi",
     "project_libmtl",
     "project_paper",
