@@ -1,5 +1,6 @@
 """Methods that merge task gradients: one file a method."""
 
+from .agem import AGEM
 from .aligned_mtl import AlignedMTL
 from .base import Method, Solution, check_method
 from .cagrad import CAGrad
@@ -20,6 +21,7 @@ from .trimmed_mean import TrimmedMean
 from .upgrad import UPGrad
 
 __all__ = [
+    "AGEM",
     "CRMOGM",
     "IMTLG",
     "MGDA",

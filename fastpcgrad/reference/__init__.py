@@ -20,6 +20,7 @@ from .fixed_weights import constant, mean, random_weights, total
 from .frank_wolfe import frank_wolfe, normalized
 from .gradvac import gradvac
 from .krum import krum, krum_scores
+from .main_task import agem
 from .passes import combine, gram, mix
 from .pcgrad import (
     PROJECT,
@@ -40,6 +41,7 @@ __all__ = [
     "PROJECT",
     "Generator",
     "TaskGradient",
+    "agem",
     "aligned_mtl",
     "averaged_weights",
     "cagrad",

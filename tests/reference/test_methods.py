@@ -61,6 +61,11 @@ BY_HAND = [
     # The four nearest are 9 away from 2 and 10 from 3; with squares 31 and 30.
     (lambda rows: reference.krum(rows, 0, squared=False), [[0], [1], [2], [3], [7], [8]], [0, 0, 1, 0, 0, 0]),
     (lambda rows: reference.krum(rows, 0), [[0], [1], [2], [3], [7], [8]], [0, 0, 0, 1, 0, 0]),
+    # (1, -1) against the mean of (0, 3) and (0, 1): half of (0, 2).
+    (reference.agem, [[1, -1], [0, 3], [0, 1]], [1, 1 / 4, 1 / 4]),
+    (reference.agem, [[1, 1], [0, 3], [0, 1]], [1, 0, 0]),
+    (reference.agem, [[1, 1], [0, 3], [0, -3]], [1, 0, 0]),
+    (reference.agem, [[5, 1]], [1]),
     (reference.mean, [[1], [2]], [1 / 2, 1 / 2]),
     (reference.total, [[1], [2]], [1, 1]),
     (lambda rows: reference.constant([3, -1]), [[1], [2]], [3, -1]),
