@@ -14,6 +14,7 @@ from .graddrop import GradDrop
 from .gradvac import GradVac
 from .imtlg import IMTLG
 from .krum import Krum
+from .metabalance import MetaBalance
 from .mgda import MGDA
 from .nash_mtl import NashMTL
 from .pcgrad import PCGrad
@@ -36,6 +37,7 @@ __all__ = [
     "GradVac",
     "Krum",
     "Mean",
+    "MetaBalance",
     "Method",
     "NashMTL",
     "PCGrad",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,62 @@ class TaskNumbers:
         if state is not None and (state.dtype != torch.float64 or state.dim() not in (1, 2)):
             raise ValueError(f"{name} must be float64 [T] or [S, T]; found {state.dtype} {list(state.shape)}")
         self.values = None if state is None else state.detach().clone()
+
+
+class TaskAverages:
+    """Of a number for each task an exponential average that begins at 0 and is corrected for it, over the steps in
+    which the task was there.
+
+    Args:
+        beta: β in [0, 1): v ← β v + (1 − β) x, and v / (1 − βⁿ) after n steps.
+    Raises:
+        ValueError: ``beta`` out of range.
+    """
+
+    def __init__(self, beta: float) -> None:
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta must be in [0, 1); found {beta!r}")
+        self.beta = beta
+        self.reset()
+
+    def reset(self) -> None:
+        self.averages, self.steps = TaskNumbers(), TaskNumbers()
+
+    @property
+    def known_tasks(self) -> int:
+        return self.averages.known_tasks
+
+    def after(self, numbers: Tensor, gram: Tensor, tasks: Sequence[int]) -> Tensor:
+        """The corrected averages after a step with ``numbers``, in the shape of weights.
+
+        A problem with a number that is not finite stays as it was, and its averages are NaN.
+        """
+        known, counted = self.averages.of(gram, tasks), self.steps.of(gram, tasks)
+        averages = self.beta * known.nan_to_num(0.0) + (1 - self.beta) * numbers
+        steps = counted.nan_to_num(0.0) + 1
+        finite = numbers.isfinite().all(dim=-1, keepdim=True)
+        self.averages.keep(torch.where(finite, averages, known), tasks)
+        self.steps.keep(torch.where(finite, steps, counted), tasks)
+        return torch.where(finite, averages / (1 - self.beta**steps), torch.nan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``averages``, v, and ``steps``, n: each None before the first step."""
+        return {"averages": self.averages.state(), "steps": self.steps.state()}
+
+    def load_state_dict(self, of: str, state: dict[str, Any]) -> None:
+        """Take up what ``state_dict`` gave.
+
+        Raises:
+            ValueError: other keys than a state of ``of`` has, or values that are none of it.
+        """
+        if set(state) != {"averages", "steps"}:
+            raise ValueError(f"the state of {of} has the keys averages and steps; found {sorted(state)}")
+        loaded = TaskAverages(self.beta)
+        loaded.averages.load("averages", state["averages"])
+        loaded.steps.load("steps", state["steps"])
+        if getattr(state["averages"], "shape", None) != getattr(state["steps"], "shape", None):
+            raise ValueError("averages and steps must be of the same tasks and problems")
+        self.averages, self.steps = loaded.averages, loaded.steps
 
 
 def places(tasks: Sequence[int], device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ digits: what a solver makes of G is compared with what is true of J. What a bala
 losses, whose gradient is autograd's.
 """
 
-from .averages import averaged_weights
+from .averages import averaged_weights, metabalance
 from .columns import graddrop, trimmed_mean
 from .directions import aligned_mtl, conflict_free, imtlg
 from .faces import cagrad, dualproj, mgda, upgrad
@@ -63,6 +63,7 @@ __all__ = [
     "krum_scores",
     "mean",
     "merge",
+    "metabalance",
     "mgda",
     "mix",
     "nash_mtl",
