@@ -17,6 +17,7 @@ from .krum import Krum
 from .metabalance import MetaBalance
 from .mgda import MGDA
 from .nash_mtl import NashMTL
+from .pcd import PCD
 from .pcgrad import PCGrad
 from .trimmed_mean import TrimmedMean
 from .upgrad import UPGrad
@@ -26,6 +27,7 @@ __all__ = [
     "CRMOGM",
     "IMTLG",
     "MGDA",
+    "PCD",
     "AlignedMTL",
     "CAGrad",
     "ConFIG",

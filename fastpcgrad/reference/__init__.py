@@ -20,7 +20,7 @@ from .fixed_weights import constant, mean, random_weights, total
 from .frank_wolfe import frank_wolfe, normalized
 from .gradvac import gradvac
 from .krum import krum, krum_scores
-from .main_task import agem
+from .main_task import agem, pcd
 from .passes import combine, gram, mix
 from .pcgrad import (
     PROJECT,
@@ -69,6 +69,7 @@ __all__ = [
     "nash_mtl",
     "normalized",
     "pbi",
+    "pcd",
     "project_libmtl",
     "project_paper",
     "project_pytorch_pcgrad",

@@ -172,7 +172,7 @@ CASES = {
         lambda J: reference.random_weights(torch.randn(len(J), generator=seeded(), dtype=torch.float64)),
     ),
 }
-ELSEWHERE = {"PCGrad", "GradVac", "GradDrop", "TrimmedMean", "CRMOGM", "MetaBalance"}
+ELSEWHERE = {"PCGrad", "GradVac", "GradDrop", "TrimmedMean", "CRMOGM", "MetaBalance", "PCD"}
 """Methods whose oracles give rows or the merged gradient itself, or what goes on over steps: see their own tests."""
 
 
