@@ -40,6 +40,7 @@ def _trim(tasks: int) -> Arguments:
 _OURS: dict[str, Callable[[int], Arguments]] = {
     "PCGrad": lambda tasks: {"variant": "torchjd"},
     "CAGrad": lambda tasks: {"c": 0.5},
+    "CRMOGM": lambda tasks: {"method": methods.MGDA()},
     "FairGrad": lambda tasks: {"alpha": 1.0},
     "Constant": lambda tasks: {"weights": _weights(tasks)},
     "Krum": _byzantine,

@@ -148,6 +148,10 @@ BALANCERS = {
     "DWA": lambda: balancing.DWA(TASKS),
     "STCH": lambda: balancing.STCH(TASKS, mu=1.0),
     "UncertaintyWeighting": lambda: balancing.UncertaintyWeighting(TASKS),
+    "COSMOS": lambda: balancing.COSMOS(TASKS),
+    "GeometricMean": lambda: balancing.GeometricMean(TASKS),
+    "IMTLL": lambda: balancing.IMTLL(TASKS),
+    "PBI": lambda: balancing.PBI(TASKS),
 }
 
 

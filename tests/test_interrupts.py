@@ -323,6 +323,10 @@ BALANCERS = {
     "DWA": lambda: balancing.DWA(2),
     "STCH": lambda: balancing.STCH(2, mu=0.5),
     "UncertaintyWeighting": lambda: balancing.UncertaintyWeighting(2),
+    "COSMOS": lambda: balancing.COSMOS(2),
+    "GeometricMean": lambda: balancing.GeometricMean(2),
+    "IMTLL": lambda: balancing.IMTLL(2),
+    "PBI": lambda: balancing.PBI(2, theta=0.1),
 }
 
 

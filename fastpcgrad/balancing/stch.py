@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .._modes import is_fake
-from .base import Balancer, all_finite, task_values
+from .base import task_values
+from .scalarization import Scalarization, preferences
 
 
-class STCH(Balancer):
+class STCH(Scalarization):
     """Weights whose weighted sum of losses has the gradient of μ log Σ_i exp(λ_i (L_i − z_i) / μ).
 
     That is w_i = λ_i softmax(λ (L − z) / μ)_i. The smaller μ, the closer to the largest λ_i (L_i − z_i) alone. The
@@ -51,22 +51,16 @@ class STCH(Balancer):
         super().__init__(num_tasks, process_group, tasks=tasks)
         if not 0 < mu < float("inf"):
             raise ValueError(f"mu must be a finite number > 0; found {mu!r}")
-        num_tasks = self.num_tasks
-        chosen = [1 / num_tasks] * num_tasks if preference is None else preference
-        weight = task_values("preference", chosen, num_tasks)
-        if not (is_fake(weight) or (weight > 0).all()):
-            raise ValueError(f"preference must be > 0 for every task; found {weight.tolist()}")
+        weight = preferences(preference, self.num_tasks, positive=True)
+        zeros = [0.0] * self.num_tasks
         self.mu = mu
         self.register_buffer("preference", weight)
-        self.register_buffer("ideal", task_values("ideal", [0.0] * num_tasks if ideal is None else ideal, num_tasks))
-        # Those of the last call: made anew by every call, so no part of the state.
-        self.register_buffer("weights", weight / num_tasks, persistent=False)
+        self.register_buffer("ideal", task_values("ideal", zeros if ideal is None else ideal, self.num_tasks))
+        self._begin_with(weight / self.num_tasks)
 
-    def weigh(self, losses: Tensor) -> Tensor:
+    def slopes(self, losses: Tensor) -> Tensor:
         excess = self.preference * (losses - self.ideal)
-        weights = self.preference * torch.softmax((excess - excess.max()) / self.mu, dim=0)
-        self.weights = torch.where(all_finite(losses), weights, self.weights)
-        return self.weights
+        return self.preference * torch.softmax((excess - excess.max()) / self.mu, dim=0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mu={self.mu}"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import Balancer
+from .learned_exponents import LearnedExponents
 
 
-class UncertaintyWeighting(Balancer):
+class UncertaintyWeighting(LearnedExponents):
     """L_i becomes ½ e^(−s_i) L_i + ½ s_i with a learned s_i = log σ_i², which starts at 0.
 
     The s_i are learned with the network, by any optimizer: the weighted losses carry their gradient. Give them an
@@ -35,6 +35,8 @@ class UncertaintyWeighting(Balancer):
         tensor([0.1000, 0.0000])
     """
 
+    factor = 0.5
+
     def __init__(
         self,
         num_tasks: int | None = None,
@@ -46,20 +48,5 @@ class UncertaintyWeighting(Balancer):
         self.log_variance = nn.Parameter(torch.zeros(self.num_tasks))
 
     @property
-    def weights(self) -> Tensor:  # type: ignore[override]
-        return self.log_variance.detach().neg().exp() / 2
-
-    def weigh(self, losses: Tensor) -> Tensor:
-        return self._learning(losses).neg().exp() / 2
-
-    def _weighted(self, losses: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
-        """½ e^(−s_i) L_i + ½ s_i."""
-        weighted = super()._weighted(losses)
-        penalty = self._learning(self._vector("losses", weighted)) / 2
-        if isinstance(weighted, Tensor):
-            return weighted + penalty.view_as(weighted)
-        return [loss + cost for loss, cost in zip(weighted, penalty.unbind(), strict=True)]
-
-    def _learning(self, losses: Tensor) -> Tensor:
-        """s, with a gradient where the loss is finite."""
-        return torch.where(losses.isfinite(), self.log_variance, self.log_variance.detach())
+    def exponents(self) -> Tensor:
+        return -self.log_variance

@@ -108,6 +108,9 @@ class Method(ABC):
         """Weights for parameters that only some of the tasks touch, from those for all (the same unless said)."""
         return weights
 
+    def reset(self) -> None:  # noqa: B027 (a method without state has nothing to forget)
+        """Forget what it keeps."""
+
     def state_dict(self) -> dict[str, Any]:
         """State to resume from; empty for a method without."""
         return {}

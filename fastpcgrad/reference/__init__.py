@@ -7,17 +7,20 @@ Passes over J (``gram``, ``combine``, ``mix``) compute in float64 whatever the d
 PCGrad (``project``, ``merge``) computes in the dtype that it is given; compare with float64 inputs.
 Each other method has a function with the name of its file in ``methods/``: from J ``[T, N]``, in float64, to weights
 ``[T]`` where it has weights. State and random draws are arguments. J is taken rather than G since G holds half of its
-digits: what a solver makes of G is compared with what is true of J.
+digits: what a solver makes of G is compared with what is true of J. What a balancer scalarizes is a function of the
+losses, whose gradient is autograd's.
 """
 
+from .averages import averaged_weights, metabalance
 from .columns import graddrop, trimmed_mean
 from .directions import aligned_mtl, conflict_free, imtlg
 from .faces import cagrad, dualproj, mgda, upgrad
 from .fairness import fairgrad, nash_mtl
 from .fixed_weights import constant, mean, random_weights, total
-from .frank_wolfe import frank_wolfe
+from .frank_wolfe import frank_wolfe, normalized
 from .gradvac import gradvac
 from .krum import krum, krum_scores
+from .main_task import agem, pcd
 from .passes import combine, gram, mix
 from .pcgrad import (
     PROJECT,
@@ -32,31 +35,41 @@ from .pcgrad import (
     project_tensorlogic,
     project_torchjd,
 )
+from .scalarizations import cosmos, geometric_mean, imtl_l, pbi
 
 __all__ = [
     "PROJECT",
     "Generator",
     "TaskGradient",
+    "agem",
     "aligned_mtl",
+    "averaged_weights",
     "cagrad",
     "coefficients",
     "combine",
     "conflict_free",
     "constant",
+    "cosmos",
     "dualproj",
     "fairgrad",
     "frank_wolfe",
+    "geometric_mean",
     "graddrop",
     "gradvac",
     "gram",
+    "imtl_l",
     "imtlg",
     "krum",
     "krum_scores",
     "mean",
     "merge",
+    "metabalance",
     "mgda",
     "mix",
     "nash_mtl",
+    "normalized",
+    "pbi",
+    "pcd",
     "project_libmtl",
     "project_paper",
     "project_pytorch_pcgrad",

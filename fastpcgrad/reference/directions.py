@@ -35,11 +35,18 @@ def imtlg(rows: Tensor, cut: float | None = None) -> Tensor:
     return v / total if abs(total) * gradients.norm() >= 1e-12 else torch.zeros_like(v)
 
 
-def conflict_free(rows: Tensor, pref_vector: Sequence[float] | None = None, cut: float | None = None) -> Tensor:
+def conflict_free(
+    rows: Tensor,
+    pref_vector: Sequence[float] | None = None,
+    cut: float | None = None,
+    length: str | int = "projection",
+) -> Tensor:
     """ConFIG, arXiv:2408.11104, eq. 2: weights ``[T]`` of d = (Σ_t g_t·x̂) x̂ with x̂ = U(x), x = pinv(U) p.
 
     U holds the unit task gradients, p the wanted cosines (None: ones). Zero where p has no part in the span of U's
-    columns, or where there is no gradient at all.
+    columns, or where there is no gradient at all. With another ``length`` than the paper's every g_t is first scaled to
+    that of one of them, or to a mean of all: the length models of the authors' code, where gradients of zero are NaN;
+    here they count for nothing.
     """
     gradients, tasks = rows.double(), len(rows)
     wanted = torch.tensor([1.0] * tasks if pref_vector is None else list(pref_vector), dtype=torch.float64)
@@ -51,8 +58,23 @@ def conflict_free(rows: Tensor, pref_vector: Sequence[float] | None = None, cut:
     if (units @ x).norm() <= 1e-12 * wanted.norm():
         return torch.zeros(tasks, dtype=torch.float64)
     unit = x / x.norm()
-    length = sum(gradient @ unit for gradient in gradients)
-    return length / x.norm() * (inverse.mT @ x) * inverse_norms
+    if length != "projection":
+        gradients = _length(norms, length) * units
+    projected = sum(gradient @ unit for gradient in gradients)
+    return projected / x.norm() * (inverse.mT @ x) * inverse_norms
+
+
+def _length(norms: Tensor, length: str | int) -> Tensor:
+    if isinstance(length, int):
+        return norms[length]
+    there = norms[norms > 0]
+    return {
+        "min": there.min(),
+        "max": there.max(),
+        "mean": there.mean(),
+        "geometric": there.log().mean().exp(),
+        "harmonic": len(there) / (1 / there).sum(),
+    }[length]
 
 
 def aligned_mtl(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,16 @@ def frank_wolfe(rows: Tensor, epsilon: float = 0.001, max_iters: int = 100) -> T
         if step < epsilon:
             break
     return weights
+
+
+def normalized(rows: Tensor, normalization: str, losses: Sequence[float]) -> Tensor:
+    """What the authors' code hands to Alg. 2, and merges: task gradients divided by their norms (``l2``), their losses
+    (``loss``), both (``loss+``) or nothing (``none``)."""
+    scaled = []
+    for row, loss in zip(rows.double(), losses, strict=True):
+        norm = float(row.norm())
+        scaled.append(row / {"none": 1.0, "l2": norm, "loss": loss, "loss+": norm * loss}[normalization])
+    return torch.stack(scaled)
 
 
 def _nearest(corner: Tensor, merged: Tensor) -> float:

@@ -13,6 +13,10 @@ BALANCERS = {
     "DWA": balancing.DWA,
     "FAMO": balancing.FAMO,
     "STCH": lambda tasks: balancing.STCH(tasks, mu=0.5),
+    "COSMOS": balancing.COSMOS,
+    "GeometricMean": balancing.GeometricMean,
+    "IMTLL": balancing.IMTLL,
+    "PBI": balancing.PBI,
 }
 
 
@@ -191,6 +195,10 @@ NAMED = {
     "DWA": lambda tasks: balancing.DWA(tasks=tasks),
     "FAMO": lambda tasks: balancing.FAMO(tasks=tasks),
     "STCH": lambda tasks: balancing.STCH(tasks=tasks, mu=0.5),
+    "COSMOS": lambda tasks: balancing.COSMOS(tasks=tasks),
+    "GeometricMean": lambda tasks: balancing.GeometricMean(tasks=tasks),
+    "IMTLL": lambda tasks: balancing.IMTLL(tasks=tasks),
+    "PBI": lambda tasks: balancing.PBI(tasks=tasks),
 }
 
 

@@ -82,6 +82,10 @@ BALANCERS = {
     "DWA": lambda group: balancing.DWA(TASKS, process_group=group).double(),
     "STCH": lambda group: balancing.STCH(TASKS, 0.5, process_group=group).double(),
     "UncertaintyWeighting": lambda group: balancing.UncertaintyWeighting(TASKS, process_group=group).double(),
+    "COSMOS": lambda group: balancing.COSMOS(TASKS, process_group=group).double(),
+    "GeometricMean": lambda group: balancing.GeometricMean(TASKS, process_group=group).double(),
+    "IMTLL": lambda group: balancing.IMTLL(TASKS, process_group=group).double(),
+    "PBI": lambda group: balancing.PBI(TASKS, process_group=group).double(),
 }
 
 

@@ -165,3 +165,28 @@ def test_what_is_refused(libmtl, ours):
         ours.weighting("cagrad")
     with pytest.raises(NotImplementedError, match="make_method"):
         trained(libmtl, ours.Weighting)
+
+
+@pytest.mark.parametrize("normalization", ["none", "l2", "loss", "loss+"])
+def test_mgda_divides_by_what_libmtls_does(libmtl, normalization):
+    """There a corner of the hull gets 0.999 or 0.001, and three tasks stop short of the minimum by 1e-5."""
+    theirs = libmtl.weighting.MGDA()
+    theirs.device = torch.device("cpu")
+    ours, compared = methods.MGDA(solver="exact", normalization=normalization), 0
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(60):
+        rows = torch.randn(2 + seed % 2, 30, generator=generator, dtype=torch.float64)
+        losses = torch.rand(len(rows), generator=generator, dtype=torch.float64) + 0.5
+        scaled = theirs._gradient_normalizers(rows, losses, normalization)
+        weights = theirs._find_min_norm_element(scaled.float())
+        if weights is None:  # after 250 steps it gives nothing
+            continue
+        if normalization.startswith("loss"):
+            ours.losses = losses
+        found = ours.weights(rows @ rows.mT) @ rows
+        expected = weights.double() @ scaled
+        tolerance = 1e-6 if len(rows) == 2 else 2e-3
+        if weights.min() > 0.002:
+            assert float((found - expected).norm()) <= tolerance * float(scaled.norm()), seed
+            compared += 1
+    assert compared >= 50

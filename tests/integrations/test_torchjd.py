@@ -25,6 +25,7 @@ KINDS = [
 
 ARGUMENTS = {
     methods.CAGrad: (0.5,),
+    methods.CRMOGM: (methods.MGDA(),),
     methods.Constant: (torch.tensor([1.0, 2.0, 3.0]),),
     methods.FairGrad: (1.0,),
     methods.Krum: (0,),

@@ -77,6 +77,13 @@ def without_ties(rows, weights):
     return None if any(b - a < 1e-6 * scores[-1] for a, b in pairwise(scores)) else 0.0
 
 
+def without_cancelled_memory(rows, weights):
+    """The mean of the others may be short beside them: G has its square as a sum."""
+    memory = rows[1:]
+    parts, left = float(memory.norm(dim=1).sum()), float(memory.sum(dim=0).norm())
+    return 1e-13 if parts == 0 else 1e-13 + 1e-15 * (parts / left) ** 2 if left > 1e-6 * parts else None
+
+
 class Case(NamedTuple):
     make: Callable  # of the number of tasks
     oracle: Callable  # of J, and of as many preferences as there are tasks where the method has some
@@ -92,6 +99,7 @@ def seeded():
 
 
 CASES = {
+    "AGEM": Case(lambda T: methods.AGEM(), reference.agem, without_cancelled_memory, most=64),
     # Frank-Wolfe's steps of 1 − γ are no numbers any more where scales are apart.
     "MGDA": Case(lambda T: methods.MGDA(), reference.frank_wolfe, most=64),
     "MGDA, few steps": Case(lambda T: methods.MGDA(1e-9, 7), lambda J: reference.frank_wolfe(J, 1e-9, 7), most=64),
@@ -164,8 +172,8 @@ CASES = {
         lambda J: reference.random_weights(torch.randn(len(J), generator=seeded(), dtype=torch.float64)),
     ),
 }
-ELSEWHERE = {"PCGrad", "GradVac", "GradDrop", "TrimmedMean"}
-"""Methods whose oracles give rows or the merged gradient itself: see their own tests."""
+ELSEWHERE = {"PCGrad", "GradVac", "GradDrop", "TrimmedMean", "CRMOGM", "MetaBalance", "PCD"}
+"""Methods whose oracles give rows or the merged gradient itself, or what goes on over steps: see their own tests."""
 
 
 def problems(case):

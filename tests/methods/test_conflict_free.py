@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from fastpcgrad import reference
 from fastpcgrad.methods.conflict_free import ConFIG
+from tests.methods import contract
 from tests.methods.random_rows import check_batch, check_broken, check_scales, error, gram, random_rows
 
 
@@ -103,5 +105,68 @@ def test_preferences_of_another_number_of_tasks():
         ConFIG([1.0, 1.0]).weights(torch.eye(3, dtype=torch.float64))
 
 
+LENGTHS = ["min", "max", "mean", "geometric", "harmonic", 0]
+for_each_length = pytest.mark.parametrize("length", LENGTHS)
+
+
+@for_each_length
+@pytest.mark.parametrize("preferred", [False, True])
+def test_every_length_is_the_oracles(length, preferred):
+    compared = 0
+    for seed in range(60):
+        rows = random_rows(seed, 1, 6)
+        values = relative_singular_values(rows)
+        if ((values > 1e-12) & (values < 1e-3)).any():
+            continue
+        preferences = [1.0 + t % 3 for t in range(len(rows))] if preferred else None
+        expected = reference.conflict_free(rows, preferences, length=length)
+        found = ConFIG(preferences, length).weights(gram(rows))
+        assert error(found @ rows, expected @ rows, expected, rows) <= 1e-9, seed
+        compared += 1
+    assert compared >= 40
+
+
+@for_each_length
+def test_the_direction_is_the_same_for_every_length(length):
+    for seed in range(20):
+        rows = random_rows(seed, 2, 5, ("plain", "common direction", "mixed norms"))
+        merged, paper = (ConFIG(length=one).weights(gram(rows)) @ rows for one in (length, "projection"))
+        torch.testing.assert_close(merged / merged.norm(), paper / paper.norm(), rtol=1e-6, atol=1e-9)
+
+
+def test_lengths_by_hand():
+    """(3, 0) and (0, 1): direction (1, 1)/√2, length 2 ℓ/√2."""
+    rows = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    for length, common in (("min", 1), ("max", 3), ("mean", 2), ("geometric", 3**0.5), ("harmonic", 1.5), (1, 1)):
+        expected = torch.full((2,), float(common), dtype=torch.float64)
+        torch.testing.assert_close(ConFIG(length=length).weights(gram(rows)) @ rows, expected)
+
+
+@for_each_length
+def test_with_every_length_a_problem_is_alone(length):
+    check_broken(ConFIG(length=length), 4)
+    check_scales(ConFIG(length=length), 5)
+    assert ConFIG(length=length).weights(torch.zeros(2, 2, dtype=torch.float64)).tolist() == [0.0, 0.0]
+
+
+def test_the_length_of_a_task_is_found_by_its_index():
+    rows = random_rows(1, 3, 3)
+    surgery = contract.Surgery(ConFIG(length=2), 3)
+    surgery.merge({0: rows[0].new_ones(12), 2: torch.arange(12.0, dtype=torch.float64)})
+    both = torch.stack([torch.ones(12), torch.arange(12.0)]).double()
+    torch.testing.assert_close(surgery.parameter.grad, reference.conflict_free(both, length=1) @ both)
+    with pytest.raises(ValueError, match=r"length is that of task 2, which is absent; found tasks \[0, 1\]"):
+        surgery.merge({0: both[0], 1: both[1]})
+
+
+def test_bad_lengths():
+    with pytest.raises(ValueError, match=r"length must be projection, min.*found 'least'"):
+        ConFIG(length="least")
+    with pytest.raises(ValueError, match="length must be at least 0; found -1"):
+        ConFIG(length=-1)
+    with pytest.raises(TypeError, match=r"length must be an integer; found 1\.5"):
+        ConFIG(length=1.5)
+
+
 def test_repr():
-    assert repr(ConFIG([1, 2])) == "ConFIG(pref_vector=[1.0, 2.0])"
+    assert repr(ConFIG([1, 2])) == "ConFIG(pref_vector=[1.0, 2.0], length='projection')"

@@ -13,6 +13,7 @@ from tests.linear_problems import Kind, linear_loss
 
 ARGUMENTS = {
     "CAGrad": {"c": 0.4},
+    "CRMOGM": {"method": methods.MGDA()},
     "Constant": {"weights": [0.2, 1.0, 3.0]},
     "FairGrad": {"alpha": 1.0},
     "Krum": {"n_byzantine": 0},

@@ -61,6 +61,16 @@ BY_HAND = [
     # The four nearest are 9 away from 2 and 10 from 3; with squares 31 and 30.
     (lambda rows: reference.krum(rows, 0, squared=False), [[0], [1], [2], [3], [7], [8]], [0, 0, 1, 0, 0, 0]),
     (lambda rows: reference.krum(rows, 0), [[0], [1], [2], [3], [7], [8]], [0, 0, 0, 1, 0, 0]),
+    # (1, -1) against the mean of (0, 3) and (0, 1): half of (0, 2).
+    (reference.agem, [[1, -1], [0, 3], [0, 1]], [1, 1 / 4, 1 / 4]),
+    (reference.agem, [[1, 1], [0, 3], [0, 1]], [1, 0, 0]),
+    (reference.agem, [[1, 1], [0, 3], [0, -3]], [1, 0, 0]),
+    (reference.agem, [[5, 1]], [1]),
+    # (1, 0) and (-3, 4)/5: of the second 3/5 is lacking, to be added 3/5 times; (16, 12)/25 is 4/5 long.
+    (lambda rows: reference.pcd(rows, [1, 25], [0]), [[1, 0], [-3, 4]], [5 / 4, 3 / 20]),
+    (lambda rows: reference.pcd(rows, [4, 4], [0]), [[2, 0], [0, 2]], [1, 0]),
+    (lambda rows: reference.pcd(rows, [1, 1, 1], [0.5, 0.5]), [[1, 0], [0, 1], [0, -1]], [1, 0, 0]),
+    (lambda rows: reference.pcd(rows, [1, 1], [0]), [[1, 0], [-1, 0]], [0, 0]),
     (reference.mean, [[1], [2]], [1 / 2, 1 / 2]),
     (reference.total, [[1], [2]], [1, 1]),
     (lambda rows: reference.constant([3, -1]), [[1], [2]], [3, -1]),
