@@ -13,8 +13,10 @@ from .gradvac import GradVac
 from .imtlg import IMTLG
 from .krum import Krum
 from .mgda import MGDA
+from .modo import MoDo
 from .nash_mtl import NashMTL
 from .pcgrad import PCGrad
+from .sdmgrad import SDMGrad
 from .trimmed_mean import TrimmedMean
 from .upgrad import UPGrad
 
@@ -33,9 +35,11 @@ __all__ = [
     "Krum",
     "Mean",
     "Method",
+    "MoDo",
     "NashMTL",
     "PCGrad",
     "RandomWeights",
+    "SDMGrad",
     "Solution",
     "Sum",
     "TrimmedMean",

@@ -10,6 +10,7 @@ Each other method has a function with the name of its file in ``methods/``: from
 digits: what a solver makes of G is compared with what is true of J.
 """
 
+from .batches import modo, sdmgrad, simplex_point
 from .columns import graddrop, trimmed_mean
 from .directions import aligned_mtl, conflict_free, imtlg
 from .faces import cagrad, dualproj, mgda, upgrad
@@ -56,6 +57,7 @@ __all__ = [
     "merge",
     "mgda",
     "mix",
+    "modo",
     "nash_mtl",
     "project_libmtl",
     "project_paper",
@@ -64,6 +66,8 @@ __all__ = [
     "project_tensorlogic",
     "project_torchjd",
     "random_weights",
+    "sdmgrad",
+    "simplex_point",
     "total",
     "trimmed_mean",
     "upgrad",

@@ -164,8 +164,8 @@ CASES = {
         lambda J: reference.random_weights(torch.randn(len(J), generator=seeded(), dtype=torch.float64)),
     ),
 }
-ELSEWHERE = {"PCGrad", "GradVac", "GradDrop", "TrimmedMean"}
-"""Methods whose oracles give rows or the merged gradient itself: see their own tests."""
+ELSEWHERE = {"PCGrad", "GradVac", "GradDrop", "TrimmedMean", "MoDo", "SDMGrad"}
+"""Methods whose oracles give rows or the merged gradient itself, or take more than one J: see their own tests."""
 
 
 def problems(case):

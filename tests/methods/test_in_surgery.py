@@ -16,6 +16,8 @@ ARGUMENTS = {
     "Constant": {"weights": [0.2, 1.0, 3.0]},
     "FairGrad": {"alpha": 1.0},
     "Krum": {"n_byzantine": 0},
+    "MoDo": {"num_tasks": 1, "batches": 3},
+    "SDMGrad": {"num_tasks": 1},
     "TrimmedMean": {"trim_number": 1},
 }
 SHAPES = ((4, 3), (), (0,), (70,))
