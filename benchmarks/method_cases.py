@@ -51,7 +51,7 @@ _THEIRS: dict[str, Callable[[int], Arguments]] = {
     "NashMTL": lambda tasks: {"n_tasks": tasks},
 }
 _THEIR_NAMES = {"RandomWeights": "Random"}
-OF_MORE_THAN_ONE_J = (BatchesMethod,)
+OF_MORE_THAN_ONE_J = (BatchesMethod, methods.Tracking)
 """Kinds of methods for which one J is not enough."""
 _FEWEST_TASKS = {"Krum": 3}
 

@@ -13,10 +13,12 @@ from .gradvac import GradVac
 from .imtlg import IMTLG
 from .krum import Krum
 from .mgda import MGDA
+from .moco import MoCo
 from .modo import MoDo
 from .nash_mtl import NashMTL
 from .pcgrad import PCGrad
 from .sdmgrad import SDMGrad
+from .tracking import Tracking
 from .trimmed_mean import TrimmedMean
 from .upgrad import UPGrad
 
@@ -35,6 +37,7 @@ __all__ = [
     "Krum",
     "Mean",
     "Method",
+    "MoCo",
     "MoDo",
     "NashMTL",
     "PCGrad",
@@ -42,6 +45,7 @@ __all__ = [
     "SDMGrad",
     "Solution",
     "Sum",
+    "Tracking",
     "TrimmedMean",
     "UPGrad",
     "check_method",

@@ -33,6 +33,7 @@ from .pcgrad import (
     project_tensorlogic,
     project_torchjd,
 )
+from .tracking import moco
 
 __all__ = [
     "PROJECT",
@@ -57,6 +58,7 @@ __all__ = [
     "merge",
     "mgda",
     "mix",
+    "moco",
     "modo",
     "nash_mtl",
     "project_libmtl",

@@ -1,0 +1,45 @@
+"""Methods that keep something as large as J: one step, from what was kept to the merged gradient and what is kept.
+
+Vectors and loops; states are arguments and results. Tasks that are absent are left out by the caller, rows and states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def moco(
+    rows: Tensor,
+    losses: Sequence[float] | None,
+    kept: Tensor,
+    shares: Tensor,
+    step: int,
+    beta: float = 0.5,
+    beta_sigma: float = 0.5,
+    gamma: float = 0.1,
+    gamma_sigma: float = 0.5,
+    rho: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """MoCo as LibMTL has it, after Fernando et al. 2023 (ICLR), eq. 7 to 9: the merged gradient ``[N]``, Y, λ.
+
+    y_t' = y_t − β_k (y_t − h_t) with h_t = L_t g_t / (‖g_t‖ + 1e-8), or g_t without losses;
+    λ' = softmax(λ − γ_k (Y' Y'ᵀ + ρ I) λ); d = λ' Y'.
+
+    Args:
+        kept: Y ``[T, N]``, zeros at first.
+        shares: λ ``[T]``, 1/T each at first.
+        step: k, 1 at first.
+    """
+    rate, pace = beta / step**beta_sigma, gamma / step**gamma_sigma
+    after = []
+    for t, row in enumerate(rows.double()):
+        target = row if losses is None else row / (row.norm() + 1e-8) * losses[t]
+        after.append(kept[t] - rate * (kept[t] - target))
+    mixed = sum(share * y for share, y in zip(shares, after, strict=True))
+    slopes = torch.stack([y @ mixed + rho * share for y, share in zip(after, shares, strict=True)])
+    exponentials = torch.exp(shares - pace * slopes)
+    next_shares = exponentials / exponentials.sum()
+    return sum(share * y for share, y in zip(next_shares, after, strict=True)), torch.stack(after), next_shares
