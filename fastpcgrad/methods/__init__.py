@@ -6,6 +6,7 @@ from .cagrad import CAGrad
 from .conflict_free import ConFIG
 from .dualproj import DualProj
 from .elementwise import Elementwise
+from .excess_mtl import ExcessMTL
 from .fairgrad import FairGrad
 from .fixed_weights import Constant, Mean, RandomWeights, Sum
 from .graddrop import GradDrop
@@ -31,6 +32,7 @@ __all__ = [
     "Constant",
     "DualProj",
     "Elementwise",
+    "ExcessMTL",
     "FairGrad",
     "GradDrop",
     "GradVac",

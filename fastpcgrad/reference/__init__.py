@@ -33,7 +33,7 @@ from .pcgrad import (
     project_tensorlogic,
     project_torchjd,
 )
-from .tracking import moco
+from .tracking import excess_mtl, moco
 
 __all__ = [
     "PROJECT",
@@ -46,6 +46,7 @@ __all__ = [
     "conflict_free",
     "constant",
     "dualproj",
+    "excess_mtl",
     "fairgrad",
     "frank_wolfe",
     "graddrop",

@@ -6,6 +6,7 @@ Vectors and loops; states are arguments and results. Tasks that are absent are l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp
 
 import torch
 from torch import Tensor
@@ -43,3 +44,36 @@ def moco(
     exponentials = torch.exp(shares - pace * slopes)
     next_shares = exponentials / exponentials.sum()
     return sum(share * y for share, y in zip(next_shares, after, strict=True)), torch.stack(after), next_shares
+
+
+def excess_mtl(
+    rows: Tensor,
+    kept: Tensor,
+    shares: Tensor,
+    baselines: Sequence[float | None],
+    robust_step_size: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, list[float]]:
+    """ExcessMTL as TorchJD has it, after He et al. 2024 (PMLR 235), eq. 6, 7 and 9: the merged gradient, S, α, and E.
+
+    S_t' = S_t + g_t²; E_t = Σ_n g_tn² / √(S_tn' + 1e-7); α_t' ∝ α_t exp(η E_t / (E⁰_t + 1e-7)), or α_t exp(η E_t) for a
+    task without a baseline E⁰, which then is this E_t; d = Σ_t α_t' g_t. In the warmup α stays: of a call there the
+    caller takes S and E alone.
+
+    Args:
+        kept: S ``[T, N]``, zeros at first.
+        shares: α ``[T]``, 1/T each at first.
+        baselines: E⁰, after the warmup the mean E_t of its steps.
+    """
+    after, risks, exponents = [], [], []
+    for t, row in enumerate(rows.double()):
+        squares = kept[t] + row * row
+        risk = float(sum(g * g / (s + 1e-7) ** 0.5 for g, s in zip(row, squares, strict=True)))
+        known = baselines[t]
+        exponents.append(robust_step_size * (risk if known is None else risk / (known + 1e-7)))
+        after.append(squares)
+        risks.append(risk)
+    # the largest exponent is taken from all, for no exponential to overflow
+    growth = [exp(exponent - max(exponents)) for exponent in exponents]
+    grown = torch.stack([share * factor for share, factor in zip(shares, growth, strict=True)])
+    weights = grown / grown.sum()
+    return sum(w * row for w, row in zip(weights, rows.double(), strict=True)), torch.stack(after), weights, risks

@@ -17,15 +17,15 @@ WIDTH = 22
 class Oracle:
     """Rows and losses of the tasks that are there into the merged gradient; what is kept of absent ones stays."""
 
-    def __init__(self, tasks, step, **options):
+    def __init__(self, tasks, **options):
         self.kept = torch.zeros(tasks, WIDTH, dtype=torch.float64)
         self.shares = torch.full((tasks,), 1 / tasks, dtype=torch.float64)
-        self.steps, self.step, self.options = 0, step, options
+        self.steps, self.options = 0, options
 
 
 class MoCo(Oracle):
     def __init__(self, tasks, normalize=True, **options):
-        super().__init__(tasks, reference.moco, **options)
+        super().__init__(tasks, **options)
         self.normalize = normalize
 
     def merge(self, tasks, rows, losses):
@@ -43,12 +43,35 @@ class MoCo(Oracle):
         return merged
 
 
+class ExcessMTL(Oracle):
+    def __init__(self, tasks, n_warmup_steps=0, **options):
+        super().__init__(tasks, **options)
+        self.warmup, self.seen = n_warmup_steps, {}
+
+    def merge(self, tasks, rows, losses):
+        self.steps += 1
+        mass = self.shares[tasks].sum()
+        known = [sum(self.seen[t]) / len(self.seen[t]) if t in self.seen else None for t in tasks]
+        merged, self.kept[tasks], shares, risks = reference.excess_mtl(
+            rows, self.kept[tasks], self.shares[tasks] / mass, known, **self.options
+        )
+        for t, risk, baseline in zip(tasks, risks, known, strict=True):
+            if self.steps <= self.warmup or baseline is None:
+                self.seen.setdefault(t, []).append(risk)
+        if self.steps <= self.warmup:
+            return self.shares[tasks] / mass @ rows
+        self.shares[tasks] = mass * shares
+        return merged
+
+
 CASES = {
+    "ExcessMTL": (methods.ExcessMTL, ExcessMTL, {"robust_step_size": 0.01}),
+    "ExcessMTL, warm": (methods.ExcessMTL, ExcessMTL, {"n_warmup_steps": 3}),
     "MoCo": (methods.MoCo, MoCo, {}),
     "MoCo, plain": (methods.MoCo, MoCo, {"normalize": False, "gamma": 2.0, "rho": 0.1, "beta": 0.9}),
 }
 for_each = pytest.mark.parametrize("name", CASES)
-KINDS = [methods.MoCo]
+KINDS = [methods.ExcessMTL, methods.MoCo]
 for_each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -91,9 +114,9 @@ class Problem:
 
 @for_each
 def test_every_step_is_the_oracles(name):
-    """Of 30 surgeries of 7 steps; tasks are absent, and do not touch some parameters, in every other surgery."""
+    """Of 16 surgeries of 7 steps; tasks are absent, and do not touch some parameters, in every other surgery."""
     make, oracle_of, options = CASES[name]
-    for seed in range(30):
+    for seed in range(16):
         problem = Problem(1 + seed % 5, seed)
         surgery = fastpcgrad.GradientSurgery(problem.parameters, problem.tasks, make(**options))
         oracle = oracle_of(problem.tasks, **options)
@@ -313,6 +336,28 @@ def test_where_there_are_no_such_rows_it_is_refused(kind):
     assert method.state_dict()["rows"] == {}
 
 
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_excess_mtl_equals_torchjd(warmup):
+    """Of 100 problems of 3 steps, half of them with a warmup."""
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    for seed in range(50):
+        step_size = (0.01, 1.0)[seed % 2]
+        theirs = aggregation.ExcessMTL(step_size, warmup)
+        method, x = methods.ExcessMTL(step_size, warmup), torch.zeros(11, dtype=torch.float64, requires_grad=True)
+        generator = torch.Generator().manual_seed(seed)
+        scales = 10 ** (3 * torch.rand(3, 1, generator=generator, dtype=torch.float64) - 2)
+        for _ in range(3):
+            rows = torch.randn(3, 11, generator=generator, dtype=torch.float64) * scales
+            (found,) = fastpcgrad.grad(list(rows @ x), x, method=method)
+            torch.testing.assert_close(found, theirs(rows), rtol=1e-9, atol=1e-12)
+
+
+def test_squares_beyond_the_range_of_what_is_kept_are_not_finite():
+    x, method = torch.zeros(3, requires_grad=True), methods.ExcessMTL()
+    (found,) = fastpcgrad.grad([1e17 * x.sum(), x.sum()], x, method=method)
+    assert found.isnan().all() and method.state_dict()["rows"] == {}
+
+
 def test_losses_that_are_not_known_are_an_error():
     problem = Problem(2, 13)
     surgery = fastpcgrad.GradientSurgery(problem.parameters, 2, methods.MoCo())
@@ -342,3 +387,7 @@ def test_bad_arguments_are_refused():
         (name,) = arguments
         with pytest.raises(ValueError, match=f"{name} must be .*found"):
             methods.MoCo(**arguments)
+    for arguments in ({"robust_step_size": 0.0}, {"n_warmup_steps": -1}):
+        (name,) = arguments
+        with pytest.raises(ValueError, match=f"{name} must be .*found"):
+            methods.ExcessMTL(**arguments)
