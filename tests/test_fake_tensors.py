@@ -146,6 +146,7 @@ BALANCERS = {
     "GradNorm": lambda: balancing.GradNorm(TASKS, alpha=0.5),
     "FAMO": lambda: balancing.FAMO(TASKS),
     "DWA": lambda: balancing.DWA(TASKS),
+    "Logarithm": lambda: balancing.Logarithm(TASKS),
     "STCH": lambda: balancing.STCH(TASKS, mu=1.0),
     "UncertaintyWeighting": lambda: balancing.UncertaintyWeighting(TASKS),
 }

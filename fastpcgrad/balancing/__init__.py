@@ -4,7 +4,8 @@ from .base import Balancer
 from .dwa import DWA
 from .famo import FAMO
 from .gradnorm import GradNorm
+from .logarithm import Logarithm
 from .stch import STCH
 from .uncertainty import UncertaintyWeighting
 
-__all__ = ["DWA", "FAMO", "STCH", "Balancer", "GradNorm", "UncertaintyWeighting"]
+__all__ = ["DWA", "FAMO", "STCH", "Balancer", "GradNorm", "Logarithm", "UncertaintyWeighting"]

@@ -4,6 +4,7 @@ from .aligned_mtl import AlignedMTL
 from .base import Method, Solution, check_method
 from .cagrad import CAGrad
 from .conflict_free import ConFIG
+from .db_mtl import DBMTL
 from .dualproj import DualProj
 from .elementwise import Elementwise
 from .excess_mtl import ExcessMTL
@@ -24,6 +25,7 @@ from .trimmed_mean import TrimmedMean
 from .upgrad import UPGrad
 
 __all__ = [
+    "DBMTL",
     "IMTLG",
     "MGDA",
     "AlignedMTL",

@@ -33,7 +33,7 @@ from .pcgrad import (
     project_tensorlogic,
     project_torchjd,
 )
-from .tracking import excess_mtl, moco
+from .tracking import db_mtl, excess_mtl, moco
 
 __all__ = [
     "PROJECT",
@@ -45,6 +45,7 @@ __all__ = [
     "combine",
     "conflict_free",
     "constant",
+    "db_mtl",
     "dualproj",
     "excess_mtl",
     "fairgrad",

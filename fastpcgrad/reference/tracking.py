@@ -77,3 +77,18 @@ def excess_mtl(
     grown = torch.stack([share * factor for share, factor in zip(shares, growth, strict=True)])
     weights = grown / grown.sum()
     return sum(w * row for w, row in zip(weights, rows.double(), strict=True)), torch.stack(after), weights, risks
+
+
+def db_mtl(rows: Tensor, kept: Tensor, step: int, beta: float = 0.9, beta_sigma: float = 0.0) -> tuple[Tensor, Tensor]:
+    """DB-MTL's gradient half as LibMTL has it, after arXiv:2308.12029, Alg. 1: the merged gradient ``[N]``, and b.
+
+    b_t' = g_t + β_k (b_t − g_t); d = Σ_t max_s ‖b_s'‖ / (‖b_t'‖ + 1e-8) b_t'.
+
+    Args:
+        kept: b ``[T, N]``, zeros at first.
+        step: k, 1 at first.
+    """
+    rate = beta / step**beta_sigma
+    after = [row + rate * (own - row) for row, own in zip(rows.double(), kept, strict=True)]
+    longest = max(own.norm() for own in after)
+    return torch.stack([longest / (own.norm() + 1e-8) * own for own in after]).sum(dim=0), torch.stack(after)

@@ -12,6 +12,7 @@ BALANCERS = {
     "UncertaintyWeighting": balancing.UncertaintyWeighting,
     "DWA": balancing.DWA,
     "FAMO": balancing.FAMO,
+    "Logarithm": balancing.Logarithm,
     "STCH": lambda tasks: balancing.STCH(tasks, mu=0.5),
 }
 
@@ -190,6 +191,7 @@ NAMED = {
     "UncertaintyWeighting": lambda tasks: balancing.UncertaintyWeighting(tasks=tasks),
     "DWA": lambda tasks: balancing.DWA(tasks=tasks),
     "FAMO": lambda tasks: balancing.FAMO(tasks=tasks),
+    "Logarithm": lambda tasks: balancing.Logarithm(tasks=tasks),
     "STCH": lambda tasks: balancing.STCH(tasks=tasks, mu=0.5),
 }
 

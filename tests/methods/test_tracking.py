@@ -64,14 +64,23 @@ class ExcessMTL(Oracle):
         return merged
 
 
+class DBMTL(Oracle):
+    def merge(self, tasks, rows, losses):
+        self.steps += 1
+        merged, self.kept[tasks] = reference.db_mtl(rows, self.kept[tasks], self.steps, **self.options)
+        return merged
+
+
 CASES = {
+    "DBMTL": (methods.DBMTL, DBMTL, {}),
+    "DBMTL, decaying": (methods.DBMTL, DBMTL, {"beta": 0.5, "beta_sigma": 0.5}),
     "ExcessMTL": (methods.ExcessMTL, ExcessMTL, {"robust_step_size": 0.01}),
     "ExcessMTL, warm": (methods.ExcessMTL, ExcessMTL, {"n_warmup_steps": 3}),
     "MoCo": (methods.MoCo, MoCo, {}),
     "MoCo, plain": (methods.MoCo, MoCo, {"normalize": False, "gamma": 2.0, "rho": 0.1, "beta": 0.9}),
 }
 for_each = pytest.mark.parametrize("name", CASES)
-KINDS = [methods.ExcessMTL, methods.MoCo]
+KINDS = [methods.DBMTL, methods.ExcessMTL, methods.MoCo]
 for_each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -387,6 +396,10 @@ def test_bad_arguments_are_refused():
         (name,) = arguments
         with pytest.raises(ValueError, match=f"{name} must be .*found"):
             methods.MoCo(**arguments)
+    for arguments in ({"beta": 1.0}, {"beta_sigma": -1.0}):
+        (name,) = arguments
+        with pytest.raises(ValueError, match=f"{name} must be .*found"):
+            methods.DBMTL(**arguments)
     for arguments in ({"robust_step_size": 0.0}, {"n_warmup_steps": -1}):
         (name,) = arguments
         with pytest.raises(ValueError, match=f"{name} must be .*found"):
