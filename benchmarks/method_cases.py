@@ -13,6 +13,7 @@ from torch import Tensor
 import fastpcgrad
 from benchmarks.timing import Call
 from fastpcgrad import methods
+from fastpcgrad.methods._batches import BatchesMethod
 from fastpcgrad.methods.base import Method
 from fastpcgrad.methods.elementwise import Elementwise
 from fastpcgrad.methods.fixed_weights import FixedWeights
@@ -51,6 +52,8 @@ _THEIRS: dict[str, Callable[[int], Arguments]] = {
     "NashMTL": lambda tasks: {"n_tasks": tasks},
 }
 _THEIR_NAMES = {"RandomWeights": "Random"}
+OF_MORE_THAN_ONE_J = (BatchesMethod, methods.Tracking)
+"""Kinds of methods for which one J is not enough."""
 _FEWEST_TASKS = {"Krum": 3}
 
 
@@ -65,12 +68,15 @@ def task_gradients(tasks: int, width: int, dtype: torch.dtype = torch.float32) -
 
 
 def names(tasks: int = 32) -> list[str]:
-    """The methods that can merge that many task gradients, by their names in ``fastpcgrad.methods``."""
+    """The methods that can merge that many task gradients, by their names in ``fastpcgrad.methods``.
+
+    Those of ``OF_MORE_THAN_ONE_J`` are left out.
+    """
     found = []
     for name in sorted(methods.__all__):
         method = getattr(methods, name)
         is_method = inspect.isclass(method) and issubclass(method, Method) and not inspect.isabstract(method)
-        if is_method and tasks >= _FEWEST_TASKS.get(name, 1):
+        if is_method and not issubclass(method, OF_MORE_THAN_ONE_J) and tasks >= _FEWEST_TASKS.get(name, 1):
             found.append(name)
     return found
 

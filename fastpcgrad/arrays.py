@@ -20,7 +20,7 @@ from torch.utils.dlpack import from_dlpack
 from . import functional
 from ._memory import prefer_huge_pages
 from .merging.problems import SUMMED, Problems, check_scopes, weights_table
-from .methods import Elementwise, Method, PCGrad, check_method
+from .methods import Elementwise, Method, PCGrad, Tracking, check_method
 from .rows.parameters import UNDIVIDED, Division
 from .variants import Generator, Reduction
 
@@ -105,6 +105,11 @@ def _method(variant: str, method: Method | None, reduction: Reduction | None, ge
     for name, value in (("variant", named), ("reduction", reduction), ("generator", generator)):
         if value is not None:
             raise ValueError(f"{name} belongs to a variant and cannot go with method={method!r}; found {value!r}")
+    if isinstance(method, Tracking):
+        raise TypeError(
+            f"{type(method).__name__} keeps something of each column, and apply does not know whether these are those "
+            "of the last call: use it in GradientSurgery, PCGrad, backward or grad"
+        )
     return check_method(method, PCGrad)
 
 

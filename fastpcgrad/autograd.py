@@ -112,6 +112,11 @@ def backward(
         >>> x.grad
         tensor([1.5000, 0.5000])
     """
+    if inputs is None and isinstance(method, methods.Tracking):
+        raise ValueError(
+            f"inputs must be given with {type(method).__name__}, which keeps something of each: the order in which a "
+            "graph has them may change"
+        )
     found = _Losses(losses, batch_dim)
     behind = found.leaves()
     targets = behind if inputs is None else _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
@@ -193,10 +198,13 @@ def _merged(
 ) -> dict[int, Tensor | None]:
     """The merged gradient by the id of its input; an input that stands there twice counts once."""
     method = methods.check_method(method, methods.PCGrad)
+    if losses.of_samples is not None and isinstance(method, methods.Tracking):
+        raise ValueError(f"{type(method).__name__} keeps something of each task, and samples are none: no batch_dim")
     warn_of_fewer_losses(losses.given, method, method.known_tasks)
     inputs = list({id(target): target for target in targets}.values())
     division = _divided(inputs, method, gram_over)
-    warn_of_one_loss(len(losses.tasks))
+    if not isinstance(method, methods.Tracking):  # which may take one task a step
+        warn_of_one_loss(len(losses.tasks))
     if group is not None:
         if losses.of_samples is not None:
             raise NotImplementedError(
@@ -206,7 +214,8 @@ def _merged(
         merged = _merged_over(group, losses.tensors, inputs, method, retain_graph, division)
         return dict(zip(map(id, inputs), merged, strict=True))
     # Not in place: what autograd.grad returns may be a tensor of the graph's own.
-    _, merged = merge_apart(*_filled(losses, inputs, method, retain_graph, rows), losses.tasks, method, division)
+    filled = _filled(losses, inputs, method, retain_graph, rows)
+    _, merged = merge_apart(*filled, losses.tasks, method, division, losses.tensors)
     return dict(zip(map(id, inputs), merged, strict=True))
 
 

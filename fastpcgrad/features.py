@@ -16,7 +16,7 @@ from .distributed.exchange import Averaging
 from .distributed.processes import Choice, check_groups, groups_behind
 from .merging.by_rows import merge
 from .merging.report import ConflictReport
-from .methods import Method, PCGrad, check_method
+from .methods import Method, PCGrad, Tracking, check_method
 from .rows.task_gradients import Row, TaskGradients
 
 OnReport = Callable[[ConflictReport], object]
@@ -112,6 +112,11 @@ def shared_features(
     """
     count, names = check_tasks(num_tasks, tasks)
     method = check_method(method, PCGrad)
+    if isinstance(method, Tracking):
+        raise TypeError(
+            f"{type(method).__name__} keeps something of each column, and the features of another batch have other "
+            "columns: use it in GradientSurgery on the parameters of the trunk"
+        )
     choice = check_groups(process_group)
     features = [z] if isinstance(z, Tensor) else check_tensors("z", z)
     if not features:

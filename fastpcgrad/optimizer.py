@@ -174,7 +174,7 @@ class PCGrad(torch.optim.Optimizer):
             if surgery.tasks and max(losses, default=0) >= len(surgery.tasks):
                 raise ValueError(f"{1 + max(losses)} losses for the tasks {list(surgery.tasks)}")
         surgery.discard()
-        if not by_task:
+        if not (by_task or isinstance(surgery.method, methods.Tracking)):  # which may take one task a step
             warn_of_one_loss(len(losses))
         warn_of_fewer_losses(listed, surgery.method, surgery.method.known_tasks)
         self._look_for_repeat()

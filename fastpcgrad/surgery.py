@@ -310,11 +310,9 @@ class GradientSurgery:
         load_surgery_state(self.method, state_dict)
 
     def __repr__(self) -> str:
-        exchange = self._layouts.current.exchange
+        exchange, tasks = self._layouts.current.exchange, self.num_tasks
         found = "" if exchange is None else f", {exchange}"
-        return (
-            f"{type(self).__name__}(num_tasks={self.num_tasks}, method={self.method!r}, {self._stays.processes}{found})"
-        )
+        return f"{type(self).__name__}(num_tasks={tasks}, method={self.method!r}, {self._stays.processes}{found})"
 
     def __getstate__(self) -> dict[str, Any]:
         self._stays.check_outside("copy of the surgery")
@@ -361,6 +359,7 @@ class GradientSurgery:
                 capture.open(index)
                 capture.run(loss, retain_graph or left > 0)
                 capture.close()
+                capture.rows.note_loss(index, loss)
 
     def _planned(self, losses: Mapping[int, Tensor], capture: Capture) -> Factors | None:
         """How weights' gradients are kept as factors; None where all rows are to be whole."""
@@ -416,5 +415,6 @@ class GradientSurgery:
                         )
                     continue
                 capture.run(check_loss(f"losses[{index}]()", loss), retain_graph)
+                capture.rows.note_loss(index, loss)
                 del loss  # and with it the graph, before the next forward
                 capture.close()

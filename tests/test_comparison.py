@@ -50,7 +50,7 @@ def test_every_row_of_ours_names_something():
 
 OURS = {
     "methods": "PCGrad MGDA CAGrad GradVac GradDrop IMTLG AlignedMTL ConFIG DualProj FairGrad Krum NashMTL TrimmedMean "
-    "UPGrad",
+    "UPGrad MoDo SDMGrad",
     "balancing": "COSMOS DWA FAMO GradNorm PBI STCH UncertaintyWeighting",
 }
 """What the rows on methods and balancers mean, in the code's names."""

@@ -65,7 +65,7 @@ def test_every_public_name_has_a_docstring():
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("index", "usage", "migration", "large_models", "below_the_floor")),
+    *(f"docs/{name}.md" for name in ("index", "usage", "migration", "large_models", "below_the_floor", "methods")),
 )
 
 

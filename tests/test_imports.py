@@ -36,7 +36,7 @@ FLOORS = (
     {"rows.exchanged", "rows.sharded_capture"},
     {"rows.layout", "rows.factored_round"},
     {"rows.stays"},
-    {"merging.graph_pieces", "merging.by_factors"},
+    {"merging.graph_pieces", "merging.by_factors", "merging.by_tracking"},
     {"merging.by_rows", "merging.small_round"},
     {"merging.two_phase"},
     {"surgery", "autograd", "features", "arrays", "gradnorm"},

@@ -7,6 +7,7 @@ from .famo import FAMO
 from .geometric_mean import GeometricMean
 from .gradnorm import GradNorm
 from .imtll import IMTLL
+from .logarithm import Logarithm
 from .pbi import PBI
 from .stch import STCH
 from .uncertainty import UncertaintyWeighting
@@ -21,5 +22,6 @@ __all__ = [
     "Balancer",
     "GeometricMean",
     "GradNorm",
+    "Logarithm",
     "UncertaintyWeighting",
 ]

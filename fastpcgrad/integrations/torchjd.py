@@ -7,7 +7,7 @@ from torch import Tensor
 from torchjd import aggregation
 
 from .. import functional
-from ..methods import Elementwise, Method, PCGrad, check_method
+from ..methods import Elementwise, Method, PCGrad, Tracking, check_method
 
 
 class Weighting(aggregation.Weighting):
@@ -28,6 +28,10 @@ class Weighting(aggregation.Weighting):
     def __init__(self, method: Method | None = None) -> None:
         super().__init__()
         self.method = check_method(method, PCGrad)
+        if isinstance(self.method, Tracking):
+            raise TypeError(
+                f"{self.method!r} keeps something of each column: use it in GradientSurgery, not in TorchJD"
+            )
         if isinstance(self.method, Elementwise):
             raise TypeError(f"{type(self.method).__name__} has no weights: TorchJD can have it as an Aggregator only")
 

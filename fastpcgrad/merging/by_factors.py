@@ -13,7 +13,7 @@ from torch.overrides import has_torch_function
 from .._modes import is_fake, is_on
 from .._torch import backward_is_compiled
 from ..distributed.processes import is_initialized
-from ..methods import Elementwise, Method
+from ..methods import Method, Tracking
 from ..rows.choice import LEAST_ELEMENTS, Choice, RowsReport, in_force, is_large
 from ..rows.factors import Factors, all_dense, plan
 from ..rows.samples import find_samples
@@ -48,6 +48,8 @@ def planned(
         rows: what was asked for.
     """
     rows = in_force(rows)
+    if rows == "factored" and isinstance(method, Tracking):
+        raise ValueError(f"{type(method).__name__} keeps something of each task gradient: leave rows 'auto' or 'dense'")
     if rows == "dense":
         return all_dense("rows='dense'", len(parameters))
     if rows == "auto" and not is_large(parameters):
@@ -59,7 +61,7 @@ def planned(
 
 
 def _why_not(losses: Sequence[Tensor], parameters: Sequence[Tensor], method: Method, rows: Choice) -> str | None:
-    if isinstance(method, Elementwise):
+    if method.needs_rows:
         return "the method works on each column of the task gradients"
     if is_initialized():
         return "several processes"
@@ -99,7 +101,7 @@ def settled(grads: TaskGradients, method: Method) -> Settled:
     kept: dict[int, tuple[Factor, Tensor]] = {}
     assert grads.factors is not None
     for index, weight in list(grads.factors.weights.items()):
-        if not isinstance(method, Elementwise) and not grads.has_rows_of(index):
+        if not method.needs_rows and not grads.has_rows_of(index):
             gram, is_exact = weight.gram()
             if is_exact:
                 kept[index] = weight, gram

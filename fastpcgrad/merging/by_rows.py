@@ -12,11 +12,12 @@ from .._memory import prefer_huge_pages
 from .._ops import Figures, Later, flat, to_device
 from ..backends import kernels
 from ..distributed.exchange import Averaging, Exchange
-from ..methods import Elementwise, Method
+from ..methods import Elementwise, Method, Tracking
 from ..rows.columns import Columns, Tensors
 from ..rows.parameters import UNDIVIDED, Division
 from ..rows.task_gradients import Row, TaskGradients
 from .by_factors import NOTHING, Settled, settled
+from .by_tracking import NO_LOSSES, Losses, check_one_process, merge_tracked
 from .problems import SUMMED, Problems, weights_table
 from .report import ConflictReport
 
@@ -45,15 +46,16 @@ def merge(
     Raises:
         Whatever the method raises. Where rows have been written by then, and after an interrupt, ``grads`` is at risk.
     """
+    check_one_process(method, exchange)
     factors = settled(grads, method) if grads.factors else NOTHING
     columns = grads.columns() if exchange is None else exchange.over(grads.columns())
     if not in_place:
-        return merge_apart(columns, factors, tuple(grads.tasks), method, division)
+        return merge_apart(columns, factors, tuple(grads.tasks), method, division, grads.losses())
     out, problems = _prepared(columns, factors, method, division)
     before = _versions(out)
     grads.at_risk = True
     try:
-        report, merged = _merge(columns, factors, tuple(grads.tasks), method, problems, out)
+        report, merged = _merge(columns, factors, tuple(grads.tasks), method, problems, out, grads.losses())
         return report, columns.gradients(merged)
     except Exception:
         grads.at_risk = _versions(out) != before
@@ -61,12 +63,17 @@ def merge(
 
 
 def merge_apart(
-    columns: Columns, factors: Settled, tasks: tuple[int, ...], method: Method, division: Division = UNDIVIDED
+    columns: Columns,
+    factors: Settled,
+    tasks: tuple[int, ...],
+    method: Method,
+    division: Division = UNDIVIDED,
+    losses: Losses = NO_LOSSES,
 ) -> tuple[ConflictReport, Row]:
     """Into fresh memory, see ``merge``."""
     out, problems = _prepared(columns, factors, method, division)
     out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-    report, merged = _merge(columns, factors, tasks, method, problems, out)
+    report, merged = _merge(columns, factors, tasks, method, problems, out, losses)
     return report, columns.gradients(merged)
 
 
@@ -101,8 +108,16 @@ def _versions(out: Row) -> list[int]:
 
 
 def _merge(
-    columns: Columns, factors: Settled, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
+    columns: Columns,
+    factors: Settled,
+    tasks: tuple[int, ...],
+    method: Method,
+    problems: Problems,
+    out: Row,
+    losses: Losses,
 ) -> tuple[ConflictReport, Row]:
+    if isinstance(method, Tracking):
+        return merge_tracked(columns, tasks, losses, method, problems, out), out
     if isinstance(method, Elementwise):
         return ConflictReport(tasks, _merge_columns(columns, method, tasks, problems, out)), out
     blocks = columns.fused if problems.is_one_for_all and not factors else None

@@ -10,7 +10,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from ..methods import Elementwise, Method
+from ..methods import Method
 from ..rows.parameters import UNDIVIDED, Division
 
 SUMMED = -1
@@ -37,7 +37,7 @@ def check_scopes(method: Method, gram_over: object) -> None:
     """ValueError where G is to look at some of the parameters alone, and the method has no such G."""
     if gram_over is None:
         return
-    if isinstance(method, Elementwise):
+    if method.needs_rows:
         raise ValueError(f"gram_over needs a method that makes weights of G; found {method!r}, which needs the rows")
     if method.scope == "parameter":
         raise ValueError(

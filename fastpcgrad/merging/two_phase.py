@@ -15,7 +15,7 @@ from .._graph import check_kept, explain
 from .._losses import check_losses, check_tensors
 from .._modes import is_fake
 from .._ops import Figures
-from ..methods import Elementwise, Method
+from ..methods import Method
 from ..rows.capture import MovedCapture
 from ..rows.layout import Layout
 from ..rows.parameters import UNDIVIDED, Division
@@ -120,7 +120,7 @@ def merge_in_two_phases(
 
 
 def _check_method(method: Method) -> None:
-    if isinstance(method, Elementwise):
+    if method.needs_rows:
         raise TypeError(f"method must work on the Gram matrix in two phases; found {method!r}, which needs the rows")
     if method.scope == "parameter":
         raise ValueError(f"method must have one problem in two phases; found {method!r}, which has one a parameter")

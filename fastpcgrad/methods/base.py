@@ -55,6 +55,8 @@ class Method(ABC):
 
     scope: Literal["all", "shared", "parameter"] = "all"
     """What one problem spans where the caller does not say: see ``variants.Variant``."""
+    needs_rows: bool = False
+    """Whether G is not enough for it, but the rows must be there as they are."""
     generator: Generator | None = None
     """What it draws from; None: nothing, or a global generator."""
 

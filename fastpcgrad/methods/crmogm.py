@@ -14,7 +14,6 @@ from ..variants import Generator
 from ._task_numbers import TaskNumbers
 from ._task_vector import TaskVector, check_length, shown, task_vector
 from .base import Method, Solution
-from .elementwise import Elementwise
 from .solvers.problems import check_gram
 
 
@@ -35,7 +34,7 @@ class CRMOGM(Method):
             ``method.alpha = 1 - lr / initial_lr`` as the paper's corollary 1 has it.
         initial_weights: λ before the first step, ``[T]``; None: λ̂ of the first.
     Raises:
-        TypeError: no method, or one that works on the rows (GradDrop, TrimmedMean), whose weights there are none of.
+        TypeError: no method, or one that works on the rows (GradDrop, TrimmedMean, MoCo), whose weights there are none of.
         ValueError: ``alpha`` out of range, bad weights. From ``solve``: the state is for another shape.
     Numerics: float64 on the device of G, without a wait of its own. Weights that are not finite are given as they are,
         and λ of that problem stays as it was.
@@ -52,7 +51,7 @@ class CRMOGM(Method):
     def __init__(self, method: Method, alpha: float = 0.9, initial_weights: TaskVector | None = None) -> None:
         if not isinstance(method, Method):
             raise TypeError(f"method must be a fastpcgrad.methods.Method; found {method!r}")
-        if isinstance(method, Elementwise):
+        if method.needs_rows:
             raise TypeError(f"method must make weights of G, to be averaged; found {method!r}, which works on the rows")
         self.method = method
         self.alpha = alpha

@@ -20,6 +20,7 @@ class Elementwise(Method):
     A subclass gives ``merge_rows``.
     """
 
+    needs_rows = True
     draws: bool = False
     """Whether it draws from its generator."""
 

@@ -12,6 +12,7 @@ losses, whose gradient is autograd's.
 """
 
 from .averages import averaged_weights, metabalance
+from .batches import modo, sdmgrad, simplex_point
 from .columns import graddrop, trimmed_mean
 from .directions import aligned_mtl, conflict_free, imtlg
 from .faces import cagrad, dualproj, mgda, upgrad
@@ -36,6 +37,7 @@ from .pcgrad import (
     project_torchjd,
 )
 from .scalarizations import cosmos, geometric_mean, imtl_l, pbi
+from .tracking import db_mtl, excess_mtl, moco
 
 __all__ = [
     "PROJECT",
@@ -50,7 +52,9 @@ __all__ = [
     "conflict_free",
     "constant",
     "cosmos",
+    "db_mtl",
     "dualproj",
+    "excess_mtl",
     "fairgrad",
     "frank_wolfe",
     "geometric_mean",
@@ -66,6 +70,8 @@ __all__ = [
     "metabalance",
     "mgda",
     "mix",
+    "moco",
+    "modo",
     "nash_mtl",
     "normalized",
     "pbi",
@@ -77,6 +83,8 @@ __all__ = [
     "project_tensorlogic",
     "project_torchjd",
     "random_weights",
+    "sdmgrad",
+    "simplex_point",
     "total",
     "trimmed_mean",
     "upgrad",

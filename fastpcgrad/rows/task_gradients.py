@@ -64,6 +64,7 @@ class TaskGradients:
         self._some_are_sparse, self._coalesced = False, Coalescing()
         self._stays: dict[int, int] = {}  # how often a task was entered, of those entered again
         self._averaged = False
+        self._losses: dict[int, list[Tensor]] = {}
         self.factors: Factors | None = None
         """Those parameters of which the tasks' gradients are factors; a row may hold more for one."""
         self.at_risk = False
@@ -135,6 +136,19 @@ class TaskGradients:
     def stays(self, task: int) -> int:
         """How often a task was entered."""
         return self._stays.get(task, 1) if task in self._rows else 0
+
+    def note_loss(self, task: int, loss: Tensor) -> None:
+        """The loss whose gradient a stay in a task brings."""
+        self._losses.setdefault(task, []).append(loss.detach())
+
+    def losses(self) -> dict[int, Tensor]:
+        """Of each task whose loss was noted in every stay, the loss whose gradient its row is."""
+        found = {}
+        for task, noted in self._losses.items():
+            if len(noted) == self.stays(task):
+                total = sum(noted[1:], noted[0])
+                found[task] = total / len(noted) if self._averaged else total
+        return found
 
     def collect(self, tasks: int, mean: bool) -> None:
         """All rows of a round, before they are merged.
@@ -236,6 +250,7 @@ class TaskGradients:
 
     def _forget(self) -> None:
         self._rows, self._stays, self._own, self._averaged, self.at_risk = {}, {}, set(), False, False
+        self._losses = {}
         self.factors, self._some_are_sparse = None, False
         self._coalesced.forget()
 

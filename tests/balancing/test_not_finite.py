@@ -29,6 +29,7 @@ LEARNED = {
 BALANCERS = LEARNED | {
     "UncertaintyWeighting": lambda: balancing.UncertaintyWeighting(TASKS),
     "DWA": lambda: balancing.DWA(TASKS),
+    "Logarithm": lambda: balancing.Logarithm(TASKS),
     "STCH": lambda: balancing.STCH(TASKS, mu=0.5, preference=[0.2, 0.5, 0.3]),
     "COSMOS": lambda: balancing.COSMOS(TASKS, 0.1, [0.2, 0.5, 0.3]),
     "GeometricMean": lambda: balancing.GeometricMean(TASKS),

@@ -172,8 +172,10 @@ CASES = {
         lambda J: reference.random_weights(torch.randn(len(J), generator=seeded(), dtype=torch.float64)),
     ),
 }
-ELSEWHERE = {"PCGrad", "GradVac", "GradDrop", "TrimmedMean", "CRMOGM", "MetaBalance", "PCD"}
-"""Methods whose oracles give rows or the merged gradient itself, or what goes on over steps: see their own tests."""
+ELSEWHERE = {"PCGrad", "GradVac", "GradDrop", "TrimmedMean", "CRMOGM", "MetaBalance", "PCD", "MoDo", "SDMGrad"}
+ELSEWHERE |= {"MoCo", "ExcessMTL", "DBMTL"}
+"""Methods whose oracles give rows or the merged gradient itself, go on over steps, or take more than one J: see their
+own tests."""
 
 
 def problems(case):

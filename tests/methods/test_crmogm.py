@@ -140,7 +140,7 @@ def test_it_takes_the_scope_and_the_partial_sums_of_its_method():
     assert torch.equal(CRMOGM(inner).partial_weights(weights), inner.partial_weights(weights))
 
 
-@pytest.mark.parametrize("method", [methods.GradDrop(), methods.TrimmedMean(1)])
+@pytest.mark.parametrize("method", [methods.GradDrop(), methods.TrimmedMean(1), methods.MoCo()])
 def test_methods_without_weights_are_refused_by_name(method):
     with pytest.raises(TypeError, match=f"found {type(method).__name__}.*works on the rows"):
         CRMOGM(method)

@@ -17,6 +17,8 @@ ARGUMENTS = {
     "Constant": {"weights": [0.2, 1.0, 3.0]},
     "FairGrad": {"alpha": 1.0},
     "Krum": {"n_byzantine": 0},
+    "MoDo": {"num_tasks": 1, "batches": 3},
+    "SDMGrad": {"num_tasks": 1},
     "TrimmedMean": {"trim_number": 1},
 }
 SHAPES = ((4, 3), (), (0,), (70,))
@@ -29,9 +31,14 @@ def all_methods():
             yield pytest.param(lambda kind=kind, name=name: kind(**ARGUMENTS.get(name, {})), id=name)
 
 
-for_every_method = pytest.mark.parametrize("make", list(all_methods()))
+def is_tracking(one):
+    """Whether it merges not the rows themselves."""
+    return issubclass(getattr(methods, one.id), methods.Tracking)
+
+
+for_every_method = pytest.mark.parametrize("make", [one for one in all_methods() if not is_tracking(one)])
 for_every_method_on_grams = pytest.mark.parametrize(
-    "make", [one for one in all_methods() if one.id not in ("GradDrop", "TrimmedMean")]
+    "make", [one for one in all_methods() if not getattr(methods, one.id).needs_rows]
 )
 for_elementwise_methods = pytest.mark.parametrize(
     "make", [methods.GradDrop, lambda: methods.TrimmedMean(1)], ids=["GradDrop", "TrimmedMean"]

@@ -1,0 +1,164 @@
+"""What a method is that keeps something as large as J: for each task a state of each column."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import Method, Solution
+
+Row = list[Tensor | None]
+"""Of each parameter a task's gradient, or what is kept of it; None: zeros."""
+
+
+class Tracked(NamedTuple):
+    """The rows that a step merges.
+
+    Attributes:
+        tasks: the index of the task of each, ascending; absent ones too, where what is kept of them counts.
+        rows: J; all rows of a block have one dtype. Read before the next step, and never written.
+    """
+
+    tasks: Sequence[int]
+    rows: Sequence[Row]
+
+
+class Tracking(Method):
+    """A rule that first lets each task gradient change what it keeps of that task, column by column, such as an average
+    over steps; the rows that come of it are then merged as by a Gram-based method.
+
+    A subclass gives ``track``, and ``solve_for``, which is given the Gram matrix of the rows that ``track`` gave; with
+    ``finish`` it may change the merged gradient column by column.
+
+    It needs the task gradients themselves, of the same parameters in the same order in every step, from
+    ``GradientSurgery``, ``PCGrad``, or ``backward`` and ``grad`` with ``inputs``: dense, all parameters as one problem,
+    in one process. All else is refused. A task that is absent leaves what is kept of it as it is; a parameter that a
+    task does not touch counts as a gradient of zeros.
+
+    State: what is kept lies where the rows lie, in their dtype, or fp32 for 16-bit rows: T·N elements that no other
+    method needs. Of a task nothing is kept for parameters that it has never touched.
+
+    Numerics: a step in which a task gradient is not finite gives NaN and changes no state. That is looked at, which
+    waits for a GPU. A loss scale that changes would be part of what is kept: use it with gradients that have none.
+    """
+
+    needs_rows = True
+    needs_losses = False
+    """Whether ``track`` needs the values of the losses."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that is kept."""
+        self._step = 0
+        self._widths: list[int] | None = None
+        self._kept: dict[int, Row] = {}
+
+    @property
+    def known_tasks(self) -> int:
+        return 1 + max(self._kept, default=-1)
+
+    @abstractmethod
+    def track(self, tasks: Sequence[int], rows: Sequence[Row], gram: Tensor, losses: Sequence[float]) -> Tracked | None:
+        """What to merge in this step.
+
+        Args:
+            tasks: the index of each task that is there, ascending.
+            rows: their gradients; not changed.
+            gram: the Gram matrix of these, finite.
+            losses: of each its loss; empty where they are not needed.
+        Returns:
+            None where something is out of range: the merged gradient is NaN, and nothing may have changed.
+        """
+
+    def finish(self, merged: Row) -> None:
+        """Change the merged gradient in place."""
+
+    def solve(self, gram: Tensor) -> Solution:
+        raise TypeError(
+            f"{type(self).__name__} needs the task gradients themselves, of which it keeps something: use it in "
+            "GradientSurgery, PCGrad, backward or grad"
+        )
+
+    def check_widths(self, widths: Sequence[int]) -> None:
+        """ValueError where what is kept is of other parameters.
+
+        Args:
+            widths: the elements of each.
+        """
+        if self._widths is None:
+            self._widths = list(widths)
+        elif self._widths != list(widths):
+            raise ValueError(
+                f"{type(self).__name__} keeps something of {len(self._widths)} parameters with {sum(self._widths)} "
+                f"elements; found {len(widths)} with {sum(widths)}, or others: give it the same in every step, or call "
+                "reset()"
+            )
+
+    def kept(self, task: int, row: Row) -> Row:
+        """What is kept of a task, zeros at first, of each parameter that it has touched by now."""
+        kept = self._kept.setdefault(task, [None] * len(row))
+        for index, grad in enumerate(row):
+            if grad is not None:
+                kept[index] = _like(kept[index], grad)
+        return kept
+
+    def averaged(self, tasks: Sequence[int], rows: Sequence[Row], decay: float, gains: Sequence[float]) -> list[Row]:
+        """y_t ← decay·y_t + gain_t·g_t for what is kept of each task, y_t."""
+        result = []
+        for task, row, gain in zip(tasks, rows, gains, strict=True):
+            kept = self.kept(task, row)
+            torch._foreach_mul_([own for own in kept if own is not None], decay)
+            pairs = [(own, grad) for own, grad in zip(kept, row, strict=True) if own is not None and grad is not None]
+            for own, grad in pairs:
+                own.add_(grad, alpha=gain)
+            result.append(kept)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """``step``, the steps so far; ``widths``, the elements of each parameter; ``rows``: what is kept of each task
+        by its index, a list with a tensor or None for each parameter. Copies: T·N elements."""
+        rows = {task: _copied(row) for task, row in self._kept.items()}
+        return {"step": self._step, "widths": self._widths, "rows": rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state that ``state_dict`` gave.
+
+        Raises:
+            ValueError: other keys, or what cannot be the state of such a method.
+        """
+        keys = sorted(self.state_dict())
+        if sorted(state) != keys:
+            raise ValueError(f"the state of {type(self).__name__} has keys {keys}; found {sorted(state)}")
+        step, widths, rows = state["step"], state["widths"], state["rows"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be an integer that is not negative; found {step!r}")
+        for task, row in rows.items():
+            found = [None if own is None else own.numel() for own in row]
+            if widths is None or len(found) != len(widths) or not all(map(_may_be, found, widths)):
+                raise ValueError(f"rows must be of parameters with {widths} elements; found {found} for task {task}")
+        self._step, self._widths = step, None if widths is None else list(widths)
+        self._kept = {task: _copied(row) for task, row in rows.items()}
+
+
+def _copied(row: Row) -> Row:
+    return [None if own is None else own.detach().clone() for own in row]
+
+
+def _may_be(found: int | None, width: int) -> bool:
+    return found is None or found == width
+
+
+def _like(kept: Tensor | None, grad: Tensor) -> Tensor:
+    """What is kept, as the gradient is: on its device, in the order of its memory, in fp32 at least."""
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    if kept is None:
+        return torch.zeros_like(grad, dtype=dtype)
+    if (kept.dtype, kept.device, kept.stride()) == (dtype, grad.device, grad.stride()):
+        return kept
+    return torch.empty_like(grad, dtype=dtype).copy_(kept)
