@@ -44,7 +44,7 @@ class Training:
         for place, rate in enumerate(rates):
             networks = range(place * len(seeds), (place + 1) * len(seeds))
             modules = [*self.problem.shared, *self.problem.own]
-            parameters = [p for s in networks for p in (*(m.each[s] for m in modules), *self.rule.parameters[s])]
+            parameters = [p for s in networks for p in (*(m.vectors[s] for m in modules), *self.rule.parameters[s])]
             groups.append({"params": parameters, "lr": rate})
         self.adam = torch.optim.Adam(groups)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.adam, steps)
@@ -69,13 +69,15 @@ def train(run: Run, problem: str, by: str, rates: Sequence[float]) -> list[Row]:
             training.step()
     except (ArithmeticError, ValueError, RuntimeError) as error:  # a method that has no answer is a result
         return [_cell(run, problem, by, rate, steps, {"status": rows.failed(error)}) for rate in rates]
-    columns = sum(module.each[0].numel() for module in training.problem.shared)
+    columns = sum(module.vectors[0].numel() for module in training.problem.shared)
     own = [place for place, task in enumerate(about.tasks) if ALONE + task == by] or range(len(about.measures))
     with torch.no_grad():
         judged = {part: training.problem.judged(part).unflatten(1, (len(rates), seeds)) for part in PARTS}
     cells = []
     for place, rate in enumerate(rates):
-        found = {part: {about.measures[m].name: of[m, place].tolist() for m in own} for part, of in judged.items()}
+        found: dict[str, Any] = {
+            part: {about.measures[m].name: of[m, place].tolist() for m in own} for part, of in judged.items()
+        }
         cells.append(_cell(run, problem, by, rate, steps, {"N": columns, **found}))
     return cells
 

@@ -58,8 +58,8 @@ class Surgery(Rule):
 
     def __init__(self, problem: Problem, method: methods.Method) -> None:
         super().__init__(problem)
-        shared = [[module.each[s] for module in problem.shared] for s in range(self.networks)]
-        own = [[module.each[s] for module in problem.own] for s in range(self.networks)]
+        shared = [[module.vectors[s] for module in problem.shared] for s in range(self.networks)]
+        own = [[module.vectors[s] for module in problem.own] for s in range(self.networks)]
         self.surgery = GradientSurgery(
             [p for network in (*shared, *own) for p in network], len(problem.tasks), method, granularity=shared,
             shared=[p for network in shared for p in network], process_group="local",
@@ -94,29 +94,27 @@ class Balanced(Rule):
         if isinstance(self.balancers[0], balancing.GradNorm):
             self.note(losses)
         seen = self.seen(losses)
-        torch.stack([torch.stack(list(b(seen[:, s]))) for s, b in enumerate(self.balancers)]).sum().backward()
+        torch.stack([balancer(seen[:, s]) for s, balancer in enumerate(self.balancers)]).sum().backward()
 
     def note(self, losses: Tensor) -> None:
         """Norms of the gradients of the last shared layer's weights, of all networks from T passes."""
         network = self.problem.shared[-1]
         outputs, inputs = network.shapes[-1]
         for task, loss in enumerate(losses):
-            found = torch.autograd.grad(loss.sum(), list(network.each), retain_graph=True)
+            found = torch.autograd.grad(loss.sum(), list(network.vectors), retain_graph=True)
             for s, (balancer, gradient) in enumerate(zip(self.balancers, found, strict=True)):
+                assert isinstance(balancer, balancing.GradNorm)
                 balancer.note(task, loss[s], gradient[-outputs * (inputs + 1) : -outputs].norm())
 
     def after(self, batch: tuple[Tensor, ...]) -> None:
         self.steps += 1
-        kind = type(self.balancers[0])
-        if issubclass(kind, balancing.FAMO):
-            losses = self.problem.losses(batch).detach()
-            for s, balancer in enumerate(self.balancers):
+        losses = self.problem.losses(batch).detach() if isinstance(self.balancers[0], balancing.FAMO) else None
+        for s, balancer in enumerate(self.balancers):
+            if isinstance(balancer, balancing.FAMO) and losses is not None:
                 balancer.update(losses[:, s])
-        elif issubclass(kind, balancing.GradNorm):
-            for balancer in self.balancers:
+            elif isinstance(balancer, balancing.GradNorm):
                 balancer.update()
-        elif issubclass(kind, balancing.DWA) and self.steps % EPOCH == 0:
-            for balancer in self.balancers:
+            elif isinstance(balancer, balancing.DWA) and self.steps % EPOCH == 0:
                 balancer.end_epoch()
 
 

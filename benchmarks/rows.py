@@ -175,6 +175,11 @@ def latest_of(*results: str) -> list[Row]:
     return [row for name in results for row in latest(read(RESULTS / f"{name}.jsonl"))]
 
 
+def every_of(*results: str) -> list[Row]:
+    """Those of all runs of each of these files, for what goes on where an earlier run was cut off."""
+    return [row for name in results for row in read(RESULTS / f"{name}.jsonl")]
+
+
 def environment(threads: int) -> Environment:
     import numpy
     import torch

@@ -1,108 +1,16 @@
-"""The problems of ``benchmarks.quality``: several losses of S small networks that learn side by side.
-
-Their data comes with Python and scikit-learn alone. What is tuned is chosen by ``validation``; ``test`` is shown.
-"""
+"""Problems with data that comes with Python and scikit-learn alone: images, tables, texts."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastpcgrad.commands import demo_problems
-
-Part = Literal["validation", "test"]
-PARTS: tuple[Part, ...] = get_args(Part)
-
-
-class Budget(NamedTuple):
-    """Of each training: networks of seeds 0..S-1, and steps."""
-
-    seeds: int
-    steps: int
-
-
-class Measure(NamedTuple):
-    """What a network is judged by: its name with the unit, and whether a larger value is the better one."""
-
-    name: str
-    larger_is_better: bool
-
-
-class Vectors(demo_problems.Networks):
-    """``Networks`` of which each has its parameters in one vector: as many tensors as networks, not layers."""
-
-    def __init__(self, seeds: Sequence[int], widths: Sequence[int], activation: nn.Module) -> None:
-        super().__init__(seeds, widths, activation)
-        self.shapes = [(after, before) for before, after in pairwise(widths)]
-        vectors = [nn.utils.parameters_to_vector(network.parameters()).detach() for network in self.each]
-        del self.each
-        self.each = nn.ParameterList(vectors)
-
-    def layers(self) -> Iterator[tuple[Tensor, Tensor]]:
-        sizes = [size for outputs, inputs in self.shapes for size in (outputs * inputs, outputs)]
-        parts = iter(torch.stack(list(self.each)).split(sizes, dim=1))
-        for outputs, inputs in self.shapes:
-            yield next(parts).unflatten(1, (outputs, inputs)), next(parts)
-
-
-class Problem(ABC):
-    """T losses of S networks, of which number s has seed ``seeds[s]``: its first values, data and batches.
-
-    Attributes:
-        title: of the figure and the page.
-        tasks: the names of the losses.
-        measures: what the networks are judged by; where ``alone``, one for each task.
-        alone: whether a network that learns one task by itself can be judged by that task's measure.
-        weightings: T weights of the losses by the name of their sum: four to choose from, the plain sum among them.
-        steps: of Adam, whose learning rate falls to 0 as a cosine.
-        shared, own: modules whose parameters undergo surgery, and the others, each with ``each`` of S networks.
-    """
-
-    title: ClassVar[str]
-    tasks: ClassVar[tuple[str, ...]]
-    measures: ClassVar[tuple[Measure, ...]]
-    alone: ClassVar[bool] = True
-    weightings: ClassVar[Mapping[str, tuple[float, ...]]]
-    steps: ClassVar[int]
-    shared: Sequence[Vectors]
-    own: Sequence[Vectors] = ()
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    @classmethod
-    def budget(cls, quick: bool) -> Budget:
-        """``quick``: whether it runs, not who wins."""
-        return Budget(2, 3) if quick else Budget(5, cls.steps)
-
-    def permutations(self, count: int) -> Tensor:
-        """``[S, count]``: of each network its own order of the samples."""
-        return torch.stack([torch.randperm(count, generator=generator) for generator in self.generators])
-
-    def drawn(self, places: Tensor, count: int) -> Tensor:
-        """``[S, count]``: of each network samples of its own ``[S, n]``, with replacement."""
-        draws = [torch.randint(places.shape[1], (count,), generator=generator) for generator in self.generators]
-        return places.gather(1, torch.stack(draws))
-
-    @abstractmethod
-    def batch(self) -> tuple[Tensor, ...]:
-        """The next one of all networks."""
-
-    @abstractmethod
-    def losses(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """``[T, S]``."""
-
-    @abstractmethod
-    def judged(self, part: Part) -> Tensor:
-        """``[M, S]``: by each measure."""
+from benchmarks.quality_problems.base import Measure, Part, Problem, Vectors
 
 
 def mean_cross_entropy(scores: Tensor, answers: Tensor) -> Tensor:
@@ -122,7 +30,7 @@ def relative_rmse(found: Tensor, expected: Tensor) -> Tensor:
 
 
 class Digits(Problem):
-    """Noisy handwritten digits: which one (cross-entropy), and its sum of pixels of 0..16 (squared error in raw units)."""
+    """Noisy handwritten digits: which one (cross-entropy), and the sum of its pixels (squared error, in raw units)."""
 
     title = "digits: class, ink"
     tasks = ("class", "ink")
@@ -311,139 +219,3 @@ class Texts(Problem):
             starts = places[part][:: max(1, len(places[part]) // self.judged_characters)][: self.judged_characters]
             found.append(self.windows(task, starts).expand(len(self.generators), -1, -1))
         return self.cross_entropy(found) / math.log(2)
-
-
-class PhysicsInformed(Problem):
-    """A network u of the coordinates, from the residual of an equation and from its initial and boundary values.
-
-    None of the losses has a solution by itself, so that there is no learning one task alone. Judged by
-    -log10(‖u − solution‖ / ‖solution‖): 2 are an error of 1 %. What is tuned is chosen by the error at 50 points, as if
-    that much had been measured; the test is a grid.
-    """
-
-    alone = False
-    measures = (Measure("right digits of u", True),)
-    widths: ClassVar[tuple[int, ...]]
-    lower: ClassVar[tuple[float, ...]]
-    upper: ClassVar[tuple[float, ...]]
-    size = 64
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        super().__init__(seeds)
-        self.shared = [Vectors(seeds, self.widths, nn.Tanh())]
-        low, high = torch.tensor(self.lower), torch.tensor(self.upper)
-        measured = low + (high - low) * torch.rand(50, len(low), generator=torch.Generator().manual_seed(0))
-        self.points: dict[Part, Tensor] = {"validation": measured, "test": self.grid()}
-        self.expected = {part: self.solution(points) for part, points in self.points.items()}
-
-    @abstractmethod
-    def grid(self) -> Tensor:
-        """``[n, coordinates]``."""
-
-    @abstractmethod
-    def solution(self, x: Tensor) -> Tensor:
-        """``[n, coordinates]`` to ``[n]``."""
-
-    def u(self, x: Tensor) -> Tensor:
-        """``[S, n, coordinates]`` to ``[S, n]``."""
-        return self.shared[0](x)[..., 0]
-
-    def at(self, x: Tensor) -> Tensor:
-        """``[n, coordinates]`` for each of S networks."""
-        return x.expand(len(self.generators), -1, -1)
-
-    def random(self, coordinate: int) -> Tensor:
-        """``[S, size]`` values of a coordinate."""
-        low, high = self.lower[coordinate], self.upper[coordinate]
-        drawn = torch.stack([torch.rand(self.size, generator=generator) for generator in self.generators])
-        return low + (high - low) * drawn
-
-    def judged(self, part: Part) -> Tensor:
-        found, expected = self.u(self.at(self.points[part])), self.expected[part]
-        return -((found - expected).norm(dim=1) / expected.norm()).log10()[None]
-
-
-def derivative(values: Tensor, x: Tensor) -> Tensor:
-    """Of ``[S, n]`` by the coordinates ``[S, n, coordinates]``, with a graph of its own."""
-    (found,) = torch.autograd.grad(values.sum(), x, create_graph=True)
-    return found
-
-
-class Poisson(PhysicsInformed):
-    """The demo's: u'' = f on [-1, 1] with given ends; the equation's loss starts 3000 times larger."""
-
-    title = "Poisson: equation, ends"
-    tasks = ("equation", "ends")
-    weightings: ClassVar = demo_problems.Poisson.weightings
-    steps = 600
-    widths, lower, upper = (1, 32, 32, 1), (-1.0,), (1.0,)
-    frequency = demo_problems.Poisson.frequency
-
-    def grid(self) -> Tensor:
-        return torch.linspace(-1, 1, 401)[:, None]
-
-    def solution(self, x: Tensor) -> Tensor:
-        return torch.sin(self.frequency * x[:, 0]) + x[:, 0] / 2
-
-    def batch(self) -> tuple[Tensor, ...]:
-        return (self.random(0)[..., None],)
-
-    def losses(self, batch: tuple[Tensor, ...]) -> Tensor:
-        x = batch[0].detach().requires_grad_()
-        curvature = derivative(derivative(self.u(x), x)[..., 0], x)[..., 0]
-        equation = curvature + self.frequency**2 * torch.sin(self.frequency * x[..., 0])
-        ends = torch.tensor([[-1.0], [1.0]])
-        error = self.u(self.at(ends)) - self.solution(ends)
-        return torch.stack([equation.square().mean(dim=1), error.square().mean(dim=1)])
-
-
-class Burgers(PhysicsInformed):
-    """u_t + u u_x = ν u_xx for x in [-1, 1], t in [0, 1] from -sin πx, with u = 0 at both ends: a front forms."""
-
-    title = "Burgers: equation, start, ends"
-    tasks = ("equation", "start", "ends")
-    weightings: ClassVar = {
-        "plain sum": (1, 1, 1),
-        "weights 1 : 10 : 10": (1, 10, 10),
-        "weights 1 : 100 : 100": (1, 100, 100),
-        "weights 10 : 1 : 1": (10, 1, 1),
-    }
-    steps = 400
-    widths, lower, upper = (2, 24, 24, 1), (-1.0, 0.0), (1.0, 1.0)
-    viscosity = 0.1 / math.pi
-
-    def grid(self) -> Tensor:
-        return torch.cartesian_prod(torch.linspace(-1, 1, 41), torch.linspace(0, 1, 11))
-
-    def solution(self, x: Tensor) -> Tensor:
-        """By the formula of Cole and Hopf, its integrals over the heat kernel with Gauss and Hermite's weights."""
-        nodes, weights = np.polynomial.hermite.hermgauss(80)
-        place, time = x.double().numpy().T
-        y = place[:, None] - np.sqrt(4 * self.viscosity * time)[:, None] * nodes
-        exponent = -np.cos(math.pi * y) / (2 * math.pi * self.viscosity)
-        kernel = weights * np.exp(exponent - exponent.max(axis=1, keepdims=True))
-        return torch.from_numpy(-(kernel * np.sin(math.pi * y)).sum(axis=1) / kernel.sum(axis=1)).float()
-
-    def batch(self) -> tuple[Tensor, ...]:
-        return self.random(0), self.random(1), self.random(0), self.random(1)
-
-    def losses(self, batch: tuple[Tensor, ...]) -> Tensor:
-        place, time, start, moment = batch
-        x = torch.stack([place, time], dim=2).requires_grad_()
-        u = self.u(x)
-        slopes = derivative(u, x)
-        curvature = derivative(slopes[..., 0], x)[..., 0]
-        equation = slopes[..., 1] + u * slopes[..., 0] - self.viscosity * curvature
-        first = self.u(torch.stack([start, torch.zeros_like(start)], dim=2)) + torch.sin(math.pi * start)
-        sides = torch.ones_like(moment)
-        ends = self.u(torch.cat([torch.stack([end * sides, moment], dim=2) for end in (-1, 1)], dim=1))
-        return torch.stack([residual.square().mean(dim=1) for residual in (equation, first, ends)])
-
-
-PROBLEMS: dict[str, type[Problem]] = {
-    "digits": Digits,
-    "tables": Tables,
-    "texts": Texts,
-    "poisson": Poisson,
-    "burgers": Burgers,
-}
