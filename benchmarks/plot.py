@@ -8,6 +8,7 @@ of them is not what the rows give.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -328,7 +329,7 @@ def draw_quality(of: Sequence[Row], folder: Path) -> list[Path]:
     order = quality_tables.in_order(every)
     figure, (panels,) = _panels(1, len(every), 3 * len(every) + 1.2, 0.24 * len(order) + 1.6, sharey=True)
     for axes, (name, found) in zip(panels, every.items(), strict=True):
-        means = [found[rule].mean for rule in order if rule in found]
+        means = [outcome.mean for outcome in found.values() if math.isfinite(outcome.mean)]
         lowest = max(min(means), LOWEST_DELTA)
         edge = lowest - 0.12 * (max(means) - lowest)
         axes.axvline(found[PLAIN].mean, color=GREY, lw=1, ls=":")
@@ -345,14 +346,14 @@ def draw_quality(of: Sequence[Row], folder: Path) -> list[Path]:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(KINDS))
     figure.suptitle(
         "To the right is better: Δm against networks that learned one task alone (Poisson, Burgers: against the plain "
-        "sum).\nBars: standard error of the difference from the plain sum (dotted), seed by seed. ←: further left.",
+        "sum).\nBars: standard error of the difference from the plain sum (dotted), seed by seed. ←: so far to the left.",
         fontsize=9,
     )
     return [_save(figure, folder / "quality.png", 100)]
 
 
 LOWEST_DELTA = -60.0
-"""Points further left stand at the edge, as arrows: else the worst leave nothing to see of the others."""
+"""Points further left stand at the edge, as numbers: else the worst leave nothing to see of the others."""
 
 
 def _quality_point(axes: Any, place: int, outcome: Outcome, plain: Outcome, edge: float) -> None:
@@ -361,7 +362,7 @@ def _quality_point(axes: Any, place: int, outcome: Outcome, plain: Outcome, edge
     if outcome.mean >= LOWEST_DELTA:
         axes.errorbar(outcome.mean, place, xerr=error, fmt=marker, color=colour, ms=4, lw=1)
     else:
-        axes.plot(edge, place, "$\\leftarrow$", color=colour, ms=8)
+        axes.text(edge, place, f"← {quality_tables.number(outcome.mean)}", color=colour, va="center", fontsize=7)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

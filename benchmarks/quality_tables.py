@@ -29,7 +29,7 @@ class Outcome:
     """What a rule came to on a problem, with the learning rate that validation chose.
 
     Attributes:
-        deltas: Δm of each seed, in per cent; NaN where training went astray.
+        deltas: Δm of each seed, in per cent; not finite where training went astray.
         test: by measure the value of each seed.
     """
 
@@ -113,7 +113,12 @@ def outcomes(found: Cells, problem: type[Problem]) -> dict[str, Outcome]:
 def beside(outcome: Outcome, other: Outcome) -> tuple[float, float]:
     """The mean difference of Δm, seed by seed, and its standard error."""
     differences = [own - its for own, its in zip(outcome.deltas, other.deltas, strict=True)]
-    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.fmean(differences), standard_error(differences)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; NaN where one is not finite."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if all(map(math.isfinite, values)) else math.nan
 
 
 def is_clear(difference: float, error: float) -> bool:
@@ -138,7 +143,7 @@ def mean_ranks(every: Mapping[str, Mapping[str, Outcome]]) -> dict[str, float]:
 
 def _loss(measure: Measure, outcome: Outcome) -> float:
     mean = statistics.fmean(outcome.test[measure.name])
-    return math.inf if math.isnan(mean) else -mean if measure.larger_is_better else mean
+    return math.inf if not math.isfinite(mean) else -mean if measure.larger_is_better else mean
 
 
 def _ranks(losses: Mapping[str, float]) -> dict[str, float]:
@@ -184,18 +189,19 @@ def _shown(rule: str) -> str:
     return f"{kind}`{rule}`" if rule in METHODS or rule in BALANCERS else f"{kind}{rule.removesuffix(' sum')}"
 
 
-def _number(value: float) -> str:
-    return "astray" if math.isnan(value) else f"{value:+.1f}" if abs(value) < 100 else f"{value:+.0f}"
+def number(value: float) -> str:
+    """Of Δm, as it is shown."""
+    return "astray" if not math.isfinite(value) else f"{value:+.1f}" if abs(value) < 100 else f"{value:+.0f}"
 
 
 def _delta_cell(outcome: Outcome | None, plain: Outcome | None) -> str:
     if outcome is None:
         return ""
-    if plain is None or outcome.rule == PLAIN:
-        return _number(outcome.mean)
+    if plain is None or outcome.rule == PLAIN or not math.isfinite(outcome.mean):
+        return number(outcome.mean)
     difference, error = beside(outcome, plain)
     mark = " ▲" if difference > 0 else " ▼"
-    return f"{_number(outcome.mean)} ± {error:.1f}{mark if is_clear(difference, error) else ''}"
+    return f"{number(outcome.mean)} ± {error:.1f}{mark if is_clear(difference, error) else ''}"
 
 
 def _times(rows: Sequence[Row]) -> dict[str, str]:
@@ -249,7 +255,7 @@ def _values(name: str, found: Mapping[str, Outcome]) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    error = statistics.stdev(values) / math.sqrt(len(values))
+    error = standard_error(values)
     return "astray" if math.isnan(error) else f"{statistics.fmean(values):.4g} ± {error:.2g}"
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import quality, quality_tables, rows
+from benchmarks import plot, quality, quality_tables, rows
 from benchmarks.quality_problems import PARTS, PROBLEMS, Budget, Measure, Problem
 from benchmarks.quality_problems.physics import Burgers
 from benchmarks.quality_rules import ALONE, BALANCERS, METHODS, PLAIN, SEARCHED, names
@@ -218,6 +218,24 @@ def test_ranks_by_hand(monkeypatch):
     }
     assert quality_tables.mean_ranks({"two": found}) == {"a": 2, "b": 2, "c": 2, "d": 4}
     assert quality_tables.in_order({"two": found})[-4:] == ["a", "b", "c", "d"]
+
+
+def test_the_figure_has_a_panel_for_each_problem_that_has_rows(monkeypatch, tmp_path):
+    """One rule among them that went astray and has no place on the axis."""
+    pytest.importorskip("matplotlib", reason="pip install 'fastpcgrad[examples]'")
+    problem = PROBLEMS["poisson"]
+    monkeypatch.setattr(problem, "steps", 10)
+    measure = problem.measures[0].name
+    found = [
+        Row("training", "poisson", "quality", rule, ENVIRONMENT, learning_rate=0.1, steps=10,
+            validation={measure: values}, test={measure: values})
+        for rule, values in {PLAIN: [1.0, 2, 1, 2, 1], "PCGrad": [2.0, 3, 2, 3, 3], "FAMO": [math.nan] * 5}.items()
+    ]  # fmt: skip
+    (path,) = plot.draw_quality(found, tmp_path)
+    assert path.name == "quality.png" and path.read_bytes().startswith(b"\x89PNG")
+    assert plot.draw_quality(found[1:], tmp_path) == []  # nothing to compare with
+    page = quality_tables.page(found)
+    assert "| `PCGrad` | +85.7 ± 14.3 ▲ |" in page and "| balancer: `FAMO` | astray |" in page
 
 
 def test_without_references_there_is_nothing_to_say():
