@@ -346,7 +346,7 @@ def draw_quality(of: Sequence[Row], folder: Path) -> list[Path]:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(KINDS))
     figure.suptitle(
         "To the right is better: Δm against networks that learned one task alone (Poisson, Burgers: against the plain "
-        "sum).\nBars: standard error of the difference from the plain sum (dotted), seed by seed. ←: so far to the left.",
+        "sum).\nBars: standard error of the difference from the plain sum (dotted), seed by seed. ←: beyond the axis.",
         fontsize=9,
     )
     return [_save(figure, folder / "quality.png", 100)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.quality_problems import Problem
 from fastpcgrad import GradientSurgery, balancing, methods
+from fastpcgrad.balancing.base import LearnedBalancer
 
 PLAIN, MEAN, FIRST, SEARCHED, ALONE = "plain sum", "mean", "losses / first values", "best weights of 4", "single task: "
 EPOCH = 20
@@ -80,7 +81,7 @@ class Balanced(Rule):
         self.balancers = [make(len(problem.tasks)) for _ in range(self.networks)]
         self.first: Tensor | None = None
         self.steps = 0
-        if not hasattr(self.balancers[0], "update"):
+        if not isinstance(self.balancers[0], LearnedBalancer):  # which has an optimizer of its own
             self.parameters = [list(balancer.parameters()) for balancer in self.balancers]
 
     def seen(self, losses: Tensor) -> Tensor:
