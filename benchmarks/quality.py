@@ -27,9 +27,9 @@ from benchmarks.rows import RESULTS, Row
 from benchmarks.session import Run
 from fastpcgrad.commands.timing import in_turn
 
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 TIMES = "times"
-SECONDS = 12.0
+SECONDS = 20.0
 """For the times of a problem's rules, in turn."""
 FILE = "quality.jsonl"
 

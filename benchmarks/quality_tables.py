@@ -191,7 +191,7 @@ def _shown(rule: str) -> str:
 
 def number(value: float) -> str:
     """Of Δm, as it is shown."""
-    return "astray" if not math.isfinite(value) else f"{value:+.1f}" if abs(value) < 100 else f"{value:+.0f}"
+    return "astray" if not math.isfinite(value) else f"{round(value, 1) + 0:+.1f}"
 
 
 def _delta_cell(outcome: Outcome | None, plain: Outcome | None) -> str:

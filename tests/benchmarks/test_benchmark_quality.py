@@ -37,7 +37,7 @@ def test_a_finished_cell_is_not_run_again_and_a_missing_one_is_the_same(quick, t
     assert quality.main([*QUICK, str(tmp_path)]) == 0
     (again,) = rows.read(tmp_path / quality.FILE)[-1:]
     assert (again.subject, again.learning_rate) == ("PCGrad", 1e-2)
-    assert again.test["right digits of u"] == pytest.approx(whole[4].test["right digits of u"], rel=1e-3)
+    assert again.test["right digits of u"] == pytest.approx(whole[5].test["right digits of u"], rel=1e-3)
     monkeypatch.setattr(quality, "train", None)
     assert quality.main([*QUICK, str(tmp_path)]) == 0
     assert "| `PCGrad` |" in capsys.readouterr().out
