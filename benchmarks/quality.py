@@ -101,11 +101,13 @@ def measure_times(run: Run, problem: str, seconds: float) -> None:
         if not by.startswith(ALONE) and (by == PLAIN or by not in PROBLEMS[problem].weightings)
     }
     taken = in_turn({by: training.step for by, training in by_rule.items()}, seconds, "cpu", time.thread_time)
+    tasks, note = len(PROBLEMS[problem].tasks), "CPU time of a step of one network"
     run.add(
-        run.row("step", problem, "quality", by, T=len(PROBLEMS[problem].tasks), p50_ms=1e3 * seconds,
-                ratios={PLAIN: seconds / taken[PLAIN]}, note="CPU time of a step of one network")
-        for by, seconds in taken.items()
-    )  # fmt: skip
+        run.row(
+            "step", problem, "quality", by, T=tasks, p50_ms=1e3 * step, ratios={PLAIN: step / taken[PLAIN]}, note=note
+        )
+        for by, step in taken.items()
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -179,7 +179,7 @@ def _deltas(every: Mapping[str, Mapping[str, Outcome]], rows: Sequence[Row]) -> 
     for rule in in_order(every):
         shown = [_delta_cell(found.get(rule), found.get(PLAIN)) for found in every.values()]
         rank = f"{ranks[rule]:.1f}" if rule in ranks else ""
-        lines.append((_shown(rule), *shown, rank, times.get(PLAIN if rule == SEARCHED else rule, "")))
+        lines.append((_shown(rule), *shown, rank, times.get(rule, "")))
     header = ("Δm, % ± standard error", *(PROBLEMS[name].title for name in every), "mean rank", "step / plain sum")
     return markdown(header, lines)
 
@@ -210,8 +210,8 @@ def _times(rows: Sequence[Row]) -> dict[str, str]:
     latest = [row for row in timed if row.environment.run == timed[-1].environment.run]
     ratios: dict[str, list[float]] = {}
     for row in latest:
-        ratios.setdefault(row.subject, []).append(1 / row.ratios[PLAIN])
-    return {rule: f"{min(found):.2f} to {max(found):.2f}×" for rule, found in ratios.items()}
+        ratios.setdefault(row.subject, []).append(row.ratios[PLAIN])
+    return {rule: f"{min(found):.1f} to {max(found):.1f}×" for rule, found in ratios.items() if rule != PLAIN}
 
 
 def _findings(every: Mapping[str, Mapping[str, Outcome]]) -> str:
