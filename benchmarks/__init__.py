@@ -7,6 +7,8 @@ report as rows.
 Measured here: ``steps`` whole training steps in turn; ``memory`` their peaks; ``gradnorm`` a step of GradNorm; ``gpu``
 all of it on a GPU, where there is no plugin (``gpu_compile`` comes before); ``tune`` finds csrc/cuda/tuned.h.
 ``overlap``: reductions within backward passes, on several processes.
+``quality``: what small networks come to, trained by every rule (``quality_problems``, ``quality_rules``,
+``quality_tables``).
 ``gpu_plan`` is what ``make gpu`` does there, in the order of worth; ``gpu_build`` compiles for it elsewhere.
 
 Who and what: ``cases`` as data; ``models``; ``kernels`` who competes in an op; ``modes`` the ways through a step;

@@ -1,4 +1,4 @@
-"""Pages that hold tables between two markers, from the rows of the latest run of each file alone."""
+"""Pages that hold tables between two markers, from rows alone: of the latest run of each file, unless said."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import rows, tables
+from benchmarks import quality_tables, rows, tables
 from benchmarks.rows import ROOT, Row
 
 
@@ -18,6 +18,7 @@ class Page:
     results: tuple[str, ...]
     marker: str
     table: Callable[[Sequence[Row]], str]
+    chosen: Callable[..., list[Row]] = rows.latest_of
 
     def written(self) -> str:
         """The page as it must be; ValueError unless it has each of the two markers once, in this order."""
@@ -25,7 +26,7 @@ class Page:
         start, end = f"<!-- {self.marker}:start -->", f"<!-- {self.marker}:end -->"
         if page.count(start) != 1 or page.count(end) != 1 or page.index(start) > page.index(end):
             raise ValueError(f"{self.path} must hold {start} and {end} once each, in this order")
-        content = self.table(rows.latest_of(*self.results))
+        content = self.table(self.chosen(*self.results))
         return f"{page.split(start)[0]}{start}\n{content}\n{end}{page.split(end)[1]}"
 
     def is_stale(self) -> bool:
@@ -39,4 +40,5 @@ PAGES = (
     Page(ROOT / "docs" / "below_the_floor.md", ("floor",), "floor-table", tables.floor),
     Page(ROOT / "docs" / "kernels.md", ("gpu",), "gpu-table", tables.gpu),
     Page(ROOT / "docs" / "methods.md", ("methods",), "methods-table", tables.methods),
+    Page(ROOT / "docs" / "quality.md", ("quality",), "quality-table", quality_tables.page, rows.every_of),
 )

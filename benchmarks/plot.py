@@ -1,22 +1,27 @@
 """``python -m benchmarks.plot [--check]``: tables and plots, from the rows alone.
 
-Only rows of the latest run of each file count. The tables stand in README.md and docs/
-(``benchmarks.tables``); ``--check`` writes nothing and fails if one of them is not what the rows give.
+Only rows of the latest run of each file count, but for trainings, whose cells may be of several. The tables stand in
+README.md and docs/ (``benchmarks.tables``, ``benchmarks.quality_tables``); ``--check`` writes nothing and fails if one
+of them is not what the rows give.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rows, samples, targets
+from benchmarks import quality_tables, rows, samples, targets
 from benchmarks.cases import WIDTHS
 from benchmarks.modes import DENSE_ROWS, FACTORED_ROWS, floor_of
 from benchmarks.pages import PAGES
+from benchmarks.quality_problems import PROBLEMS
+from benchmarks.quality_rules import BALANCERS, METHODS, PLAIN
+from benchmarks.quality_tables import Outcome
 from benchmarks.rows import FIGURES, LIBRARY, Row
 from benchmarks.tables import CPU_OPS, GPU_OPS, by_case, origin
 
@@ -54,7 +59,8 @@ def draw(folder: Path) -> list[Path]:
     """All plots that the committed rows have data for, as PNG."""
     cpu, large, floor, gpu = map(rows.latest_of, ("cpu", "large", "floor", "gpu"))
     of_cpu = draw_cpu([*cpu, *rows.latest_of("steps", "memory")], folder)
-    return [*of_cpu, *draw_large(large, folder), *draw_floor(floor, folder), *draw_gpu(gpu, folder)]
+    others = [*draw_large(large, folder), *draw_floor(floor, folder), *draw_gpu(gpu, folder)]
+    return [*of_cpu, *others, *draw_quality(rows.every_of("quality"), folder)]
 
 
 def _save(figure: Any, path: Path, dpi: int) -> Path:
@@ -294,6 +300,53 @@ def draw_gpu(latest: Sequence[Row], folder: Path) -> list[Path]:
     where = f"{last.device}; torch {last.torch}; commit {last.commit}, {last.date}"
     figure.suptitle(f"Bytes that must move / time of a call\n{where}", fontsize=8)
     return [_save(figure, folder / "gpu.png", 120)]
+
+
+KINDS = ("sum", GREY, "s"), ("balancer", ORANGE, "^"), ("method", BLUE, "o")
+
+
+def draw_quality(of: Sequence[Row], folder: Path) -> list[Path]:
+    """A panel for each problem, a line for each rule: Δm, and the standard error of its difference from the sum."""
+    every = {name: found for name, found in quality_tables.all_outcomes(of).items() if found}
+    if not every:
+        return []
+    order = quality_tables.in_order(every)
+    figure, (panels,) = _panels(1, len(every), 3 * len(every) + 1.2, 0.24 * len(order) + 1.6, sharey=True)
+    for axes, (name, found) in zip(panels, every.items(), strict=True):
+        means = [outcome.mean for outcome in found.values() if math.isfinite(outcome.mean)]
+        lowest = max(min(means), LOWEST_DELTA)
+        edge = lowest - 0.12 * (max(means) - lowest)
+        axes.axvline(found[PLAIN].mean, color=GREY, lw=1, ls=":")
+        for place, rule in enumerate(order):
+            if rule in found:
+                _quality_point(axes, place, found[rule], found[PLAIN], edge)
+        axes.axhline(len(quality_tables.BASELINES) - 0.5, color=PALE_GREY, lw=0.8)
+        axes.set(title=PROBLEMS[name].title, xlabel="Δm, %")
+        axes.set_xlim(left=edge - 0.03 * (max(means) - edge))
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(order)), order)
+    panels[0].invert_yaxis()
+    handles = {kind: panels[0].plot([], [], marker, color=colour)[0] for kind, colour, marker in KINDS}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(KINDS))
+    figure.suptitle(
+        "To the right is better: Δm against networks that learned one task alone (Poisson, Burgers: against the plain "
+        "sum).\nBars: standard error of the difference from the plain sum (dotted), seed by seed. ←: beyond the axis.",
+        fontsize=9,
+    )
+    return [_save(figure, folder / "quality.png", 100)]
+
+
+LOWEST_DELTA = -60.0
+"""Points further left stand at the edge, as numbers: else the worst leave nothing to see of the others."""
+
+
+def _quality_point(axes: Any, place: int, outcome: Outcome, plain: Outcome, edge: float) -> None:
+    _, colour, marker = KINDS[2 if outcome.rule in METHODS else 1 if outcome.rule in BALANCERS else 0]
+    _, error = quality_tables.beside(outcome, plain)
+    if outcome.mean >= LOWEST_DELTA:
+        axes.errorbar(outcome.mean, place, xerr=error, fmt=marker, color=colour, ms=4, lw=1)
+    else:
+        axes.text(edge, place, f"← {quality_tables.number(outcome.mean)}", color=colour, va="center", fontsize=7)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

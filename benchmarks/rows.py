@@ -29,7 +29,7 @@ LIBRARY, MACHINE = "fastpcgrad", "machine"
 SKIPPED_BUDGET = "skipped: budget"
 SKIPPED_LATE = f"{SKIPPED_BUDGET} (the time for this part was up)"
 
-Kind = Literal["bandwidth", "kernel", "step", "memory", "method"]
+Kind = Literal["bandwidth", "kernel", "step", "memory", "method", "training"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Row:
         bandwidth_fraction_in_turn: the same against the copy (read) that took turns with the subject.
         peak_bytes: peak memory of the step beyond model and activations (see ``benchmarks.memory``).
         peak_ratio: ``peak_bytes`` / (T · N · itemsize).
+        learning_rate, steps: of a training.
+        validation, test: of a training, by measure: the value of each seed 0..S-1 on data of these parts.
         note: how the numbers were taken, where that is not the same for all rows.
     """
 
@@ -95,6 +97,10 @@ class Row:
     bandwidth_fraction_in_turn: float | None = None
     peak_bytes: int | None = None
     peak_ratio: float | None = None
+    learning_rate: float | None = None
+    steps: int | None = None
+    validation: dict[str, list[float]] = field(default_factory=dict)
+    test: dict[str, list[float]] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -141,6 +147,8 @@ def _rounded(value: Any) -> Any:
         return float(f"{value:.5g}")
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
     return value
 
 
@@ -165,6 +173,11 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 def latest_of(*results: str) -> list[Row]:
     """Those of each of these files of results."""
     return [row for name in results for row in latest(read(RESULTS / f"{name}.jsonl"))]
+
+
+def every_of(*results: str) -> list[Row]:
+    """Those of all runs of each of these files, for what goes on where an earlier run was cut off."""
+    return [row for name in results for row in read(RESULTS / f"{name}.jsonl")]
 
 
 def environment(threads: int) -> Environment:

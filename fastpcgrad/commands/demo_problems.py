@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import ClassVar
 
@@ -27,12 +27,16 @@ class Networks(nn.Module):
                 torch.manual_seed(seed)
                 self.each.append(nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths)))
 
+    def layers(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights ``[S, outputs, inputs]`` and biases ``[S, outputs]`` of each layer, of all networks."""
+        for layers in zip(*self.each, strict=True):
+            yield torch.stack([layer.weight for layer in layers]), torch.stack([layer.bias for layer in layers])
+
     def forward(self, x: Tensor) -> Tensor:
-        for depth, layers in enumerate(zip(*self.each, strict=True)):
+        for depth, (weights, biases) in enumerate(self.layers()):
             if depth:
                 x = self.activation(x)
-            weights = torch.stack([layer.weight for layer in layers])
-            x = torch.baddbmm(torch.stack([layer.bias for layer in layers])[:, None], x, weights.mT)
+            x = torch.baddbmm(biases[:, None], x, weights.mT)
         return x
 
 

@@ -34,7 +34,7 @@ class CRMOGM(Method):
             ``method.alpha = 1 - lr / initial_lr`` as the paper's corollary 1 has it.
         initial_weights: λ before the first step, ``[T]``; None: λ̂ of the first.
     Raises:
-        TypeError: no method, or one that works on the rows (GradDrop, TrimmedMean, MoCo), whose weights there are none of.
+        TypeError: no method, or one that works on the rows (GradDrop, MoCo), of which there are no weights.
         ValueError: ``alpha`` out of range, bad weights. From ``solve``: the state is for another shape.
     Numerics: float64 on the device of G, without a wait of its own. Weights that are not finite are given as they are,
         and λ of that problem stays as it was.
