@@ -29,7 +29,7 @@ LIBRARY, MACHINE = "fastpcgrad", "machine"
 SKIPPED_BUDGET = "skipped: budget"
 SKIPPED_LATE = f"{SKIPPED_BUDGET} (the time for this part was up)"
 
-Kind = Literal["bandwidth", "kernel", "step", "memory", "method"]
+Kind = Literal["bandwidth", "kernel", "step", "memory", "method", "sizes"]
 
 
 @dataclass(frozen=True)
