@@ -28,8 +28,18 @@ _CHOICES: dict[Op, Callable[..., choices.Choice]] = {
 }
 _SMALLEST_TILE = 16
 
-DROPPED: dict[Key, frozenset[Sizes]] = {}
-"""What spilled registers, or took more shared memory than every GPU has, as ``compile_ahead --candidates`` found."""
+DROPPED: dict[Key, frozenset[Sizes]] = {
+    ("gram_rows", 2, 2): frozenset({Sizes(8192, 8, 1)}),
+    ("gram_rows", 2, 4): frozenset({Sizes(1024, 8, 1)}),
+    ("gram_rows", 16, 4): frozenset({Sizes(1024, 4, 1), Sizes(1024, 4, 3)}),
+    ("gram_tiles", 16, 2): frozenset({Sizes(64, 4, 3), Sizes(64, 4, 4), Sizes(64, 8, 3), Sizes(64, 8, 4)}),
+    ("gram_tiles", 64, 2): frozenset({Sizes(64, 8, 3), Sizes(64, 8, 4)}),
+    ("gram_tiles", 64, 4): frozenset({Sizes(16, 8, 4), Sizes(32, 4, 4), Sizes(32, 8, 3), Sizes(32, 8, 4)}),
+    ("mix_rows", 16, 2): frozenset({Sizes(2048, 4, 1)}),
+    ("mix_tiles", 64, 2): frozenset({Sizes(128, 4, 1)}),
+}
+"""What spills registers on sm_90, or takes more shared memory than every GPU has, as
+``python -m tests.backends.triton.compile_ahead --candidates`` finds."""
 
 
 class Tuned(NamedTuple):
