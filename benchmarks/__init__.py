@@ -5,7 +5,8 @@ Calls, by pytest-benchmark (``pytest benchmarks --benchmark-only``):
 report as rows.
 
 Measured here: ``steps`` whole training steps in turn; ``memory`` their peaks; ``gradnorm`` a step of GradNorm; ``gpu``
-all of it on a GPU, where there is no plugin (``gpu_compile`` comes before); ``tune`` finds csrc/cuda/tuned.h.
+all of it on a GPU, where there is no plugin (``gpu_compile`` comes before); ``tune`` finds csrc/cuda/tuned.h,
+``tune_triton`` the sizes of Triton's kernels among ``triton_candidates``.
 ``overlap``: reductions within backward passes, on several processes.
 ``quality``: what small networks come to, trained by every rule (``quality_problems``, ``quality_rules``,
 ``quality_tables``).

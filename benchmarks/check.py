@@ -7,14 +7,16 @@ no Gram matrix.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks import kernels, models
-from benchmarks.cases import DTYPES, KernelCase, StepCase
+from benchmarks.cases import DTYPES, KernelCase, Op, StepCase
 from benchmarks.kernels import Contender, Inputs
 from benchmarks.models import Classifier, Problem
 from benchmarks.modes import STEP, Mode
@@ -46,16 +48,23 @@ def kernel_error(contender: Contender, case: KernelCase) -> float:
     for tasks, width in SHAPES:
         stride = width + case.row_stride - case.width
         block = torch.randn(tasks * stride, generator=torch.Generator().manual_seed(tasks)).to(DTYPES[case.dtype])
-        # mix_ changes its rows: the oracle has its own.
-        own, oracle = (kernels.inputs(block.clone().as_strided((tasks, width), (stride, 1))) for _ in range(2))
-        call = contender.build(own)
-        seed(7)
-        result = call()
-        assert isinstance(result, Tensor)
-        error = _ERRORS[case.op](result.double(), oracle, contender.variant)
-        errors.append(float(error) / TOLERANCE[case.dtype])
+        rows = block.as_strided((tasks, width), (stride, 1))
+        error = error_on(contender, case.op, partial(copy.deepcopy, rows))
+        errors.append(error / TOLERANCE[case.dtype])
+    return max(errors)
+
+
+def error_on(contender: Contender, op: Op, make: Callable[[], Tensor]) -> float:
+    """Of one call, by the library's measure. ``make``: gives J anew, for ``mix_`` changes its rows."""
+    assert not isinstance(contender.build, str)
+    own, oracle = kernels.inputs(make()), kernels.inputs(make())
+    call = contender.build(own)
+    seed(7)
+    result = call()
+    assert isinstance(result, Tensor)
+    error = float(_ERRORS[op](result.double(), oracle, contender.variant))
     # A NaN must not pass as small.
-    return max(errors, key=lambda error: float("inf") if error != error else error)
+    return float("inf") if error != error else error
 
 
 def _norms(rows: Tensor) -> Tensor:

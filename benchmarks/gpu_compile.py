@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 
@@ -38,15 +39,19 @@ def compile_kernels(tasks: int, dtype: torch.dtype, device: str) -> None:
 
 
 def compile_all(shapes: Sequence[tuple[int, torch.dtype]], device: str) -> None:
-    """Those with many rows first: they take longest. What fails here fails again where it is measured."""
+    """Those with many rows first: they take longest."""
+    in_processes(compile_kernels, sorted(shapes, key=lambda shape: -shape[0]), device)
+
+
+def in_processes(compile_some: Callable[..., None], kinds: Sequence[tuple[Any, ...]], device: str) -> None:
+    """``compile_some(*kind, device)`` for all kinds, begun in this order. What fails here fails again when measured."""
     if backends.why_unavailable("triton", device) is not None:
         return
     start = time.monotonic()
-    ordered = sorted(shapes, key=lambda shape: -shape[0])
     # Spawned, not forked: a fork of a process that uses the GPU cannot use it.
-    with ProcessPoolExecutor(min(len(ordered), os.cpu_count() or 1), get_context("spawn")) as pool:
-        compiled = [pool.submit(compile_kernels, *shape, device) for shape in ordered]
-        for (tasks, dtype), result in zip(ordered, compiled, strict=True):
+    with ProcessPoolExecutor(min(len(kinds), os.cpu_count() or 1), get_context("spawn")) as pool:
+        compiled = [pool.submit(compile_some, *kind, device) for kind in kinds]
+        for kind, result in zip(kinds, compiled, strict=True):
             if (error := result.exception()) is not None:
-                print(f"compiling for T={tasks} {dtype}: {type(error).__name__}: {error}", flush=True)
-    print(f"Triton kernels of {len(ordered)} kinds of rows: {time.monotonic() - start:.0f} s", flush=True)
+                print(f"compiling {kind}: {type(error).__name__}: {error}", flush=True)
+    print(f"Triton kernels of {len(kinds)} kinds: {time.monotonic() - start:.0f} s", flush=True)

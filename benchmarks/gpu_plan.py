@@ -3,9 +3,10 @@ a quarter of an hour.
 
 The parts run in the order of worth, each with a limit of its own; none that fails or hangs stops the next, and the plan
 is printed first. What they say goes to ``gpu_plan.txt`` as they say it, and what must be kept beside it: rows of
-measurements to ``gpu.jsonl``, the values that tuning found to ``tuned.h``. The folder is ``OUT``, by default
-benchmarks/results. What ``python -m benchmarks.gpu_build`` compiled elsewhere is taken, not compiled again. Needs
-torch, triton, numpy, pytest alone; with pytest-xdist tests share the cores, as they should: Triton compiles in them.
+measurements to ``gpu.jsonl`` and ``triton_sizes.jsonl``, the values that tuning found to ``tuned.h`` and
+``triton_tuned.py``. The folder is ``OUT``, by default benchmarks/results. What ``python -m benchmarks.gpu_build``
+compiled elsewhere is taken, not compiled again. Needs torch, triton, numpy, pytest alone; with pytest-xdist tests share
+the cores, as they should: Triton compiles in them.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def parts(out: Path) -> list[Part]:
     others = ["tests/gpu", "tests/backends", *(f"--ignore={path}" for path in (*first, "tests/gpu/test_checkers.py"))]
     measured = [python, "-m", "benchmarks.gpu", "--minutes", "3.5", "--append", str(out / "gpu.jsonl")]
     tuned = [python, "-m", "benchmarks.tune", "--write", str(out / "tuned.h")]
+    sizes = [python, "-m", "benchmarks.tune_triton", "--write", str(out / "triton_tuned.py")]
+    sizes += ["--append", str(out / "triton_sizes.jsonl")]
     return [
         Part("library", [python, "-m", "benchmarks.gpu_build", "--install"], 10, 200, "the compiled library, in place"),
         Part("solvers", [*pytest, *first], 40, 120, "weights of methods against the CPU's; what waits for the stream"),
@@ -61,6 +64,7 @@ def parts(out: Path) -> list[Part]:
         Part("tests", [*pytest, *others], 100, 200, "all other tests that a GPU runs"),
         Part("figures", measured, 270, 330, "docs/kernels.md's table"),
         Part("tune", tuned, 90, 150, "the values of csrc/cuda/tuned.h"),
+        Part("sizes", sizes, 90, 150, "Triton's sizes, backends/triton/tuned.py"),
     ]
 
 

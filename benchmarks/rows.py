@@ -29,7 +29,7 @@ LIBRARY, MACHINE = "fastpcgrad", "machine"
 SKIPPED_BUDGET = "skipped: budget"
 SKIPPED_LATE = f"{SKIPPED_BUDGET} (the time for this part was up)"
 
-Kind = Literal["bandwidth", "kernel", "step", "memory", "method", "training"]
+Kind = Literal["bandwidth", "kernel", "step", "memory", "method", "sizes", "training"]
 
 
 @dataclass(frozen=True)

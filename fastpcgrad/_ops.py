@@ -68,18 +68,50 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device, constant: bool = False) -> Tensor:
     """A small tensor from the host's memory on ``device``, without a wait for what a GPU has queued.
 
     The driver may wait for copies from pageable memory, from about 64 KiB on. It copies from a page-locked copy of its
     own, which nobody overwrites and torch's allocator keeps until the stream has read it. A captured graph would read
-    it at each replay, long after it is gone: there torch waits, which the capture refuses.
+    it at each replay, long after it is gone.
+
+    Args:
+        constant: whether replays of a captured graph may have the numbers of the capture, which the graph keeps then.
+    Raises:
+        RuntimeError: others while a CUDA graph is captured.
     """
-    if device.type != "cuda" or torch.compiler.is_compiling() or not tensor.is_cpu or is_fake(tensor):
+    if torch.compiler.is_compiling() or not tensor.is_cpu or is_fake(tensor):
         return tensor.to(device)
-    if torch.cuda.is_current_stream_capturing():
+    if constant and is_captured(device):
+        return _kept_by_graph(tensor, device)
+    refuse_capture(device)
+    if device.type != "cuda":
         return tensor.to(device)
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether what is queued on that device now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """RuntimeError while a CUDA graph is captured: for what the host makes, and another one at each call."""
+    if is_captured(device):
+        raise RuntimeError(
+            "fastpcgrad: what the host draws or computes at each call cannot be captured in a CUDA graph: replays "
+            "would repeat that of the capture. Take an order of projections that is not drawn (order='fixed', "
+            "variant='tensorflow') or, on packed rows, order= in the GPU's memory, to be filled anew before each "
+            "replay; and a method that draws nothing and is solved on the GPU. See docs/usage.md, CUDA graphs"
+        )
+
+
+def _kept_by_graph(tensor: Tensor, device: torch.device) -> Tensor:
+    """Written by kernels whose arguments the numbers are, about a hundred a launch: a graph keeps arguments itself."""
+    found = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=device)
+    if tensor.numel():
+        torch._foreach_add_(found.split(1), tensor.flatten().tolist())
+    return found.view(tensor.shape)
 
 
 def new_gram(grads: Tensor, segments: Tensor | None) -> Tensor:

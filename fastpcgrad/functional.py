@@ -303,7 +303,7 @@ def _offsets(segments: Segments | None, grads: Tensor) -> Tensor | None:
         except TypeError:
             raise TypeError(f"segments must be a tensor or a sequence of integers; found {segments!r}") from None
     check_offsets(values, grads.shape[1])
-    return to_device(torch.tensor(values, dtype=torch.int64, device="cpu"), grads.device)
+    return to_device(torch.tensor(values, dtype=torch.int64, device="cpu"), grads.device, constant=True)
 
 
 def _problems(offsets: Tensor | None) -> int | None:
@@ -322,4 +322,4 @@ def _order_for(
         check_order(order, tasks, count, grads.device)
         return order
     variants.check_generator(generator)
-    return to_device(variant.draw_orders(tasks, count, generator), grads.device)
+    return to_device(variant.draw_orders(tasks, count, generator), grads.device, constant=not variant.draws)

@@ -163,6 +163,11 @@ class Variant:
             return torch.tensor(rows, dtype=torch.int64, device="cpu")
         return _small_order(tuple(rows))
 
+    @property
+    def draws(self) -> bool:
+        """Whether the order is another one each time."""
+        return self.order != "fixed"
+
     def draw_orders(self, tasks: int, count: int | None, generator: Generator | None = None) -> Tensor:
         """One order ``[T, T]``, or for ``count`` independent problems one each: ``[count, T, T]``."""
         if count is None or self.order in ("fixed", "once"):

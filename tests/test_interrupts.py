@@ -248,9 +248,9 @@ def test_a_method_that_fails_leaves_rows_that_can_be_merged(accumulate):
             if self.broken:
                 raise ZeroDivisionError
 
-        def projections(self, tasks):
+        def projections(self, tasks, device):
             self.draw()
-            return super().projections(tasks)
+            return super().projections(tasks, device)
 
     method = Fails(FIXED)
     made = Tasks(method=method, accumulate=accumulate)

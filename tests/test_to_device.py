@@ -5,14 +5,17 @@ Without a GPU: fake tensors have a device that is not there, and a mode sees the
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import fastpcgrad
-from fastpcgrad import methods
+from fastpcgrad import _ops, methods
 from fastpcgrad._ops import to_device
+from fastpcgrad.methods import _task_vector
 from fastpcgrad.methods._task_vector import Preference
 
 CUDA = torch.device("cuda", 0)
@@ -52,12 +55,71 @@ def test_a_copy_is_made_from_page_locked_memory_of_its_own():
     assert copies.locked[0].data_ptr() != given.data_ptr()
 
 
-def test_a_capture_waits_and_so_refuses(monkeypatch):
+def test_a_capture_refuses_what_is_another_at_each_call(monkeypatch):
     """A graph would read the memory at each replay."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with Copies() as copies:
+    with Copies() as copies, pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph.*order='fixed'"):
         to_device(torch.arange(3), CUDA)
-    assert copies.seen == [(False, False)]
+    assert not copies.seen
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        torch.tensor([[0, 1, -7], [2**62 + 1, 139_872_345_678_901, 2**31]]),
+        torch.tensor([0.1, -1e300, 5e-324, torch.inf], dtype=torch.float64),
+        torch.empty(0, 3, dtype=torch.int64),
+    ],
+)
+def test_a_graph_keeps_what_is_constant_in_arguments_of_its_kernels(numbers, monkeypatch):
+    """As it does on a GPU, but that the tensors of these kernels lie on the CPU."""
+    monkeypatch.setattr(_ops, "is_captured", lambda device: True)
+    with Copies() as copies:
+        found = to_device(numbers, torch.device("cpu"), constant=True)
+    assert not copies.seen and found.dtype == numbers.dtype and torch.equal(found, numbers)
+    assert found.data_ptr() != numbers.data_ptr() or not numbers.numel()
+
+
+DRAWN = [
+    lambda J: fastpcgrad.pcgrad(J),
+    lambda J: fastpcgrad.pcgrad_(J, variant="libmtl"),
+    lambda J: methods.PCGrad("pytorch-pcgrad").weights(fastpcgrad.gram(J)),
+    lambda J: methods.PCGrad().projections(3, J.device),
+    lambda J: methods.RandomWeights(torch.Generator()).weights(fastpcgrad.gram(J)),
+]
+KEPT = [
+    lambda J: fastpcgrad.pcgrad(J, variant="tensorflow"),
+    lambda J: methods.PCGrad(order="fixed").weights(fastpcgrad.gram(J)),
+    lambda J: methods.PCGrad("tensorflow").projections(3, J.device),
+    lambda J: methods.Constant([0.5, 0.25, 0.25]).weights(fastpcgrad.gram(J)),
+    lambda J: fastpcgrad.gram(J, [0, 2, 5]),
+]
+
+
+@pytest.mark.parametrize(("call", "drawn"), [*((call, True) for call in DRAWN), *((call, False) for call in KEPT)])
+def test_what_is_drawn_is_refused_in_a_capture_and_what_is_not_is_kept(call, drawn, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    kept = []
+
+    def kept_by_graph(tensor, device):
+        kept.append(device)
+        with fake:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    monkeypatch.setattr(_ops, "_kept_by_graph", kept_by_graph)
+    with FakeTensorMode() as fake:
+        J = torch.empty(3, 5, device="cuda")
+    with pytest.raises(RuntimeError, match="cannot be captured") if drawn else nullcontext():
+        call(J)
+    assert kept == ([] if drawn else [J.device])
+
+
+def test_a_preference_that_a_graph_keeps_is_not_taken_by_others(monkeypatch):
+    monkeypatch.setattr(_ops, "is_captured", lambda device: True)
+    monkeypatch.setattr(_task_vector, "is_captured", lambda device: True)
+    preference, vector = Preference(), torch.ones(3)
+    preference.on(torch.device("meta"), vector, 3)
+    assert not preference._copies
 
 
 def test_on_the_cpu_nothing_is_copied():

@@ -10,6 +10,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -126,7 +127,13 @@ def _call(name: str, device: torch.device, *arguments: object) -> None:
 
 
 def _workspace_nbytes(grads: Tensor, problems: int) -> int:
-    size: int = _entry("fpg_cuda_workspace")(*grads.shape, problems, DTYPES[grads.dtype])
+    return _packed_nbytes(_library, *grads.shape, problems, grads.dtype)
+
+
+@lru_cache(1024)
+def _packed_nbytes(library: Any, tasks: int, width: int, problems: int, dtype: torch.dtype) -> int:
+    """Asked of the library once for each shape: a call of a foreign function takes longer than to look it up."""
+    size: int = library.fpg_cuda_workspace(tasks, width, problems, DTYPES[dtype])
     return size + -size % 8
 
 

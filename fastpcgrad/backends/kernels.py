@@ -19,7 +19,7 @@ from .. import _modes
 from .._blocks import Blocks, first_of
 from .._checks import check_apart, check_out
 from .._memory import prefer_huge_pages
-from .._ops import LIBRARY, Later, checked, op_named, to_device
+from .._ops import LIBRARY, Later, checked, op_named, refuse_capture, to_device
 from ..variants import Guards
 from . import cpu, eager, for_tasks, forced, select, select_for, shapes
 from .protocol import BlockFunctions
@@ -229,6 +229,8 @@ def method_weights(name: str, gram: Tensor, parameters: Sequence[float], prefere
     if gram.is_cpu:
         return cpu.method_weights(name, gram, parameters, preference) if _solves_on_host() else None
     answers = select(gram.device.type).method_weights(name, gram, parameters, preference)
+    if answers is None:
+        refuse_capture(gram.device)
     if answers is None and _solves_on_host():
         # The GPU has to be waited for, as by NumPy.
         on_host = None if preference is None else preference.cpu()

@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 
 from .._memory import prefer_huge_pages
-from .._ops import Figures, Later, flat, to_device
+from .._ops import Figures, Later, flat
 from ..backends import kernels
 from ..distributed.exchange import Averaging, Exchange
 from ..methods import Elementwise, Method, Tracking
@@ -121,11 +121,9 @@ def _merge(
     if isinstance(method, Elementwise):
         return ConflictReport(tasks, _merge_columns(columns, method, tasks, problems, out)), out
     blocks = columns.fused if problems.is_one_for_all and not factors else None
-    projections = None if blocks is None else method.projections(len(tasks))
+    projections = None if blocks is None else method.projections(len(tasks), blocks.device)
     if blocks is not None and projections is not None:
         order, guards, scale = projections
-        if blocks.device.type != "cpu":
-            order = to_device(order, blocks.device)
         return ConflictReport(tasks, kernels.pcgrad_blocks(blocks, order, guards, scale, out)), out
     return _merge_by_weights(columns, factors, tasks, method, problems, out)
 

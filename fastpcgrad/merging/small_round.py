@@ -116,7 +116,7 @@ class SmallRound:
         return self._merged(tuple(losses), rows, method) if plain else None
 
     def _merged(self, tasks: tuple[int, ...], rows: list[Row], method: Method) -> ConflictReport:
-        projections = method.projections(len(rows))
+        projections = method.projections(len(rows), self._kind[-1])
         assert projections is not None
         order, guards, scale = projections
         pointers = list(map(addresses, rows))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._modes import is_faking
-from .._ops import to_device
+from .._ops import is_captured, to_device
 
 TaskVector = Tensor | Sequence[float]
 
@@ -56,8 +56,9 @@ class Preference:
             return vector
         source, version, copy = self._copies.get(device, (None, 0, vector))
         if source is not vector or version != vector._version:
-            copy = to_device(vector, device)
-            self._copies[device] = (vector, vector._version, copy)
+            copy = to_device(vector, device, constant=True)
+            if not is_captured(device):  # the memory of a graph has the vector only while that is replayed
+                self._copies[device] = (vector, vector._version, copy)
         return copy
 
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..variants import Generator, Guards
@@ -27,7 +28,7 @@ class Projections(NamedTuple):
     """One run of PCGrad's sequential projections.
 
     Attributes:
-        order: ``[T, T]`` int64 on the CPU, see ``functional.pcgrad_coefficients``; drawn for this run.
+        order: ``[T, T]`` int64 on the device of the rows, see ``functional.pcgrad_coefficients``; drawn for this run.
         guards: when one gradient is projected away from another.
         scale: of the sum of the projected gradients.
     """
@@ -86,7 +87,7 @@ class Method(ABC):
         """
         return self.solve(gram)
 
-    def projections(self, tasks: int) -> Projections | None:
+    def projections(self, tasks: int, device: torch.device) -> Projections | None:
         """PCGrad's projections of that many tasks, which one kernel does from G to the merged gradient, instead of
         ``solve_for``; None for what is no PCGrad."""
         return None

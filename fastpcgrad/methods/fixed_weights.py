@@ -75,7 +75,7 @@ class Constant(FixedWeights):
         weights = torch.from_numpy(self._array.copy())
         if gram.dim() == 3:
             weights = weights.repeat(len(gram), 1)
-        return Solution(weights if gram.is_cpu else to_device(weights, gram.device), None)
+        return Solution(weights if gram.is_cpu else to_device(weights, gram.device, constant=True), None)
 
     def __repr__(self) -> str:
         return f"Constant(weights={self.task_weights.tolist()})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .. import variants
@@ -71,7 +72,7 @@ class PCGrad(Method):
         """
         check_gram(gram)
         count = gram.shape[0] if gram.dim() == 3 else None
-        order = to_device(self.variant.draw_orders(gram.shape[-1], count, self.generator), gram.device)
+        order = self._order(gram.shape[-1], count, gram.device)
         # Not through functional, which would look whether the order is one.
         return kernels.pcgrad_coefficients(self.variant.denominators(gram), order, *self.variant.guards)
 
@@ -82,11 +83,15 @@ class PCGrad(Method):
             weights /= gram.shape[-1]
         return Solution(weights, coefficients)
 
-    def projections(self, tasks: int) -> Projections | None:
+    def _order(self, tasks: int, count: int | None, device: torch.device) -> Tensor:
+        orders = self.variant.draw_orders(tasks, count, self.generator)
+        return orders if device.type == "cpu" else to_device(orders, device, constant=not self.variant.draws)
+
+    def projections(self, tasks: int, device: torch.device) -> Projections | None:
         variant = self.variant
         if variant.norm_eps:  # the kernel makes G itself
             return None
-        order = variant.draw_order(tasks, self.generator)
+        order = self._order(tasks, None, device)
         return Projections(order, variant.guards, 1.0 / tasks if self.reduction == "mean" else 1.0)
 
     def partial_weights(self, weights: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ def test_kernels_are_compiled_in_other_processes(monkeypatch, capsys):
     monkeypatch.setattr(gpu_compile, "WIDTH", 64)
     gpu_compile.compile_all([(2, torch.float32), (0, torch.float32)], "cpu")
     said = capsys.readouterr().out
-    assert "compiling for T=0" in said and "T=2" not in said and "of 2 kinds of rows" in said
+    assert "compiling (0, torch.float32)" in said and "(2, torch" not in said and "of 2 kinds" in said
 
 
 @pytest.mark.slow

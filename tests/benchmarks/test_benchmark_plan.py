@@ -67,6 +67,8 @@ def test_the_parts_write_where_out_says_and_name_what_is_there(tmp_path):
     assert {word for word in words if word.startswith(str(tmp_path))} == {
         str(tmp_path / "gpu.jsonl"),
         str(tmp_path / "tuned.h"),
+        str(tmp_path / "triton_sizes.jsonl"),
+        str(tmp_path / "triton_tuned.py"),
     }
     named = [word.removeprefix("--ignore=") for word in words if "tests/" in word]
     assert named and all((ROOT / path).exists() for path in named)

@@ -106,7 +106,7 @@ def test_projections_by_one_kernel_are_solve_and_combine(variant, reduction):
     grads = in_blocks(rows)
     blocks = grads.columns().whole
     out = [torch.full_like(place, torch.nan) for place in blocks.tensors[0]]
-    projections = methods.PCGrad(variant, reduction, random.Random(3)).projections(len(rows))
+    projections = methods.PCGrad(variant, reduction, random.Random(3)).projections(len(rows), blocks.device)
     found = kernels.pcgrad_blocks(blocks, *projections, out)()
     expected = methods.PCGrad(variant, reduction, random.Random(3)).solve(rows @ rows.mT)
     torch.testing.assert_close(found.gram, rows @ rows.mT)
@@ -120,7 +120,7 @@ def test_projections_may_be_written_over_a_row():
     grads = in_blocks(rows)
     blocks = grads.columns().whole
     out = blocks.tensors[1]
-    kernels.pcgrad_blocks(blocks, *methods.PCGrad("tensorflow").projections(5), out)
+    kernels.pcgrad_blocks(blocks, *methods.PCGrad("tensorflow").projections(5, blocks.device), out)
     torch.testing.assert_close(torch.cat(out), merged("tensorflow", rows, None, None))
 
 

@@ -1,4 +1,7 @@
-"""Which kernel with which block sizes: from T and the dtype alone, so the same input has the same bits on every GPU."""
+"""Which kernel with which block sizes: from T and the dtype alone, so the same input has the same bits on every GPU.
+
+Sizes that were measured are in ``tuned``.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import triton
 import triton.language as tl
 
 from . import kernels
+from .tuned import SIZES, Key, Sizes
 
 _WARPS = 4
 _THREADS = 32 * _WARPS
@@ -35,9 +39,10 @@ class Choice(NamedTuple):
 
     kernel: Any
     constants: dict[str, Any]
+    warps: int = _WARPS
 
     def run(self, grid: tuple[int, ...], *args: Any) -> None:
-        self.kernel[grid](*args, **self.constants, num_warps=_WARPS)
+        self.kernel[grid](*args, **self.constants, num_warps=self.warps)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -58,24 +63,45 @@ def _accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def _rows_of_tile(tasks: int) -> int:
+    return 16 if tasks <= 16 else 32
+
+
+def key_of(kernel: Any, tasks: int, dtype: torch.dtype) -> Key:
+    """Under which a kernel's sizes are in ``tuned``."""
+    return kernel.__name__, triton.next_power_of_2(tasks), dtype.itemsize
+
+
+def sizes_of(kernel: Any, tasks: int, dtype: torch.dtype) -> Sizes:
+    """As measured, else by rule."""
+    found = SIZES.get(key_of(kernel, tasks, dtype))
+    if found is not None:
+        return found
+    if kernel is kernels.gram_tiles:
+        columns = _TILE_BYTES // (_rows_of_tile(tasks) * dtype.itemsize)
+        return Sizes(columns, _WARPS, 4 if dtype.itemsize == 2 else 3)
+    if kernel is kernels.mix_tiles:
+        return Sizes(max(16, 4096 // triton.next_power_of_2(tasks)), _WARPS)
+    return Sizes(_columns_a_block(tasks, dtype), _WARPS)
+
+
 def gram_choice(tasks: int, dtype: torch.dtype, unit: int, segmented: bool) -> Choice:
     """The kernel of the first pass over J."""
     common = {"T": tasks, "UNIT": unit, "SEGMENTED": segmented}
     if tasks <= (_MAX_ROWS_FP32 if dtype == torch.float32 else _MAX_ROWS_OTHER):
-        sizes = {"BLOCK": _columns_a_block(tasks, dtype), "FOLD": _vector(dtype)}
-        return Choice(kernels.gram_rows, common | sizes | {"ACC": _accumulator(dtype)})
-    rows = 16 if tasks <= 16 else 32
-    columns = _TILE_BYTES // (rows * dtype.itemsize)
-    precision = _FP32_PRECISION if dtype == torch.float32 else "ieee"
+        columns, warps, stages = sizes_of(kernels.gram_rows, tasks, dtype)
+        held = {"BLOCK": columns, "FOLD": _vector(dtype), "STAGES": stages, "ACC": _accumulator(dtype)}
+        return Choice(kernels.gram_rows, common | held, warps)
+    columns, warps, stages = sizes_of(kernels.gram_tiles, tasks, dtype)
     tiles: dict[str, Any] = {
-        "ROWS": rows,
+        "ROWS": _rows_of_tile(tasks),
         "K": columns,
         "EDGE": min(columns, 16),
-        "WARPS": _WARPS,
-        "PRECISION": precision,
-        "STAGES": 4 if dtype.itemsize == 2 else 3,
+        "WARPS": warps,
+        "PRECISION": _FP32_PRECISION if dtype == torch.float32 else "ieee",
+        "STAGES": stages,
     }
-    return Choice(kernels.gram_tiles, common | tiles)
+    return Choice(kernels.gram_tiles, common | tiles, warps)
 
 
 def block_of(choice: Choice) -> int:
@@ -113,28 +139,31 @@ def sums_choice(tasks: int) -> Choice:
 
 def combine_choice(tasks: int, dtype: torch.dtype, unit: int, segmented: bool) -> Choice:
     """The kernel of w J."""
+    columns, warps, _ = sizes_of(kernels.combine, tasks, dtype)
     constants = {
         "T": tasks,
         "PAD": triton.next_power_of_2(tasks),
         "UNIT": unit,
-        "BLOCK": _columns_a_block(tasks, dtype),
+        "BLOCK": columns,
         "ACC": _accumulator(dtype),
         "UNROLL": tasks <= _LARGEST_UNROLLED,
         "SEGMENTED": segmented,
     }
-    return Choice(kernels.combine, constants)
+    return Choice(kernels.combine, constants, warps)
 
 
 def mix_choice(tasks: int, dtype: torch.dtype, unit: int, segmented: bool) -> Choice:
     """The kernel of C J."""
     common = {"T": tasks, "UNIT": unit, "SEGMENTED": segmented}
     if tasks <= _MAX_MIX_ROWS:
-        sizes = {"PAD": triton.next_power_of_2(tasks * tasks), "BLOCK": _columns_a_block(tasks, dtype)}
-        return Choice(kernels.mix_rows, common | sizes | {"ACC": _accumulator(dtype)})
+        columns, warps, _ = sizes_of(kernels.mix_rows, tasks, dtype)
+        held = {"PAD": triton.next_power_of_2(tasks * tasks), "BLOCK": columns, "ACC": _accumulator(dtype)}
+        return Choice(kernels.mix_rows, common | held, warps)
+    columns, warps, _ = sizes_of(kernels.mix_tiles, tasks, dtype)
     pad = triton.next_power_of_2(tasks)
     # C's rows by 16 where they are long: shared memory holds them thrice.
-    sizes = {"PAD": pad, "BLOCK": max(16, 4096 // pad), "ROWS": 32 if pad <= 64 else 16, "PRECISION": _FP32_PRECISION}
-    return Choice(kernels.mix_tiles, common | sizes)
+    tiles = {"PAD": pad, "BLOCK": columns, "ROWS": 32 if pad <= 64 else 16, "PRECISION": _FP32_PRECISION}
+    return Choice(kernels.mix_tiles, common | tiles, warps)
 
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
@@ -149,7 +178,7 @@ _OF_BLOCKS = {
 def of_blocks(choice: Choice, dtype: torch.dtype) -> Choice:
     """The kernel that does the same on rows that lie in blocks, with the same sizes."""
     kept = {name: value for name, value in choice.constants.items() if name not in ("UNIT", "SEGMENTED")}
-    return Choice(_OF_BLOCKS[choice.kernel], kept | {"D": _DTYPES[dtype]})
+    return Choice(_OF_BLOCKS[choice.kernel], kept | {"D": _DTYPES[dtype]}, choice.warps)
 
 
 def tile_pairs(choice: Choice) -> int:

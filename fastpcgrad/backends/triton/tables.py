@@ -1,7 +1,7 @@
 """Surgery on rows that lie where autograd put them: their addresses go to the device in one table.
 
-It is copied without a wait. A captured graph would read its page-locked source at each replay, long after that is gone:
-there the rows are packed instead, and so they are for G where each of many small blocks would have a large partial one.
+It is copied without a wait; a captured graph keeps it in its kernels' arguments, as it replays with the same addresses.
+For G rows are packed where each of many small blocks would have a large partial one.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _table(
     parts = _numbers(blocks, sizes, problem_of, problems, out)
     # Each of an even length: Triton compiles a kernel for pointers to multiples of 16 bytes, and another for others.
     padded = [np.pad(part, (0, len(part) % 2)) for part in parts]
-    whole = _ops.to_device(torch.from_numpy(np.concatenate(padded)), blocks.device)
+    whole = _ops.to_device(torch.from_numpy(np.concatenate(padded)), blocks.device, constant=True)
     rows, outs, widths, aligned, owners, firsts, gram, combine = whole.split(list(map(len, padded)))
     of_gram, of_combine = (
         _Items(starts, int(numbers[-1])) for starts, numbers in zip((gram, combine), parts[-2:], strict=True)
@@ -171,10 +171,6 @@ def _combine(blocks: Blocks, sizes: _Sizes, table: _Table, weights: Tensor) -> N
         )
 
 
-def _is_captured(blocks: Blocks) -> bool:
-    return blocks.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _partials_nbytes(tasks: int, widths: Sequence[int], sizes: _Sizes) -> int:
     columns = sizes.span * block_of(sizes.gram)
     return 8 * sum(-(-width // columns) for width in widths) * (tasks * (tasks + 1) // 2)
@@ -189,7 +185,7 @@ def gram_blocks(blocks: Blocks, problem_of: Sequence[int] | None, problems: int)
     """See ``protocol.BlockFunctions``."""
     tasks, widths, dtype = len(blocks.tensors), blocks.widths, blocks.dtype
     sizes = _sizes(tasks, widths, dtype)
-    if not problems or _is_captured(blocks) or _is_packed_for_gram(tasks, widths, dtype, sizes):
+    if not problems or _is_packed_for_gram(tasks, widths, dtype, sizes):
         return _packed.gram_blocks(blocks, problem_of, problems)
     return _gram(blocks, sizes, _table(blocks, sizes, problem_of, problems, None), problems)
 
@@ -198,8 +194,6 @@ def combine_blocks(
     blocks: Blocks, weights: Tensor, weights_of: Sequence[int] | None, out: Sequence[Tensor | None]
 ) -> None:
     """See ``protocol.BlockFunctions``."""
-    if _is_captured(blocks):
-        return _packed.combine_blocks(blocks, weights, weights_of, out)
     sizes = _sizes(len(blocks.tensors), blocks.widths, blocks.dtype)
     return _combine(blocks, sizes, _table(blocks, sizes, weights_of, len(weights), out), weights)
 
@@ -210,7 +204,7 @@ def pcgrad_blocks(
     """See ``protocol.BlockFunctions``; both passes by one table."""
     tasks, widths, dtype = len(blocks.tensors), blocks.widths, blocks.dtype
     sizes = _sizes(tasks, widths, dtype)
-    if _is_captured(blocks) or _is_packed_for_gram(tasks, widths, dtype, sizes):
+    if _is_packed_for_gram(tasks, widths, dtype, sizes):
         return _packed.pcgrad_blocks(blocks, order, guards, scale, out)
     table = _table(blocks, sizes, None, 1, out)
     found = _gram(blocks, sizes, table, 1)[0]

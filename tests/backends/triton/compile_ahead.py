@@ -1,12 +1,14 @@
 """Compile every Triton kernel ahead of time, as the launcher would, for GPUs that need not be there.
 
 Prints registers, spills and shared memory of each; exits with 1 where one spills, or where a kernel that streams
-aligned rows has no 16-byte loads. Run with ``TRITON_INTERPRET=0``.
+aligned rows has no 16-byte loads. Run with ``TRITON_INTERPRET=0``. ``--candidates``: with each of the sizes that
+``benchmarks.tune_triton`` tries instead of those in force.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -34,6 +36,9 @@ WIDE_LOADS = re.compile(
     r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x10|16)\b"
 )
 
+LEAST_SHARED = 99 << 10
+"""Bytes of shared memory that a program may have on every GPU since sm_80; sizes are the same on all."""
+
 
 class Case(NamedTuple):
     kernel: str
@@ -42,6 +47,8 @@ class Case(NamedTuple):
     segmented: bool
     arch: int
     constants: dict[str, Any]
+    warps: int
+    sizes: Any = None
 
 
 class Outcome(NamedTuple):
@@ -117,7 +124,7 @@ def compile_case(case: Case) -> Outcome:
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", case.arch, 32),
-        options={"num_warps": 4},
+        options={"num_warps": case.warps},
     )
     ptx = compiled.asm["ptx"]
     registers, spilled = ptxas_report(ptx, case.arch)
@@ -134,18 +141,39 @@ def all_cases(tasks: list[int], dtypes: list[str], archs: list[int]) -> list[Cas
                     for choice in choices(count, DTYPES[dtype], segmented):
                         name = choice.kernel.__name__
                         over_rows = name in STREAMING or name.startswith("gram_rescue")
-                        case = Case(name, count, dtype if over_rows else "-", segmented, arch, choice.constants)
+                        constants, warps = choice.constants, choice.warps
+                        case = Case(name, count, dtype if over_rows else "-", segmented, arch, constants, warps)
                         # Reductions of one T differ in the rows' block alone, a divisor.
-                        key = (name, count, segmented, arch, choice.constants.get("AGAIN"), case.dtype)
+                        key = (name, count, segmented, arch, constants.get("AGAIN"), case.dtype)
                         if over_rows or count in (tasks[0], tasks[-1]):
                             cases.setdefault(repr(key), case)
     return list(cases.values())
+
+
+def candidate_cases(archs: list[int]) -> list[Case]:
+    """Of all sizes that tuning tries, on packed rows and on blocks."""
+    from benchmarks import triton_candidates
+    from fastpcgrad.backends.triton import choices as of
+
+    cases = []
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for arch, each in itertools.product(archs, triton_candidates.all_tuned()):
+        for sizes in each.candidates():
+            with triton_candidates.sized(each.key, sizes):
+                choice = each.choice
+            of_blocks = [] if each.op == "mix_" else [of.of_blocks(choice, each.dtype)]
+            for made in (choice, *of_blocks):
+                name, dtype = made.kernel.__name__, names[each.dtype]
+                cases.append(Case(name, each.tasks, dtype, False, arch, made.constants, made.warps, sizes))
+    return cases
 
 
 def faults(outcome: Outcome) -> list[str]:
     found = []
     if outcome.spilled:
         found.append(f"spills {outcome.spilled} bytes")
+    if outcome.shared > LEAST_SHARED:
+        found.append("more shared memory than some GPUs have")
     if outcome.case.kernel in STREAMING and not outcome.wide_loads:
         found.append("no 16-byte loads")
     return found
@@ -160,13 +188,14 @@ def main() -> int:
     parser.add_argument("--tasks", default="2,8,16,32")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--archs", default="80,90,100")
+    parser.add_argument("--candidates", action="store_true")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    cases = all_cases(
-        [int(count) for count in arguments.tasks.split(",")],
-        arguments.dtypes.split(","),
-        [int(arch) for arch in arguments.archs.split(",")],
-    )
+    archs = [int(arch) for arch in arguments.archs.split(",")]
+    if arguments.candidates:
+        cases = candidate_cases(archs)
+    else:
+        cases = all_cases([int(count) for count in arguments.tasks.split(",")], arguments.dtypes.split(","), archs)
     print(f"{'kernel':<22}{'T':>4} {'dtype':<6}{'segments':<9}{'sm':>4}{'registers':>10}{'spilled':>8}{'shared':>8}")
     failed = 0
     with (
@@ -175,10 +204,11 @@ def main() -> int:
     ):
         for outcome in pool.map(compile_case, cases):
             case, wrong = outcome.case, faults(outcome)
+            remarks = "; ".join([*map(str, filter(None, [case.sizes])), *wrong])
             failed += bool(wrong)
             print(
                 f"{case.kernel:<22}{case.tasks:>4} {case.dtype:<6}{'yes' if case.segmented else 'no':<9}{case.arch:>4}"
-                f"{outcome.registers:>10}{outcome.spilled:>8}{outcome.shared:>8}  {'; '.join(wrong)}",
+                f"{outcome.registers:>10}{outcome.spilled:>8}{outcome.shared:>8}  {remarks}",
                 flush=True,
             )
     print(f"{len(cases)} kernels compiled, {failed} at fault")

@@ -150,14 +150,14 @@ def test_the_merged_gradient_may_take_a_rows_place() -> None:
 def test_a_surgery_copies_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     copied = []
 
-    def recorded(tensor: Tensor, device: torch.device) -> Tensor:
-        copied.append(tensor)
+    def recorded(tensor: Tensor, device: torch.device, constant: bool = False) -> Tensor:
+        copied.append(constant)
         return tensor.to(device)
 
     monkeypatch.setattr(_ops, "to_device", recorded)
     blocks = scattered(random_rows(3, sum(WIDTHS)))
     backend.pcgrad_blocks(blocks, random_order(3), Guards(), 1.0, new_out(blocks))()
-    assert len(copied) == 1
+    assert copied == [True]
 
 
 def test_partial_grams_of_many_small_blocks_take_no_more_than_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,24 +181,21 @@ def test_partial_grams_of_many_small_blocks_take_no_more_than_their_share(monkey
         assert size > largest if expected else size < largest + 32 * 9 * 8 + 500
 
 
-def test_a_capture_packs_rows_and_copies_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which it would read again at each replay."""
-    from fastpcgrad.backends.triton import tables
+def test_a_capture_keeps_the_table_in_arguments_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And neither packs rows nor copies what would be read again at each replay."""
+    kept, keep = [], _ops._kept_by_graph
 
-    packed: list[int] = []
-    pack = stacked._pack
+    def recorded(tensor: Tensor, device: torch.device) -> Tensor:
+        kept.append(tensor.numel())
+        return keep(tensor, device)
 
-    def recorded(*arguments: Any) -> Tensor:
-        packed.append(1)
-        return pack(*arguments)
-
-    monkeypatch.setattr(stacked, "_pack", recorded)
-    monkeypatch.setattr(tables, "_table", None)
-    monkeypatch.setattr(tables, "_is_captured", lambda _: True)
+    monkeypatch.setattr(_ops, "is_captured", lambda device: True)
+    monkeypatch.setattr(_ops, "_kept_by_graph", recorded)
+    monkeypatch.setattr(stacked, "_pack", None)
     rows, order = random_rows(3, sum(WIDTHS)), random_order(3)
-    blocks = scattered(rows)
+    blocks, rows = without(scattered(rows), rows, [(0, 1), (2, 3)])
     out = new_out(blocks)
     gram, weights, *_ = backend.pcgrad_blocks(blocks, order, Guards(), 1.0, out)()
+    assert len(kept) == 1 and kept[0] > 3 * 4
     check_gram(gram, rows)
     check_rows(torch.cat(out), reference.combine(rows, weights), weights, rows)
-    assert packed

@@ -72,7 +72,8 @@ def _load_rows(
 @triton.jit(do_not_specialize=COUNTS)
 def gram_rows_of_blocks(
     rows, partials, starts, widths, aligned, count: "i64", span: "i64",
-    T: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr,
+    T: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
     """Small T, see ``gram_rows``: an item is ``span`` pieces of BLOCK columns, or what is left of them."""
     PAIRS: tl.constexpr = T * (T + 1) // 2
@@ -83,7 +84,7 @@ def gram_rows_of_blocks(
     acc = ()
     for _ in tl.static_range(PAIRS):
         acc = acc + (tl.zeros([BLOCK // FOLD], ACC),)
-    for first in range(lo, rest, BLOCK):
+    for first in tl.range(lo, rest, BLOCK, num_stages=STAGES):
         acc = add_products(acc, _load_rows(rows, count, b, first, lo, hi, T, BLOCK, D, True), T, FOLD, ACC)
     for first in range(rest, hi, BLOCK // FOLD):
         acc = add_products(acc, _load_rows(rows, count, b, first, lo, hi, T, BLOCK // FOLD, D, False), T, 1, ACC)

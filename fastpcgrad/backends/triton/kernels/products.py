@@ -83,7 +83,7 @@ def pair_of(p):
 def gram_rows(
     grads, partials, segments, width: "i64", stride: "i64", count: "i64", span: "i64", slots: "i64",
     T: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
-    SEGMENTED: tl.constexpr,
+    STAGES: tl.constexpr, SEGMENTED: tl.constexpr,
 ):  # fmt: skip
     """Small T: a thread owns columns and keeps the whole triangle. The host bounds the products a lane takes."""
     PAIRS: tl.constexpr = T * (T + 1) // 2
@@ -94,7 +94,7 @@ def gram_rows(
     acc = ()
     for _ in tl.static_range(PAIRS):
         acc = acc + (tl.zeros([BLOCK // FOLD], ACC),)
-    for b in range(first, last, step):
+    for b in tl.range(first, last, step, num_stages=STAGES):
         acc = add_products(acc, _load_rows(grads + b * BLOCK, stride, 0, 0, T, BLOCK, False), T, FOLD, ACC)
     # Partial blocks go a column a thread: no more registers and code than they need.
     left, right, edges = partial_blocks(lo, hi, BLOCK)
