@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from ._generators import global_states, set_global_states, set_state, state_of
 from .methods import Method
+from .rows.reach import Reach
 
 
-def surgery_state(method: Method, *, global_generators: bool) -> dict[str, Any]:
+def surgery_state(
+    method: Method, reach: Reach | None, parameters: Sequence[Tensor], *, global_generators: bool
+) -> dict[str, Any]:
     """See ``GradientSurgery.state_dict``."""
     state = {"method": method.state_dict(), "generator": state_of(method.generator)}
+    if reach is not None:
+        state["reach"] = reach.state_dict(parameters)
     return {**state, "global_generators": global_states()} if global_generators else state
 
 
-def load_surgery_state(method: Method, state: Mapping[str, Any]) -> None:
+def load_surgery_state(
+    method: Method, reach: Reach | None, parameters: Sequence[Tensor], state: Mapping[str, Any]
+) -> None:
     """See ``GradientSurgery.load_state_dict``."""
     keys = set(state)
-    if not {"method", "generator"} <= keys <= {"method", "generator", "global_generators"}:
+    if not {"method", "generator"} <= keys <= {"method", "generator", "reach", "global_generators"}:
         raise ValueError(
-            f"the state of a surgery has the keys method, generator and maybe global_generators; found {sorted(keys)}"
+            "the state of a surgery has the keys method, generator and maybe reach and global_generators; found "
+            f"{sorted(keys)}"
         )
+    is_known = reach is not None and "reach" in state  # else it is learned anew
+    if is_known:
+        Reach.check_state(state["reach"], parameters)
     before = state_of(method.generator)
     set_state(method.generator, state["generator"])
     try:
@@ -29,5 +42,7 @@ def load_surgery_state(method: Method, state: Mapping[str, Any]) -> None:
     except BaseException:
         set_state(method.generator, before)
         raise
+    if reach is not None and is_known:
+        reach.load_state_dict(state["reach"], parameters)
     if "global_generators" in state:
         set_global_states(state["global_generators"])

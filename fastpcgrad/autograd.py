@@ -23,7 +23,8 @@ from .merging.problems import check_scopes
 from .rows.choice import Choice, check_rows
 from .rows.columns import Columns
 from .rows.factors import Factors
-from .rows.parameters import Division, Scopes, divide
+from .rows.parameters import Division, Learning, Scope, Scopes, divide
+from .rows.reach import Reach, check_told_apart
 from .rows.sharded import ShardedGradients
 from .rows.task_gradients import Row, TaskGradients
 
@@ -37,7 +38,8 @@ def grad(
     process_group: object = "auto",
     rows: Choice = "auto",
     batch_dim: int | None = None,
-    gram_over: Sequence[Tensor] | Tensor | None = None,
+    shared: Scope | Tensor = None,
+    gram_over: Scope | Tensor = None,
 ) -> tuple[Tensor | None, ...]:
     """The merged gradient of several task losses with respect to ``inputs``; no ``.grad`` is touched.
 
@@ -55,13 +57,17 @@ def grad(
         batch_dim: 0: ``losses`` is one tensor with a loss for each sample of a batch, and T is the batch size. Weights
             of linear layers and their biases then take one or two backward passes for all samples together, with any
             method that needs G alone; all other parameters one for each. No loss may depend on another's sample.
-        gram_over: those of the inputs whose gradients G is made of; the weights reach all. None: all of them.
+        shared: those of the inputs that undergo surgery; the gradients of the others are summed. ``auto``: those of
+            which two losses or more have gradients, so that heads get those of their own. None: as the method's
+            original has it (nearly all: every input).
+        gram_over: those of them whose gradients G is made of, or ``auto``; the weights reach all. None: all of them.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
     Raises:
         TypeError, ValueError: see ``functional.present_losses``; inputs without grad; a loss that depends
-            on none of the inputs; another ``process_group``; another ``batch_dim``, or samples that mix; ``gram_over``
-            that is none of the inputs, or with a method that has no G over several of them.
+            on none of the inputs; another ``process_group``; another ``batch_dim``, or samples that mix; ``shared`` or
+            ``gram_over`` that is none of the inputs, or with a method that has no G over several of them; ``auto`` with
+            losses that are None, one a sample, or cut out of one tensor that was put together.
         RuntimeError: a reentrant checkpoint hides what lies behind it; another process has failed in this call, or
             gave other losses. ``.grad`` is not changed.
         NotImplementedError: DistributedDataParallel averages some of the inputs and not the others, or does so with
@@ -79,7 +85,7 @@ def grad(
     found = _Losses(losses, batch_dim)
     targets = _check_inputs([inputs] if isinstance(inputs, Tensor) else inputs)
     group = group_of_graph(found.leaves(), targets, process_group)
-    merged = _merged(found, targets, method, retain_graph, check_rows(rows), group, gram_over)
+    merged = _merged(found, targets, method, retain_graph, check_rows(rows), group, shared, gram_over)
     return tuple(merged[id(target)] for target in targets)
 
 
@@ -92,7 +98,8 @@ def backward(
     process_group: object = "auto",
     rows: Choice = "auto",
     batch_dim: int | None = None,
-    gram_over: Sequence[Tensor] | Tensor | None = None,
+    shared: Scope | Tensor = None,
+    gram_over: Scope | Tensor = None,
 ) -> None:
     """Add the merged gradient of several task losses to ``.grad``, as ``torch.autograd.backward`` adds.
 
@@ -100,7 +107,7 @@ def backward(
         losses: T scalar losses, None for a task that is absent, or one tensor ``[T]`` or ``[T, 1]``; they may share a
             graph.
         inputs: leaves that require grad; None: all leaves of the graphs.
-        method, retain_graph, process_group, rows, batch_dim, gram_over: see ``grad``.
+        method, retain_graph, process_group, rows, batch_dim, shared, gram_over: see ``grad``.
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: see ``grad``; inputs that are no leaves. ``.grad`` is
             not changed.
@@ -124,7 +131,7 @@ def backward(
         if not target.is_leaf:
             raise ValueError(f"inputs of backward must be leaves; found {list(target.shape)} with {target.grad_fn}")
     group = group_of_graph(behind, targets, process_group)
-    merged = _merged(found, targets, method, retain_graph, check_rows(rows), group, gram_over)
+    merged = _merged(found, targets, method, retain_graph, check_rows(rows), group, shared, gram_over)
     with torch.no_grad():
         for target in {id(target): target for target in targets}.values():
             new, old = merged[id(target)], target.grad
@@ -194,7 +201,8 @@ def _merged(
     retain_graph: bool,
     rows: Choice,
     group: Any,
-    gram_over: Sequence[Tensor] | Tensor | None,
+    shared: Scope | Tensor,
+    gram_over: Scope | Tensor,
 ) -> dict[int, Tensor | None]:
     """The merged gradient by the id of its input; an input that stands there twice counts once."""
     method = methods.check_method(method, methods.PCGrad)
@@ -202,7 +210,7 @@ def _merged(
         raise ValueError(f"{type(method).__name__} keeps something of each task, and samples are none: no batch_dim")
     warn_of_fewer_losses(losses.given, method, method.known_tasks)
     inputs = list({id(target): target for target in targets}.values())
-    division = _divided(inputs, method, gram_over)
+    division = _divided(losses, inputs, method, shared, gram_over)
     if not isinstance(method, methods.Tracking):  # which may take one task a step
         warn_of_one_loss(len(losses.tasks))
     if group is not None:
@@ -219,15 +227,27 @@ def _merged(
     return dict(zip(map(id, inputs), merged, strict=True))
 
 
-def _divided(inputs: Sequence[Tensor], method: methods.Method, gram_over: Sequence[Tensor] | Tensor | None) -> Division:
-    """Which of the inputs G looks at.
+def _divided(
+    losses: _Losses, inputs: Sequence[Tensor], method: methods.Method, shared: Scope | Tensor, gram_over: Scope | Tensor
+) -> Division | Learning:
+    """Which of the inputs undergo surgery, and at which G looks.
 
     Raises:
         TypeError, ValueError: see ``grad``.
     """
     check_scopes(method, gram_over)
-    seen = [gram_over] if isinstance(gram_over, Tensor) else gram_over
-    return divide(inputs, "model", [], Scopes.of(None, seen))
+    chosen = ([scope] if isinstance(scope, Tensor) else scope for scope in (shared, gram_over))
+    scopes = Scopes.of(*chosen)
+    if not scopes.learn:
+        return divide(inputs, "model", [], scopes)
+    if losses.of_samples is not None or len(losses.tasks) < len(losses.given):
+        raise ValueError(
+            f"'auto' needs the losses of all tasks, one by one, to find what several reach; found "
+            f"{'one loss a sample' if losses.of_samples is not None else 'None for some'}: give the parameters "
+            "themselves, or GradientSurgery, which remembers what absent tasks have reached"
+        )
+    check_told_apart(list(losses.tensors.values()))
+    return divide(inputs, "model", [], scopes, Reach())
 
 
 def _merged_over(
@@ -236,7 +256,7 @@ def _merged_over(
     inputs: Sequence[Tensor],
     method: methods.Method,
     retain_graph: bool,
-    division: Division,
+    division: Division | Learning,
 ) -> Row:
     """The merged gradient of means over a process group; where one of its processes fails, all do."""
     exchange = Exchange([Part(group) for _ in inputs])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from ._warnings import warn, warn_of_fewer_losses, warn_of_one_loss
 from .merging.report import ConflictReport
 from .rows.choice import Choice
 from .rows.departures import Overlap
+from .rows.parameters import Scope
 from .surgery import GradientSurgery
 from .variants import Generator, Order
 
@@ -47,9 +48,9 @@ class PCGrad(torch.optim.Optimizer):
         reduction: ``mean`` or ``sum``; None: the variant's own, which is ``mean`` for the default variant.
         variant: whose PCGrad, see ``methods.PCGrad``; None: pytorch-pcgrad.
         method: any ``methods.Method`` instead of a variant.
-        shared: the parameters that undergo surgery; the gradients of the others are summed. None: as the variant
-            has it.
-        gram_over: those of them that the Gram matrix is made of, see ``GradientSurgery``; the weights reach all.
+        shared: the parameters that undergo surgery; the gradients of the others are summed. ``auto``: those that two
+            tasks or more reach, see ``GradientSurgery``. None: as the variant has it.
+        gram_over: those of them that the Gram matrix is made of, or ``auto``; the weights reach all.
         generator, order: of the projections, see ``methods.PCGrad``; None: the variant's own.
         row_dtype: dtype of the packed gradients; None: that of the parameters.
         process_group, parallel, rows, overlap: see ``GradientSurgery``.
@@ -87,8 +88,8 @@ class PCGrad(torch.optim.Optimizer):
         *,
         variant: str | None = None,
         method: methods.Method | None = None,
-        shared: Iterable[Tensor] | None = None,
-        gram_over: Iterable[Tensor] | None = None,
+        shared: Scope = None,
+        gram_over: Scope = None,
         generator: Generator | None = None,
         order: Order | None = None,
         row_dtype: torch.dtype | None = None,
@@ -178,7 +179,8 @@ class PCGrad(torch.optim.Optimizer):
             warn_of_one_loss(len(losses))
         warn_of_fewer_losses(listed, surgery.method, surgery.method.known_tasks)
         self._look_for_repeat()
-        surgery.num_tasks = max(surgery.num_tasks, len(listed) if by_task else 1 + max(losses))
+        counts_absent = by_task or surgery._layouts.reach is not None
+        surgery.num_tasks = max(surgery.num_tasks, len(listed) if counts_absent else 1 + max(losses))
         before = surgery._gradients() if self._on_repeat == "add" else []
         try:
             self.report = surgery._round(losses, retain_graph)

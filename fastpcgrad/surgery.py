@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ._checkpoints import load_surgery_state, surgery_state
-from ._graph import check_kept
 from ._losses import Forward, check_loss, check_round
 from ._tasks import check_tasks, in_order, index_of
 from .distributed.groups import Processes
@@ -28,7 +27,7 @@ from .rows.factored_round import run_factored
 from .rows.factors import Factors, all_dense
 from .rows.layout import Layouts, RowChoice
 from .rows.memory_plan import MemoryPlan
-from .rows.parameters import Granularity, HasGroups, Scopes, check_granularity, parameter_source
+from .rows.parameters import Granularity, HasGroups, Scope, Scopes, check_granularity, parameter_source
 from .rows.stays import Stay, Stays, Task
 
 
@@ -46,11 +45,11 @@ class GradientSurgery:
             ones are rows of real and imaginary parts.
         num_tasks: T; or ``tasks``.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
-        shared: the parameters that undergo surgery; the gradients of the others are summed. None: as the method's
-            original has it (nearly all: every parameter).
-        gram_over: those of them whose gradients G is made of; the weights reach all the same. None: all of them. With
-            the trunk here a method weighs the losses of the heads as those of the trunk. Each problem needs one of
-            them; for methods that see all parameters through one G a problem.
+        shared: the parameters that undergo surgery; the others' gradients are summed. ``auto``: those that two tasks or
+            more have reached so far; the first round needs all. None: as its original has it (nearly always all).
+        gram_over: those of them whose gradients G is made of, or ``auto``; the weights reach all the same. None: all of
+            them. With the trunk here a method weighs the losses of the heads as those of the trunk. Each problem needs
+            one of them; for methods that see all parameters through one G a problem.
         row_dtype: dtype of the rows; None: that of each parameter. bfloat16 halves the memory.
         row_device: ``"cpu"``: parameters on a CUDA device have their rows in page-locked host memory; each gradient
             is sent there as soon as autograd has it, and the surgery runs on the host. The report is there too. A
@@ -123,8 +122,8 @@ class GradientSurgery:
         method: Method | None = None,
         *,
         tasks: Sequence[str] | int | None = None,
-        shared: Iterable[Tensor] | None = None,
-        gram_over: Iterable[Tensor] | None = None,
+        shared: Scope = None,
+        gram_over: Scope = None,
         row_dtype: torch.dtype | None = None,
         row_device: torch.device | str | None = None,
         accumulate: Literal["sum", "mean"] = "sum",
@@ -296,9 +295,9 @@ class GradientSurgery:
                 without a generator of their own draw.
         Returns:
             ``method``: the method's ``state_dict``; ``generator``: the state of its own generator, None without one;
-            if asked for ``global_generators``. Tensors, numbers, strings and containers of them alone.
+            ``reach`` with 'auto'; if asked for ``global_generators``. Tensors, numbers, strings and containers of them.
         """
-        return surgery_state(self.method, global_generators=global_generators)
+        return surgery_state(self.method, *self._layouts.learned, global_generators=global_generators)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what ``state_dict`` gave, the states of global generators too where it holds them.
@@ -307,7 +306,7 @@ class GradientSurgery:
             ValueError: other keys, the state of another method or of another kind of generator. The surgery is then as
                 before.
         """
-        load_surgery_state(self.method, state_dict)
+        load_surgery_state(self.method, *self._layouts.learned, state_dict)
 
     def __repr__(self) -> str:
         exchange, tasks = self._layouts.current.exchange, self.num_tasks
@@ -345,8 +344,7 @@ class GradientSurgery:
         """Each loss backward inside its task; only the last pass frees what graphs they share."""
         left = len(losses)
         with self._stays.telling():
-            if left > 1 or retain_graph:
-                check_kept(list(losses.values()))
+            self._stays.look(losses, are_kept=left > 1 or retain_graph)
         with Stay(self._stays, losses=left) as capture:
             self._stays.meet("losses of tasks", *losses)
             factors = self._planned(losses, capture) if may_factor else None
@@ -386,6 +384,7 @@ class GradientSurgery:
         capture = layout.capture
         check_no_rows(layout, self.row_dtype, self.row_device, self.accumulate_dtype)
         capture.rows.free()
+        self._stays.look(losses, tasks=self.num_tasks)
         with Stay(self._stays, losses=len(losses)):
             report, merged = merge_in_two_phases(
                 list(losses.values()),

@@ -21,7 +21,7 @@ FLOORS = (
     {"backends"},
     {"_derivatives"},
     {"functional"},
-    {"methods"},
+    {"methods", "rows.reach"},
     {"rows.choice", "rows.hooks", "rows.sparse", "rows.layers", "_checkpoints"},
     {"rows.products"},
     {"rows.apart", "rows.factored"},

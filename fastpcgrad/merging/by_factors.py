@@ -24,8 +24,8 @@ class Factor(Protocol):
     """The task gradients of one parameter as factors."""
 
     @property
-    def whole(self) -> bool:
-        """Whether every task has a gradient."""
+    def reached(self) -> Sequence[bool]:
+        """For each task whether it has a gradient."""
 
     def merged(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum of the gradients with these weights, ``[T]`` float64."""

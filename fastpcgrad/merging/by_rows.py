@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import compress
 from operator import attrgetter
 
@@ -14,7 +14,7 @@ from ..backends import kernels
 from ..distributed.exchange import Averaging, Exchange
 from ..methods import Elementwise, Method, Tracking
 from ..rows.columns import Columns, Tensors
-from ..rows.parameters import UNDIVIDED, Division
+from ..rows.parameters import UNDIVIDED, Division, Learning
 from ..rows.task_gradients import Row, TaskGradients
 from .by_factors import NOTHING, Settled, settled
 from .by_tracking import NO_LOSSES, Losses, check_one_process, merge_tracked
@@ -27,7 +27,7 @@ _VERSION = attrgetter("_version")
 def merge(
     grads: TaskGradients,
     method: Method,
-    division: Division = UNDIVIDED,
+    division: Division | Learning = UNDIVIDED,
     *,
     in_place: bool,
     exchange: Exchange | Averaging | None = None,
@@ -51,11 +51,12 @@ def merge(
     columns = grads.columns() if exchange is None else exchange.over(grads.columns())
     if not in_place:
         return merge_apart(columns, factors, tuple(grads.tasks), method, division, grads.losses())
-    out, problems = _prepared(columns, factors, method, division)
+    tasks = tuple(grads.tasks)
+    out, problems = _prepared(columns, factors, tasks, method, division)
     before = _versions(out)
     grads.at_risk = True
     try:
-        report, merged = _merge(columns, factors, tuple(grads.tasks), method, problems, out, grads.losses())
+        report, merged = _merge(columns, factors, tasks, method, problems, out, grads.losses())
         return report, columns.gradients(merged)
     except Exception:
         grads.at_risk = _versions(out) != before
@@ -67,24 +68,30 @@ def merge_apart(
     factors: Settled,
     tasks: tuple[int, ...],
     method: Method,
-    division: Division = UNDIVIDED,
+    division: Division | Learning = UNDIVIDED,
     losses: Losses = NO_LOSSES,
 ) -> tuple[ConflictReport, Row]:
     """Into fresh memory, see ``merge``."""
-    out, problems = _prepared(columns, factors, method, division)
+    out, problems = _prepared(columns, factors, tasks, method, division)
     out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
     report, merged = _merge(columns, factors, tasks, method, problems, out, losses)
     return report, columns.gradients(merged)
 
 
-def _prepared(columns: Columns, factors: Settled, method: Method, division: Division) -> tuple[Row, Problems]:
+def _prepared(
+    columns: Columns, factors: Settled, tasks: tuple[int, ...], method: Method, division: Division | Learning
+) -> tuple[Row, Problems]:
     """Of each parameter a gradient that is there, and the problems."""
     complete = not any(0 in row for row in columns.pointers)
     whole = [True] * len(columns.widths) if complete else _everywhere(columns.tensors)
     for index, (weight, _) in factors.items():
-        whole[index] = weight.whole
+        whole[index] = all(weight.reached)
     out = list(columns.tensors[0]) if complete else _first_of_each(columns.tensors)
-    return out, Problems.made(method, whole, division)
+
+    def touched(index: int) -> Iterable[bool]:
+        return factors[index][0].reached if index in factors else (row[index] is not None for row in columns.tensors)
+
+    return out, Problems.made(method, whole, division.settled(tasks, touched))
 
 
 def gram(columns: Columns, factors: Settled) -> torch.Tensor:

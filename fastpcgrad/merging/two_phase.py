@@ -18,7 +18,7 @@ from .._ops import Figures
 from ..methods import Method
 from ..rows.capture import MovedCapture
 from ..rows.layout import Layout
-from ..rows.parameters import UNDIVIDED, Division
+from ..rows.parameters import UNDIVIDED, Division, Learning
 from ..rows.sparse import stays_sparse
 from ..rows.task_gradients import Row, TaskGradients
 from .graph_pieces import Graph, Open
@@ -60,7 +60,7 @@ def merge_in_two_phases(
     method: Method,
     *,
     tasks: Sequence[int] | None = None,
-    division: Division = UNDIVIDED,
+    division: Division | Learning = UNDIVIDED,
     retain_graph: bool = False,
 ) -> tuple[ConflictReport, Row]:
     """Merge the gradients of several losses without ever holding all of them.
@@ -102,13 +102,13 @@ def merge_in_two_phases(
     _check_parameters(parameters)
     check_kept(found)
     graph = Graph(found, parameters)
+    indices = tuple(range(len(found)) if tasks is None else tasks)
     try:
-        places, grams = _gram_of_each_place(graph, found, parameters, method, division)
+        places, grams = _gram_of_each_place(graph, found, parameters, method, indices, division)
     except RuntimeError as error:
         explain(error)
         raise
     gram = grams[WHOLE::_KINDS].sum(dim=0) + grams[PARTIAL::_KINDS].sum(dim=0)
-    indices = tuple(range(len(found)) if tasks is None else tasks)
     solution = method.checked_solve(gram, indices)
     weights = weights_table(method, solution.weights)
     alike = method.partial_weights(solution.weights) is solution.weights
@@ -142,7 +142,8 @@ def _gram_of_each_place(
     losses: Sequence[Tensor],
     parameters: Sequence[Tensor],
     method: Method,
-    division: Division,
+    tasks: Sequence[int],
+    division: Division | Learning,
 ) -> tuple[list[int], Tensor]:
     """The number of each parameter's G, see ``_KINDS``, -1 without a gradient, and all G: ``[·, T, T]``."""
     count = len(losses)
@@ -163,14 +164,15 @@ def _gram_of_each_place(
                 piece.run(there)
             rows[t] = [there.pop(graph.leaves[index], None) for index in piece.complete]
         touched = [[row[column] is not None for row in rows] for column in range(len(piece.complete))]
-        problems = Problems.made(method, list(map(all, touched)), division.of(piece.complete))
+        own_division = division.of(piece.complete).settled(tasks, touched.__getitem__)
+        problems = Problems.made(method, list(map(all, touched)), own_division)
         kinds = [
             row + _ROWS * (problem == SUMMED)
             for row, problem in zip(problems.row_of_each, problems.in_gram, strict=True)
         ]
-        for index, tasks, kind in zip(piece.complete, touched, kinds, strict=True):
-            unreached.difference_update(compress(range(count), tasks))
-            if any(tasks):
+        for index, reached, kind in zip(piece.complete, touched, kinds, strict=True):
+            unreached.difference_update(compress(range(count), reached))
+            if any(reached):
                 places[index] = number * _KINDS + kind
         own = grams[number * _KINDS : (number + 1) * _KINDS]
         _add_products(own, [parameters[index] for index in piece.complete], rows, kinds)
@@ -179,6 +181,7 @@ def _gram_of_each_place(
             f"losses {sorted(unreached)} reach none of the parameters through the graph; where a hook runs the "
             "backward pass (cached losses), merge in one phase"
         )
+    division.settled(tasks, lambda index: ())  # all that there is to learn is known: refuses what cannot be
     return places, grams
 
 

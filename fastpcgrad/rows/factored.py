@@ -45,11 +45,6 @@ class Factored(ABC):
         self.delta = torch.zeros(tasks, ends[-1], metadata[0].shape[-1], dtype=dtype, device=metadata[0].device)
         self.reached = [False] * tasks
 
-    @property
-    def whole(self) -> bool:
-        """Whether every task has a gradient."""
-        return all(self.reached)
-
     def add(self, slot: int, first: int, grad: Tensor) -> None:
         """Note what came in for a task at the use whose first row is ``first``."""
         grad = grad.reshape(-1, grad.shape[-1])

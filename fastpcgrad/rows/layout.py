@@ -26,10 +26,12 @@ from .parameters import (
     CheckedGranularity,
     Division,
     HasGroups,
+    Learning,
     Scopes,
     check_leaves,
     divide,
 )
+from .reach import Reach
 from .sharded import ShardedGradients
 from .sharded_capture import ShardedCapture
 from .task_gradients import TaskGradients
@@ -52,7 +54,7 @@ class Layout(NamedTuple):
 
     found: list[Tensor]
     kinds: Sequence[tuple[Any, ...] | None]
-    division: Division
+    division: Division | Learning
     capture: Capture
     exchange: Exchange | None
     lazy: bool
@@ -109,9 +111,16 @@ class Layouts:
 
     def __init__(self, source: HasGroups, scopes: Scopes, granularity: CheckedGranularity, rows: RowChoice) -> None:
         self._source, self._scopes, self._granularity, self._rows = source, scopes, granularity, rows
+        self.reach = Reach() if scopes.learn else None
+        """What is known of the parameters that two tasks or more reach, where that is asked for."""
         self._group: Any = None
         self._lanes = Lanes()
         self.current = self._laid_out(self.trainable())
+
+    @property
+    def learned(self) -> tuple[Reach | None, list[Tensor]]:
+        """``reach`` and all parameters that the source has, whose state is kept."""
+        return self.reach, [p for group in self._source.param_groups for p in group["params"]]
 
     def trainable(self) -> list[Tensor]:
         """The parameters that require grad, as the source has them now."""
@@ -164,7 +173,7 @@ class Layouts:
         if parameters is None:
             parameters = list({id(p): p for p in found if not is_lazy(p)}.values())
         check_leaves(parameters)
-        division = divide(parameters, self._granularity, self._source.param_groups, self._scopes)
+        division = divide(parameters, self._granularity, self._source.param_groups, self._scopes, self.reach)
         lazy = any(map(is_lazy, found))
         capture, exchange = self._averaged(parameters) if self._group is not None else self._own(parameters)
         return Layout(found, _kinds(found), division, capture, exchange, lazy, is_large(parameters))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import compress
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
 from .._losses import check_tensors
 from .layers import Layers
+from .reach import AUTO, Reach, Touches
 
 Granularity = Literal["model", "group", "parameter", "layer"] | Sequence[Iterable[Tensor]]
 Collections = list[list[Tensor]]
+Scope: TypeAlias = Iterable[Tensor] | Literal["auto"] | None
+"""Parameters that a caller has chosen for something; ``auto``: those that two tasks or more reach; None: as the method
+has it."""
 CheckedGranularity = Literal["model", "group", "parameter"] | Collections | Layers
 
 
@@ -38,8 +42,62 @@ class Division(NamedTuple):
         gram_over = None if self.gram_over is None else [self.gram_over[index] for index in chosen]
         return Division(shared, groups, self.names, gram_over)
 
+    def settled(self, tasks: Sequence[int], touched: Touches) -> Division:
+        """See ``Learning``."""
+        return self
+
 
 UNDIVIDED = Division()
+
+
+class Learning(NamedTuple):
+    """A division of which the gradients are to show what two tasks or more reach.
+
+    Attributes:
+        given: the division otherwise.
+        reach: what is known of the parameters.
+        parameters: that are divided.
+        shared, gram_over: whether these are what they reach.
+        is_part: whether other parameters are divided elsewhere.
+    """
+
+    given: Division
+    reach: Reach
+    parameters: Sequence[Tensor]
+    shared: bool
+    gram_over: bool
+    is_part: bool = False
+
+    @property
+    def groups(self) -> list[int] | None:
+        return self.given.groups
+
+    def of(self, chosen: Sequence[int]) -> Learning:
+        """That of some of the parameters, by their index."""
+        parameters = [self.parameters[index] for index in chosen]
+        return self._replace(given=self.given.of(chosen), parameters=parameters, is_part=True)
+
+    def settled(self, tasks: Sequence[int], touched: Touches) -> Division:
+        """As it is with the gradients of a round, from which is learned.
+
+        Args:
+            tasks, touched: see ``Reach.learn``.
+        Raises:
+            ValueError: G would look at nothing, or at what no weights reach.
+        """
+        self.reach.learn(self.parameters, tasks, touched)
+        found = self.reach.are_shared(self.parameters)
+        division, seen = self.given, self.given.gram_over or ()
+        if self.shared:
+            division = division._replace(shared=found)
+            if any(looked and not inside for looked, inside in zip(seen, found, strict=False)):
+                raise ValueError(f"gram_over holds a parameter that one task alone reaches: it is {_OUT_OF_REACH}")
+        if self.gram_over:
+            inside = division.shared or [True] * len(found)
+            division = division._replace(gram_over=[a and b for a, b in zip(found, inside, strict=True)])
+        if division.gram_over is not None and not self.is_part:
+            _check_gram_over(division)
+        return division
 
 
 class HasGroups(Protocol):
@@ -91,16 +149,29 @@ def are_among(tensors: Sequence[Tensor], chosen: Iterable[Tensor]) -> list[bool]
 class Scopes(NamedTuple):
     """Which parameters a caller has chosen for what, see ``GradientSurgery``; None: as the method's scope says."""
 
-    shared: Sequence[Tensor] | None = None
-    gram_over: Sequence[Tensor] | None = None
+    shared: Sequence[Tensor] | Literal["auto"] | None = None
+    gram_over: Sequence[Tensor] | Literal["auto"] | None = None
 
     @classmethod
-    def of(cls, shared: Iterable[Tensor] | None, gram_over: Iterable[Tensor] | None) -> Scopes:
-        """TypeError for what are no tensors."""
-        return cls(
-            None if shared is None else check_tensors("shared", shared),
-            None if gram_over is None else check_tensors("gram_over", gram_over),
-        )
+    def of(cls, shared: Scope, gram_over: Scope) -> Scopes:
+        """TypeError for what are no tensors, nor 'auto'."""
+        return cls(_chosen("shared", shared), _chosen("gram_over", gram_over))
+
+    @property
+    def learn(self) -> bool:
+        """Whether gradients are to show one of them."""
+        return AUTO in (self.shared, self.gram_over)
+
+
+def _chosen(name: str, scope: Scope) -> Sequence[Tensor] | Literal["auto"] | None:
+    if scope is None or isinstance(scope, str):
+        if scope not in (None, AUTO):
+            raise TypeError(f"{name} must be an iterable of tensors or 'auto'; found {scope!r}")
+        return scope
+    return check_tensors(name, scope)
+
+
+_OUT_OF_REACH = "not in shared, so that no weights reach it"
 
 
 def check_leaves(parameters: Sequence[Tensor]) -> None:
@@ -109,11 +180,13 @@ def check_leaves(parameters: Sequence[Tensor]) -> None:
             raise ValueError(f"parameters must be leaves of the graph; found {list(p.shape)} with {p.grad_fn}")
 
 
-def _check_scopes(parameters: Sequence[Tensor], scopes: Scopes) -> None:
-    _check_among("shared", scopes.shared, parameters, "none of the parameters")
-    _check_among("gram_over", scopes.gram_over, parameters, "none of the parameters")
-    if scopes.shared is not None:
-        _check_among("gram_over", scopes.gram_over, scopes.shared, "not in shared, so that no weights reach it")
+def _check_scopes(
+    parameters: Sequence[Tensor], shared: Sequence[Tensor] | None, gram_over: Sequence[Tensor] | None
+) -> None:
+    _check_among("shared", shared, parameters, "none of the parameters")
+    _check_among("gram_over", gram_over, parameters, "none of the parameters")
+    if shared is not None:
+        _check_among("gram_over", gram_over, shared, _OUT_OF_REACH)
 
 
 def _check_among(name: str, chosen: Sequence[Tensor] | None, known: Sequence[Tensor], why: str) -> None:
@@ -157,20 +230,26 @@ def divide(
     granularity: CheckedGranularity,
     groups: Sequence[dict[str, Any]],
     scopes: Scopes,
-) -> Division:
+    reach: Reach | None = None,
+) -> Division | Learning:
     """Which of the parameters undergo surgery, which form one problem, and at which its Gram matrix looks.
 
+    Args:
+        reach: what is known of that, where scopes are 'auto'.
     Raises:
         ValueError: scopes with a tensor that is none of the parameters; collections without a parameter that undergoes
             surgery, or with one that is not there; a model without one; a problem whose Gram matrix would look at
             nothing.
     """
-    _check_scopes(parameters, scopes)
-    division = _divided(parameters, granularity, groups, scopes.shared)
-    if scopes.gram_over is None:
-        return division
-    division = division._replace(gram_over=are_among(parameters, scopes.gram_over))
-    _check_gram_over(division)
+    shared, gram_over = (None if isinstance(scope, str) else scope for scope in scopes)
+    _check_scopes(parameters, shared, gram_over)
+    division = _divided(parameters, granularity, groups, shared)
+    if gram_over is not None:
+        division = division._replace(gram_over=are_among(parameters, gram_over))
+    if reach is not None:
+        return Learning(division, reach, parameters, shared=scopes.shared == AUTO, gram_over=scopes.gram_over == AUTO)
+    if gram_over is not None:
+        _check_gram_over(division)
     return division
 
 

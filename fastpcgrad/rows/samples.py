@@ -72,13 +72,12 @@ class Samples:
     Attributes:
         left: a, ``[B, S, in]``; None: ones, of what is added to products.
         delta: δ.
-        whole: every sample has one.
+        reached: every sample has one.
     """
-
-    whole = True
 
     def __init__(self, factored: Multiplied, left: Tensor | None, delta: Deltas) -> None:
         self.left, self.delta = left, delta
+        self.reached = [True] * len(delta.tensor)
         self._factored = factored
 
     def of_bias(self) -> Samples:

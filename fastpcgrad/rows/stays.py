@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
 from torch import Tensor
 
-from .._graph import explain
+from .._graph import check_kept, explain
 from ..distributed.exchange import OutOfStep
 from ..distributed.groups import Processes
 from ..methods import Method
@@ -38,6 +38,22 @@ class Stays:
         capture = self.layouts.resolve().capture
         self.processes.check(capture.parameters, moved=isinstance(capture, MovedCapture))
         return self.layouts.over(self.processes.group)
+
+    def look(self, losses: Mapping[int, Tensor], *, are_kept: bool = False, tasks: int = 0) -> None:
+        """At losses whose backward passes are about to be run.
+
+        Args:
+            are_kept: whether graphs are kept for further passes.
+            tasks: T, where all must have been there by now.
+        Raises:
+            RuntimeError: see ``check_kept``.
+            ValueError, RuntimeError: their gradients cannot show what several tasks reach, see ``Reach``.
+        """
+        if are_kept:
+            check_kept(list(losses.values()))
+        if self.layouts.reach is not None:
+            self.layouts.reach.look(list(losses.values()))
+            self.layouts.reach.check_known(tasks, losses)
 
     def check_outside(self, what: str) -> None:
         """RuntimeError inside a task."""
@@ -88,6 +104,8 @@ class Stays:
         rows.collect(tasks, mean)
         if not rows.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
+        if self.layouts.reach is not None:
+            self.layouts.reach.check_known(tasks, rows.tasks)
         return rows
 
     def _arrive(self, point: str, *details: object) -> None:

@@ -29,6 +29,7 @@ from tests.distributed.sharded import (
     exact_rows,
     loss,
     mesh,
+    trunk_or_auto,
     wholes,
 )
 
@@ -147,13 +148,15 @@ def a_model_that_averages_in_ordinary_steps(wrap):
 
 @each(
     shared={"shared": lambda ps: ps[:2]},
+    auto={"shared": trunk_or_auto},
     gram_over={"gram_over": lambda ps: ps[:6]},
     parameter={"granularity": "parameter"},
     bf16={"row_dtype": torch.bfloat16},
 )
 def choices_of_a_surgery(options):
     unit = 4e-3 if "row_dtype" in options else 1e-6
-    train(alone, METHODS["tensorflow"], in_groups, unit=unit, **options)
+    assign = round_robin if options.get("shared") is trunk_or_auto else in_groups  # all tasks in the first round
+    train(alone, METHODS["tensorflow"], assign, unit=unit, **options)
 
 
 @scenario

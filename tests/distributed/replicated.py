@@ -30,6 +30,7 @@ from tests.distributed.sharded import (
     loss,
     of_one_forward,
     train,
+    trunk_or_auto,
     wholes,
 )
 from tests.distributed.together import most_memory
@@ -126,6 +127,7 @@ def one_forward_a_task(case):
 
 @each(
     shared={"shared": lambda ps: ps[:2]},
+    auto={"shared": trunk_or_auto},
     gram_over={"gram_over": lambda ps: ps[:6]},
     parameter={"granularity": "parameter"},
     bf16={"row_dtype": torch.bfloat16},

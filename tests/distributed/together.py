@@ -29,6 +29,7 @@ from tests.distributed.sharded import (
     sharded,
     task_by_task,
     train,
+    trunk_or_auto,
     wholes,
 )
 from tests.late_copies import LateCopies
@@ -250,6 +251,7 @@ def memory_is_that_of_the_plan():
 @each(
     full={},
     shared={"shared": lambda ps: ps[:2]},
+    auto={"shared": trunk_or_auto},
     gram_over={"gram_over": lambda ps: ps[:6]},
     parameter={"granularity": "parameter"},
     bf16={"row_dtype": torch.bfloat16},

@@ -74,7 +74,7 @@ def test_in_jac_to_grad_every_method_gives_what_backward_gives(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_after_mtl_backward_every_method_gives_what_grad_gives_on_the_trunk(kind):
+def test_after_mtl_backward_every_method_gives_what_grad_and_backward_give(kind):
     trunk, heads, features, losses = network()
     autojac.mtl_backward(losses, features=features)
     autojac.jac_to_grad(trunk.parameters(), torchjd.Aggregator(made(kind)))
@@ -83,7 +83,8 @@ def test_after_mtl_backward_every_method_gives_what_grad_gives_on_the_trunk(kind
     trunk, heads, _, losses = network()
     merged = fastpcgrad.grad(losses, list(trunk.parameters()), method=made(kind), retain_graph=True)
     assert distance(found, torch.cat([g.flatten() for g in merged])) <= 1e-6
-    sum(losses).backward()
+    fastpcgrad.backward(losses, method=made(kind), shared="auto")
+    assert distance(found, gradients(trunk)) <= 1e-6
     assert distance(of_heads, gradients(heads)) <= 1e-6
 
 
