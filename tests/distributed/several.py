@@ -1,7 +1,6 @@
 """Makes tests of the scenarios of a module: a file of tests for each, so that they are shared among workers."""
 
 import os
-from functools import cache
 from importlib import import_module
 
 import pytest
@@ -24,9 +23,7 @@ def on_several_processes(name, counts, on_gpus=()):
     if ranks.DEVICE == "cuda":
         counts = [count for count in on_gpus if count <= torch.cuda.device_count()]
 
-    @cache
-    def outcomes(count, factory):
-        return ranks.run(module.__name__, count, factory.mktemp("ranks"), SECONDS)
+    outcomes = {}
 
     @pytest.mark.parametrize(
         ("count", "scenario"),
@@ -37,7 +34,9 @@ def on_several_processes(name, counts, on_gpus=()):
         ],
     )
     def test(count, scenario, tmp_path_factory):
-        said = outcomes(count, tmp_path_factory)[scenario]
+        if count not in outcomes:
+            outcomes[count] = ranks.run(module.__name__, count, tmp_path_factory.mktemp("ranks"), SECONDS)
+        said = outcomes[count][scenario]
         if scenario == dies:
             said = said[:-1]  # the last one is dead
         assert not any(said), "\n".join(said)
