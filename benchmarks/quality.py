@@ -60,7 +60,7 @@ class Training:
 
 
 def train(run: Run, problem: str, by: str, rates: Sequence[float]) -> list[Row]:
-    """A cell for each learning rate; of a single task its own measure alone."""
+    """A cell for each learning rate; of a single task its own measure alone. What fails at one rate has the others."""
     about = PROBLEMS[problem]
     seeds, steps = about.budget(run.quick)
     try:
@@ -68,6 +68,8 @@ def train(run: Run, problem: str, by: str, rates: Sequence[float]) -> list[Row]:
         for _ in range(steps):
             training.step()
     except (ArithmeticError, ValueError, RuntimeError) as error:  # a method that has no answer is a result
+        if len(rates) > 1:
+            return [cell for rate in rates for cell in train(run, problem, by, [rate])]
         return [_cell(run, problem, by, rate, steps, {"status": rows.failed(error)}) for rate in rates]
     columns = sum(module.vectors[0].numel() for module in training.problem.shared)
     own = [place for place, task in enumerate(about.tasks) if ALONE + task == by] or range(len(about.measures))

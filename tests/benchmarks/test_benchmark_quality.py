@@ -12,7 +12,9 @@ from benchmarks.quality_problems.physics import Burgers
 from benchmarks.quality_rules import ALONE, BALANCERS, METHODS, PLAIN, SEARCHED, names
 from benchmarks.quality_tables import Outcome
 from benchmarks.rows import Environment, Row
+from benchmarks.session import Run
 from fastpcgrad import balancing, methods
+from fastpcgrad.commands.demo_problems import Networks
 
 pytest.importorskip("sklearn", reason="two problems' data come with scikit-learn: pip install scikit-learn")
 
@@ -49,6 +51,51 @@ def test_another_budget_is_another_cell(quick):
     assert quality.missing(found, "poisson", "PCGrad", PROBLEMS["poisson"].budget(False)) == list(quality.RATES)
     failed = [replace(row, status="failed: ValueError") for row in found]
     assert quality.missing(failed, "poisson", "PCGrad", PROBLEMS["poisson"].budget(True)) == list(quality.RATES)
+
+
+def test_a_rule_that_fails_at_one_learning_rate_has_the_others(monkeypatch):
+    def refuse(problem, by, rates, seeds, steps):
+        if 1e-1 in rates:
+            raise ValueError("too large")
+        return training(problem, by, rates, seeds, steps)
+
+    training = quality.Training
+    monkeypatch.setattr(quality, "Training", refuse)
+    found = quality.train(Run(ENVIRONMENT, quick=True), "poisson", "PCGrad", quality.RATES)
+    assert [(row.learning_rate, row.status) for row in found] == [
+        (3e-3, "ok"), (1e-2, "ok"), (3e-2, "ok"), (1e-1, "failed: ValueError: too large")
+    ]  # fmt: skip
+    assert all(len(row.test["right digits of u"]) == 2 for row in found[:3]) and not found[3].test
+
+
+def test_times_are_by_that_of_the_plain_sum():
+    run = Run(ENVIRONMENT, quick=True)
+    quality.measure_times(run, "poisson", 0.0)
+    assert {row.subject for row in run.rows} == {*quality_tables.BASELINES, *BALANCERS, *METHODS} - {SEARCHED}
+    (plain,) = (row for row in run.rows if row.subject == PLAIN)
+    assert plain.ratios == {PLAIN: 1}
+    for row in run.rows:
+        assert row.p50_ms == pytest.approx(row.ratios[PLAIN] * plain.p50_ms)
+
+
+def test_gradnorm_has_the_norms_of_the_last_shared_layers_weights(monkeypatch):
+    """Of the first network of two, against a trunk of layers."""
+    training = quality.Training("digits", "GradNorm", (1e-2,), (0, 1), 3)
+    noted = {}
+    monkeypatch.setattr(training.rule.balancers[0], "note", lambda task, loss, norm: noted.update({task: norm}))
+    batch = training.problem.batch()
+    training.rule.note(training.problem.losses(batch))
+    (trunk,) = Networks((0,), (64, 64, 16), torch.nn.ReLU()).each
+    features = trunk[1](trunk[0](training.problem.images[batch[0][0]]).relu()).relu()
+    scores, ink = (head(features.expand(2, -1, -1))[0] for head in training.problem.own)
+    digit, expected = training.problem.digit[batch[0][0]], training.problem.ink[batch[0][0]]
+    losses = (
+        torch.nn.functional.cross_entropy(scores, digit),
+        (training.problem.unit * ink[:, 0] - expected).square().mean(),
+    )
+    for task, loss in enumerate(losses):
+        (gradient,) = torch.autograd.grad(loss, trunk[1].weight, retain_graph=True)
+        torch.testing.assert_close(noted[task], gradient.norm(), rtol=1e-4, atol=0)
 
 
 def test_an_unknown_method_is_refused_by_name(capsys):
