@@ -287,6 +287,17 @@ def test_the_figure_has_a_panel_for_each_problem_that_has_rows(monkeypatch, tmp_
     assert "| `PCGrad` | +85.7 ± 14.3 ▲ |" in page and "| balancer: `FAMO` | astray |" in page
 
 
+def test_a_rule_that_failed_on_a_problem_is_said_to():
+    values = {"right digits of u": [1.0, 2.0]}
+    done = [
+        replace(cell(rule, 0.1, values, values), case=case, steps=PROBLEMS[case].budget(quick=True).steps)
+        for case in ("poisson", "burgers")
+        for rule in (PLAIN, "PCGrad")
+    ]
+    done[-1] = replace(done[-1], status="failed: ValueError", validation={}, test={})
+    assert "| `PCGrad` | +0.0 ± 0.0 | failed |" in quality_tables.page(done, quick=True)
+
+
 def test_without_references_there_is_nothing_to_say():
     assert quality_tables.outcomes(quality_tables.cells(SINGLE[:2], "two", Budget(2, 10)), Two) == {}
     assert quality_tables.page([]) == "Not yet measured."
