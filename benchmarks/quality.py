@@ -59,31 +59,55 @@ class Training:
         self.rule.after(batch)
 
 
-def train(run: Run, problem: str, by: str, rates: Sequence[float]) -> list[Row]:
-    """A cell for each learning rate; of a single task its own measure alone."""
-    about = PROBLEMS[problem]
-    seeds, steps = about.budget(run.quick)
-    try:
-        training = Training(problem, by, rates, range(seeds), steps)
-        for _ in range(steps):
-            training.step()
-    except (ArithmeticError, ValueError, RuntimeError) as error:  # a method that has no answer is a result
-        return [_cell(run, problem, by, rate, steps, {"status": rows.failed(error)}) for rate in rates]
-    columns = sum(module.vectors[0].numel() for module in training.problem.shared)
-    own = [place for place, task in enumerate(about.tasks) if ALONE + task == by] or range(len(about.measures))
+Judged = Mapping[str, torch.Tensor]
+"""By part ``[M, R, S]``: each measure of the networks of each learning rate and seed."""
+FAILURES = ArithmeticError, ValueError, RuntimeError
+
+
+def judged(problem: str, by: str, rates: Sequence[float], seeds: Sequence[int], steps: int) -> Judged:
+    """What networks come to that are trained side by side."""
+    training = Training(problem, by, rates, seeds, steps)
+    for _ in range(steps):
+        training.step()
     with torch.no_grad():
-        judged = {part: training.problem.judged(part).unflatten(1, (len(rates), seeds)) for part in PARTS}
-    cells = []
-    for place, rate in enumerate(rates):
-        found: dict[str, Any] = {
-            part: {about.measures[m].name: of[m, place].tolist() for m in own} for part, of in judged.items()
-        }
-        cells.append(_cell(run, problem, by, rate, steps, {"N": columns, **found}))
-    return cells
+        return {part: training.problem.judged(part).unflatten(1, (len(rates), len(seeds))) for part in PARTS}
 
 
-def _cell(run: Run, problem: str, by: str, rate: float, steps: int, fields: Mapping[str, Any]) -> Row:
-    tasks = len(PROBLEMS[problem].tasks)
+def train(run: Run, problem: str, by: str, rates: Sequence[float]) -> list[Row]:
+    """A cell for each learning rate; one by one where side by side is refused, or fails at one of them."""
+    seeds, steps = PROBLEMS[problem].budget(run.quick)
+    try:
+        found = judged(problem, by, rates, range(seeds), steps)
+    except FAILURES:
+        return [_one_by_one(run, problem, by, rate) for rate in rates]
+    return [_finished(run, problem, by, rate, {part: of[:, place] for part, of in found.items()})
+            for place, rate in enumerate(rates)]  # fmt: skip
+
+
+def _one_by_one(run: Run, problem: str, by: str, rate: float) -> Row:
+    seeds, steps = PROBLEMS[problem].budget(run.quick)
+    try:
+        each = [judged(problem, by, [rate], [seed], steps) for seed in range(seeds)]
+    except FAILURES as error:  # that there is no answer is a result
+        return _cell(run, problem, by, rate, {"status": rows.failed(error)})
+    return _finished(run, problem, by, rate, {part: torch.cat([one[part][:, 0] for one in each], 1) for part in PARTS})
+
+
+def _finished(run: Run, problem: str, by: str, rate: float, found: Judged) -> Row:
+    """Of ``[M, S]`` by part; of a single task its own measure alone."""
+    about = PROBLEMS[problem]
+    own = [place for place, task in enumerate(about.tasks) if ALONE + task == by] or range(len(about.measures))
+    return _cell(
+        run,
+        problem,
+        by,
+        rate,
+        {part: {about.measures[m].name: of[m].tolist() for m in own} for part, of in found.items()},
+    )
+
+
+def _cell(run: Run, problem: str, by: str, rate: float, fields: Mapping[str, Any]) -> Row:
+    tasks, steps = len(PROBLEMS[problem].tasks), PROBLEMS[problem].budget(run.quick).steps
     return run.row("training", problem, "quality", by, T=tasks, learning_rate=rate, steps=steps, **fields)
 
 

@@ -175,9 +175,13 @@ def page(rows: Sequence[Row], quick: bool = False) -> str:
 
 def _deltas(every: Mapping[str, Mapping[str, Outcome]], rows: Sequence[Row]) -> str:
     ranks, times = mean_ranks(every), _times(rows)
+    failed = {(row.case, row.subject) for row in rows if not row.ok}
     lines = []
     for rule in in_order(every):
-        shown = [_delta_cell(found.get(rule), found.get(PLAIN)) for found in every.values()]
+        shown = [
+            "failed" if rule not in found and (name, rule) in failed else _delta_cell(found.get(rule), found.get(PLAIN))
+            for name, found in every.items()
+        ]
         rank = f"{ranks[rule]:.1f}" if rule in ranks else ""
         lines.append((_shown(rule), *shown, rank, times.get(rule, "")))
     header = ("Δm, % ± standard error", *(PROBLEMS[name].title for name in every), "mean rank", "step / plain sum")

@@ -12,7 +12,9 @@ from benchmarks.quality_problems.physics import Burgers
 from benchmarks.quality_rules import ALONE, BALANCERS, METHODS, PLAIN, SEARCHED, names
 from benchmarks.quality_tables import Outcome
 from benchmarks.rows import Environment, Row
+from benchmarks.session import Run
 from fastpcgrad import balancing, methods
+from fastpcgrad.commands.demo_problems import Networks
 
 pytest.importorskip("sklearn", reason="two problems' data come with scikit-learn: pip install scikit-learn")
 
@@ -49,6 +51,53 @@ def test_another_budget_is_another_cell(quick):
     assert quality.missing(found, "poisson", "PCGrad", PROBLEMS["poisson"].budget(False)) == list(quality.RATES)
     failed = [replace(row, status="failed: ValueError") for row in found]
     assert quality.missing(failed, "poisson", "PCGrad", PROBLEMS["poisson"].budget(True)) == list(quality.RATES)
+
+
+def test_what_fails_side_by_side_is_trained_one_by_one_and_fails_where_it_must(quick, monkeypatch):
+    def refuse(problem, by, rates, seeds, steps):
+        if len(rates) * len(seeds) > 1 or 1e-1 in rates:
+            raise ValueError("too large")
+        return training(problem, by, rates, seeds, steps)
+
+    training = quality.Training
+    monkeypatch.setattr(quality, "Training", refuse)
+    found = quality.train(Run(ENVIRONMENT, quick=True), "poisson", "PCGrad", quality.RATES)
+    assert [(row.learning_rate, row.status) for row in found] == [
+        (3e-3, "ok"), (1e-2, "ok"), (3e-2, "ok"), (1e-1, "failed: ValueError: too large")
+    ]  # fmt: skip
+    for row, beside in zip(found[:3], rows.read(quick / quality.FILE)[4:7], strict=True):
+        assert row.test["right digits of u"] == pytest.approx(beside.test["right digits of u"], rel=1e-3)
+    assert not found[3].test
+
+
+def test_times_are_by_that_of_the_plain_sum():
+    run = Run(ENVIRONMENT, quick=True)
+    quality.measure_times(run, "poisson", 0.0)
+    assert {row.subject for row in run.rows} == {*quality_tables.BASELINES, *BALANCERS, *METHODS} - {SEARCHED}
+    (plain,) = (row for row in run.rows if row.subject == PLAIN)
+    assert plain.ratios == {PLAIN: 1}
+    for row in run.rows:
+        assert row.p50_ms == pytest.approx(row.ratios[PLAIN] * plain.p50_ms)
+
+
+def test_gradnorm_has_the_norms_of_the_last_shared_layers_weights(monkeypatch):
+    """Of the first network of two, against a trunk of layers."""
+    training = quality.Training("digits", "GradNorm", (1e-2,), (0, 1), 3)
+    noted = {}
+    monkeypatch.setattr(training.rule.balancers[0], "note", lambda task, loss, norm: noted.update({task: norm}))
+    batch = training.problem.batch()
+    training.rule.note(training.problem.losses(batch))
+    (trunk,) = Networks((0,), (64, 64, 16), torch.nn.ReLU()).each
+    features = trunk[1](trunk[0](training.problem.images[batch[0][0]]).relu()).relu()
+    scores, ink = (head(features.expand(2, -1, -1))[0] for head in training.problem.own)
+    digit, expected = training.problem.digit[batch[0][0]], training.problem.ink[batch[0][0]]
+    losses = (
+        torch.nn.functional.cross_entropy(scores, digit),
+        (training.problem.unit * ink[:, 0] - expected).square().mean(),
+    )
+    for task, loss in enumerate(losses):
+        (gradient,) = torch.autograd.grad(loss, trunk[1].weight, retain_graph=True)
+        torch.testing.assert_close(noted[task], gradient.norm(), rtol=1e-4, atol=0)
 
 
 def test_an_unknown_method_is_refused_by_name(capsys):
@@ -236,6 +285,17 @@ def test_the_figure_has_a_panel_for_each_problem_that_has_rows(monkeypatch, tmp_
     assert plot.draw_quality(found[1:], tmp_path) == []  # nothing to compare with
     page = quality_tables.page(found)
     assert "| `PCGrad` | +85.7 ± 14.3 ▲ |" in page and "| balancer: `FAMO` | astray |" in page
+
+
+def test_a_rule_that_failed_on_a_problem_is_said_to():
+    values = {"right digits of u": [1.0, 2.0]}
+    done = [
+        replace(cell(rule, 0.1, values, values), case=case, steps=PROBLEMS[case].budget(quick=True).steps)
+        for case in ("poisson", "burgers")
+        for rule in (PLAIN, "PCGrad")
+    ]
+    done[-1] = replace(done[-1], status="failed: ValueError", validation={}, test={})
+    assert "| `PCGrad` | +0.0 ± 0.0 | failed |" in quality_tables.page(done, quick=True)
 
 
 def test_without_references_there_is_nothing_to_say():
