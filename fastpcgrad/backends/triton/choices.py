@@ -117,7 +117,7 @@ def is_guarded(dtype: torch.dtype) -> bool:
 
 def rescue_choice(tasks: int, unit: int, segmented: bool, block: int) -> Choice:
     """The kernel that redoes rows whose squares fp32 cannot hold."""
-    sizes = {"PAD": triton.next_power_of_2(tasks), "BLOCK": block, "ROWS": 8, "COLUMNS": 64}
+    sizes = {"PAD": triton.next_power_of_2(tasks), "BLOCK": block, "ROWS": 8, "COLUMNS": 32}
     return Choice(kernels.gram_rescue, {"T": tasks, "UNIT": unit, "SEGMENTED": segmented} | sizes)
 
 
