@@ -17,6 +17,7 @@ from .krum import Krum
 from .mgda import MGDA
 from .moco import MoCo
 from .modo import MoDo
+from .momentum_config import MConFIG
 from .nash_mtl import NashMTL
 from .pcgrad import PCGrad
 from .sdmgrad import SDMGrad
@@ -39,6 +40,7 @@ __all__ = [
     "GradDrop",
     "GradVac",
     "Krum",
+    "MConFIG",
     "Mean",
     "Method",
     "MoCo",

@@ -33,11 +33,12 @@ from .pcgrad import (
     project_tensorlogic,
     project_torchjd,
 )
-from .tracking import db_mtl, excess_mtl, moco
+from .tracking import Momenta, db_mtl, excess_mtl, moco, momentum_config
 
 __all__ = [
     "PROJECT",
     "Generator",
+    "Momenta",
     "TaskGradient",
     "aligned_mtl",
     "cagrad",
@@ -62,6 +63,7 @@ __all__ = [
     "mix",
     "moco",
     "modo",
+    "momentum_config",
     "nash_mtl",
     "project_libmtl",
     "project_paper",

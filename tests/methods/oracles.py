@@ -164,7 +164,7 @@ CASES = {
         lambda J: reference.random_weights(torch.randn(len(J), generator=seeded(), dtype=torch.float64)),
     ),
 }
-ELSEWHERE = {"PCGrad", "GradVac", "GradDrop", "TrimmedMean", "MoDo", "SDMGrad", "MoCo", "ExcessMTL", "DBMTL"}
+ELSEWHERE = {"PCGrad", "GradVac", "GradDrop", "TrimmedMean", "MoDo", "SDMGrad", "MoCo", "ExcessMTL", "DBMTL", "MConFIG"}
 """Methods whose oracles give rows or the merged gradient itself, or take more than one J: see their own tests."""
 
 
