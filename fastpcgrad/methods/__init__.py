@@ -20,6 +20,7 @@ from .metabalance import MetaBalance
 from .mgda import MGDA
 from .moco import MoCo
 from .modo import MoDo
+from .momentum_config import MConFIG
 from .nash_mtl import NashMTL
 from .pcd import PCD
 from .pcgrad import PCGrad
@@ -46,6 +47,7 @@ __all__ = [
     "GradDrop",
     "GradVac",
     "Krum",
+    "MConFIG",
     "Mean",
     "MetaBalance",
     "Method",

@@ -11,12 +11,10 @@ from torch import Tensor
 from ._count import count
 from ._shares import Shares
 from .base import Solution
-from .tracking import Row, Tracked, Tracking
+from .tracking import Row, Tracked, Tracking, squares_fit
 
 _EPS = 1e-7
 """Under the root, and added to what is divided by, as in the authors' code."""
-_ROOM = 2.0**-20
-"""Of the largest number, how much the squares of a step may take: S sums up those of many."""
 
 
 class ExcessMTL(Tracking):
@@ -61,8 +59,7 @@ class ExcessMTL(Tracking):
         self._baselines: dict[int, tuple[float, int]] = {}  # a sum of E_t, and of how many steps
 
     def track(self, tasks: Sequence[int], rows: Sequence[Row], gram: Tensor, losses: Sequence[float]) -> Tracked | None:
-        largest = min((torch.finfo(grad.dtype).max for row in rows for grad in row if grad is not None), default=1.0)
-        if float(gram.diagonal().max()) > max(largest, torch.finfo(torch.float32).max) * _ROOM:
+        if not squares_fit(rows, gram):
             return None
         risks = torch.stack([self._risk(task, row, gram) for task, row in zip(tasks, rows, strict=True)]).tolist()
         self._step += 1

@@ -105,7 +105,7 @@ class Tracking(Method):
         kept = self._kept.setdefault(task, [None] * len(row))
         for index, grad in enumerate(row):
             if grad is not None:
-                kept[index] = _like(kept[index], grad)
+                kept[index] = like(kept[index], grad)
         return kept
 
     def averaged(self, tasks: Sequence[int], rows: Sequence[Row], decay: float, gains: Sequence[float]) -> list[Row]:
@@ -123,7 +123,7 @@ class Tracking(Method):
     def state_dict(self) -> dict[str, Any]:
         """``step``, the steps so far; ``widths``, the elements of each parameter; ``rows``: what is kept of each task
         by its index, a list with a tensor or None for each parameter. Copies: T·N elements."""
-        rows = {task: _copied(row) for task, row in self._kept.items()}
+        rows = {task: copied(row) for task, row in self._kept.items()}
         return {"step": self._step, "widths": self._widths, "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -143,10 +143,11 @@ class Tracking(Method):
             if widths is None or len(found) != len(widths) or not all(map(_may_be, found, widths)):
                 raise ValueError(f"rows must be of parameters with {widths} elements; found {found} for task {task}")
         self._step, self._widths = step, None if widths is None else list(widths)
-        self._kept = {task: _copied(row) for task, row in rows.items()}
+        self._kept = {task: copied(row) for task, row in rows.items()}
 
 
-def _copied(row: Row) -> Row:
+def copied(row: Row) -> Row:
+    """The row in memory of its own."""
     return [None if own is None else own.detach().clone() for own in row]
 
 
@@ -154,11 +155,22 @@ def _may_be(found: int | None, width: int) -> bool:
     return found is None or found == width
 
 
-def _like(kept: Tensor | None, grad: Tensor) -> Tensor:
-    """What is kept, as the gradient is: on its device, in the order of its memory, in fp32 at least."""
+def like(kept: Tensor | None, grad: Tensor) -> Tensor:
+    """What is kept, zeros for None, as the gradient is: on its device, in the order of its memory, in fp32 at least."""
     dtype = torch.promote_types(grad.dtype, torch.float32)
     if kept is None:
         return torch.zeros_like(grad, dtype=dtype)
     if (kept.dtype, kept.device, kept.stride()) == (dtype, grad.device, grad.stride()):
         return kept
     return torch.empty_like(grad, dtype=dtype).copy_(kept)
+
+
+def squares_fit(rows: Sequence[Row], gram: Tensor) -> bool:
+    """Whether the squares of gradients, and sums of those of a million steps, are numbers of the dtype of what is kept.
+
+    Args:
+        gram: the Gram matrix of the rows.
+    """
+    dtypes = {torch.promote_types(grad.dtype, torch.float32) for row in rows for grad in row if grad is not None}
+    largest = min((torch.finfo(dtype).max for dtype in dtypes), default=1.0)
+    return float(gram.diagonal().max()) <= largest / 2**20

@@ -37,11 +37,12 @@ from .pcgrad import (
     project_torchjd,
 )
 from .scalarizations import cosmos, geometric_mean, imtl_l, pbi
-from .tracking import db_mtl, excess_mtl, moco
+from .tracking import Momenta, db_mtl, excess_mtl, moco, momentum_config
 
 __all__ = [
     "PROJECT",
     "Generator",
+    "Momenta",
     "TaskGradient",
     "agem",
     "aligned_mtl",
@@ -72,6 +73,7 @@ __all__ = [
     "mix",
     "moco",
     "modo",
+    "momentum_config",
     "nash_mtl",
     "normalized",
     "pbi",

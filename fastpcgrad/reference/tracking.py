@@ -5,11 +5,14 @@ Vectors and loops; states are arguments and results. Tasks that are absent are l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .directions import conflict_free
 
 
 def moco(
@@ -92,3 +95,46 @@ def db_mtl(rows: Tensor, kept: Tensor, step: int, beta: float = 0.9, beta_sigma:
     after = [row + rate * (own - row) for row, own in zip(rows.double(), kept, strict=True)]
     longest = max(own.norm() for own in after)
     return torch.stack([longest / (own.norm() + 1e-8) * own for own in after]).sum(dim=0), torch.stack(after)
+
+
+class Momenta(NamedTuple):
+    """What M-ConFIG keeps, zeros at first: m ``[T, N]``, n ``[T]``; of the merged gradient its momentum, its second
+    moment, and the steps."""
+
+    momenta: Tensor
+    times: list[int]
+    pseudo: Tensor
+    squares: Tensor
+    step: int
+
+
+def momentum_config(
+    rows: Mapping[int, Tensor],
+    kept: Momenta,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+    pref_vector: Sequence[float] | None = None,
+) -> tuple[Tensor, Momenta]:
+    """M-ConFIG as its authors' code has it, arXiv:2408.11104, Alg. 1: the merged gradient ``[N]``, and what is kept.
+
+    m_t' = β₁ m_t + (1 − β₁) g_t of the tasks that are there; d = ConFIG of all m_t' / (1 − β₁^{n_t}), zero while some
+    n_t = 0. Then p' = (1 − β₁^k) d, the pseudo-gradient (p' − β₁ p) / (1 − β₁), whose square goes into s, and
+    d / (√(s' / (1 − β₂^k)) + 1e-8).
+
+    Args:
+        rows: g_t of the tasks that are there.
+    """
+    momenta, times = kept.momenta.clone(), list(kept.times)
+    for task, row in rows.items():
+        momenta[task] = beta_1 * momenta[task] + (1 - beta_1) * row.double()
+        times[task] += 1
+    if 0 in times:
+        return torch.zeros_like(kept.pseudo), kept._replace(momenta=momenta, times=times)
+    hats = torch.stack([m / (1 - beta_1**n) for m, n in zip(momenta, times, strict=True)])
+    direction = conflict_free(hats, pref_vector) @ hats
+    step = kept.step + 1
+    pseudo = (1 - beta_1**step) * direction
+    gradient = (pseudo - beta_1 * kept.pseudo) / (1 - beta_1)
+    squares = beta_2 * kept.squares + (1 - beta_2) * gradient * gradient
+    merged = direction / ((squares / (1 - beta_2**step)).sqrt() + 1e-8)
+    return merged, Momenta(momenta, times, pseudo, squares, step)

@@ -17,6 +17,7 @@ ARGUMENTS = {
     "Constant": {"weights": [0.2, 1.0, 3.0]},
     "FairGrad": {"alpha": 1.0},
     "Krum": {"n_byzantine": 0},
+    "MConFIG": {"num_tasks": 3},
     "MoDo": {"num_tasks": 1, "batches": 3},
     "SDMGrad": {"num_tasks": 1},
     "TrimmedMean": {"trim_number": 1},

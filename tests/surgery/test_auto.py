@@ -296,3 +296,17 @@ def test_lists_do_for_backward_and_grad(scope):
     expected = [p.grad for p in setting.all]
     found = fastpcgrad.grad(setting.losses(), setting.all, method=methods.UPGrad(), **{scope: setting.shared})
     assert_same_bits(found, expected)
+
+
+def test_a_parameter_that_tasks_reach_in_turns_is_shared():
+    """Each round one task alone reaches it, never the same twice."""
+    trunk, turns, heads = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+    surgery = fastpcgrad.GradientSurgery([trunk, turns, heads], 2, methods.UPGrad(), shared="auto")
+
+    def losses(owner):
+        return [(trunk * (t + 1)).sum() + (turns.sum() if t == owner else heads.sum() * (t + 1)) for t in range(2)]
+
+    surgery.backward(losses(0))
+    with pytest.warns(FastPCGradWarning, match="parameters that one task alone has reached so far"):
+        surgery.backward(losses(1))
+    assert surgery._layouts.reach.are_shared([trunk, turns, heads]) == [True, True, True]
