@@ -16,6 +16,8 @@ def cells():
     """(package, cell) of all columns but the first of each row."""
     for table in re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE):
         header, _, *rows = ([cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines())
+        if header == ["why"]:
+            continue
         yield from ((PACKAGES[column], cell) for row in rows for column, cell in zip(header, row, strict=True))
 
 
@@ -59,3 +61,22 @@ OURS = {
 @pytest.mark.parametrize("room", OURS)
 def test_the_methods_that_are_named_are_ours(room):
     assert set(OURS[room].split()) <= set(found(f"fastpcgrad.{room}").__all__)
+
+
+KNOWN_AS = {"Random": "RandomWeights", "UW": "UncertaintyWeighting"}
+"""TorchJD's names of what has another name here."""
+
+
+def test_what_torchjd_has_is_here_or_on_the_page():
+    aggregation, scalarization = map(pytest.importorskip, ("torchjd.aggregation", "torchjd.scalarization"))
+    theirs = {name.removesuffix("Weighting") for name in aggregation.__all__}
+    theirs |= {name for name in vars(scalarization) if name[0].isupper()}
+    theirs -= {"", "Aggregator", "GramianWeightedAggregator", "WeightedAggregator", "Scalarizer"}
+    ours = {*found("fastpcgrad.methods").__all__, *found("fastpcgrad.balancing").__all__}
+    assert len(theirs) > 25 and {KNOWN_AS.get(name, name) for name in theirs} <= ours
+
+
+def test_what_pytorch_optimizer_does_with_gradients_is_on_the_page():
+    package = pytest.importorskip("pytorch_optimizer")
+    merging = {name for name, kind in vars(package).items() if hasattr(kind, "pc_backward") or "oto" in name}
+    assert {"PCGrad", "RotoGrad"} <= merging and all(f"`{name}`" in PAGE for name in merging)
