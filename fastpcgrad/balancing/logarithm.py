@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import Balancer, all_finite
+from .base import all_finite
+from .scalarization import Scalarization
 
 _EPS = 1e-8
 """Added to the losses, as in LibMTL."""
 
 
-class Logarithm(Balancer):
+class Logarithm(Scalarization):
     """Weights 1 / (L_i + 1e-8), whose weighted losses have the gradients of log(L_i + 1e-8).
 
     The loss half of DB-MTL: ``methods.DBMTL`` on these losses is the whole. The value of a weighted loss is about 1.
@@ -22,8 +23,8 @@ class Logarithm(Balancer):
         num_tasks, tasks, process_group: see ``Balancer``.
     Attributes:
         weights: those of the last call whose losses were finite; ones before it.
-    Numerics: a call with a loss that is not finite weighs by the weights of the call before it. A loss of -1e-8 or less
-        has no logarithm and is an error; see ``Balancer``.
+    Raises:
+        ValueError: from a call: a loss of -1e-8 or less, which has no logarithm; see ``Balancer`` for when.
     Source: Lin et al. 2023, Dual-Balancing for Multi-Task Learning, arXiv:2308.12029, sec. 3.1.
     Example:
         >>> losses = torch.tensor([1.0, 4.0], requires_grad=True)
@@ -40,15 +41,12 @@ class Logarithm(Balancer):
         process_group: object = "auto",
     ) -> None:
         super().__init__(num_tasks, process_group, tasks=tasks)
-        # Those of the last call: made anew by every call, so no part of the state.
-        self.register_buffer("weights", torch.ones(self.num_tasks), persistent=False)
+        self._begin_with(torch.ones(self.num_tasks))
 
-    def weigh(self, losses: Tensor) -> Tensor:
+    def slopes(self, losses: Tensor) -> Tensor:
         raised = losses + _EPS
         self._refusals.refuse(all_finite(losses) & ~(raised > 0), (losses,), _why_not)
-        is_sound = all_finite(losses) & (raised > 0).all()
-        self.weights = torch.where(is_sound, 1 / raised, self.weights)
-        return self.weights
+        return torch.where(raised > 0, 1 / raised, torch.nan)
 
 
 def _why_not(task: int, values: list[float]) -> str:
