@@ -8,6 +8,7 @@ import torch
 import fastpcgrad
 from fastpcgrad import reference
 from fastpcgrad.methods import MoDo, SDMGrad
+from tests.methods.properties import given, integer_rows, prop
 from tests.methods.random_rows import KINDS, error, gram, random_rows
 
 PREFERRED = [0.5, 1.0, 0.25, 2.0, 0.75, 1.5]
@@ -211,3 +212,18 @@ def test_in_training_losses_are_those_of_one_batch_after_the_other(make):
     expected, _ = oracle([batch[:1] for batch in rows], torch.ones(1))
     torch.testing.assert_close(x.grad, expected)
     torch.testing.assert_close(method.state_dict()["weights"][0] / 2, shares)
+
+
+@prop
+@given(rows=integer_rows())
+@pytest.mark.parametrize("kind", [MoDo, SDMGrad])
+def test_no_task_has_a_place_and_shares_are_of_the_simplex(kind, rows):
+    count = kind(1).batches
+    batches = [rows.roll(k, dims=1) for k in range(count)]
+    options = {"rho": 0.2} if kind is MoDo else {"lr": 0.1}
+    method = kind(len(rows), **options)
+    weights, _, _ = merged(method, batches)
+    turned, _, _ = merged(kind(len(rows), **options), [batch.flip(0) for batch in batches])
+    torch.testing.assert_close(turned.view(count, -1).flip(1), weights.view(count, -1), rtol=1e-9, atol=1e-9)
+    shares = method.state_dict()["weights"][0] / len(rows)
+    assert shares.min() >= 0 and float(shares.sum()) == pytest.approx(1)

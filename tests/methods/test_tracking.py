@@ -11,6 +11,7 @@ from fastpcgrad import methods, reference
 from fastpcgrad.distributed.exchange import Exchange
 from fastpcgrad.merging import by_tracking
 from tests.linear_problems import Kind, linear_loss
+from tests.methods.properties import given, integer_rows, prop
 
 SHAPES = ((4, 3), (), (0,), (9,))
 WIDTH = 22
@@ -459,3 +460,17 @@ def test_bad_arguments_are_refused():
         (name,) = arguments
         with pytest.raises(ValueError, match=f"{name} must be .*found"):
             methods.ExcessMTL(**arguments)
+
+
+@prop
+@given(rows=integer_rows())
+def test_of_the_first_step_lengths_are_equal_and_shares_of_the_simplex(rows):
+    x = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
+    lengths = rows.norm(dim=1)
+    (found,) = fastpcgrad.grad(list(rows @ x), x, method=methods.DBMTL())
+    units = rows[lengths > 0] / lengths[lengths > 0][:, None]
+    torch.testing.assert_close(found, 0.1 * lengths.max() * units.sum(dim=0), rtol=1e-6, atol=1e-6)
+    surgery = fastpcgrad.GradientSurgery([x], len(rows), methods.MoCo(normalize=False))
+    weights = surgery.backward(list(rows @ x)).weights
+    assert weights.min() >= 0 and float(weights.sum()) == pytest.approx(1)
+    torch.testing.assert_close(x.grad, 0.5 * weights @ rows, rtol=1e-9, atol=1e-9)
