@@ -64,9 +64,9 @@ __device__ inline void store_part(const Rows& rows, int64_t t, int64_t column, R
 
 // Steps at a time: with two of 16-bit rows sm_120 spills registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-#define FPG_MIX_STEPS 1
+constexpr int kMixSteps = 1;
 #else
-#define FPG_MIX_STEPS 2
+constexpr int kMixSteps = 2;
 #endif
 
 // 16 new rows of a strip: rows 16 `block` on.
@@ -77,7 +77,7 @@ __device__ inline void mix_strip(const Rows& rows, const Packed* strip, const Pa
   const int lane = thread_index() % 32, g = lane / 4, q = lane % 4;
   // Of fp32 rows, small products have sums of their own, so that the large ones are rounded seldom.
   float sums[kVector<Row>][4] = {}, small[kSplit ? kVector<Row> : 1][4] = {};
-#pragma unroll FPG_MIX_STEPS
+#pragma unroll kMixSteps
   for (int k = 0; k < divide_up(rows.tasks, 8); ++k) {
     const Packed* own = operands + (block * MixTensor<P>::kTaskBlocks + k) * 64 + lane;
     const Packed high = own[0], low = own[32];

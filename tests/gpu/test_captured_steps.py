@@ -82,7 +82,9 @@ def test_replays_train_as_steps_do(options, request):
     torch.testing.assert_close(found.gram, expected.gram, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [{}, {"method": methods.RandomWeights(torch.Generator())}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"method": methods.RandomWeights(torch.Generator())}], ids=["orders", "weights"]
+)
 def test_what_is_drawn_on_the_host_is_refused(options):
     training = Training(**options)
     training.warm_up()
