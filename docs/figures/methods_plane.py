@@ -70,7 +70,7 @@ def main() -> None:
     torch.manual_seed(0)
     names = method_cases.names(tasks=2)
     lines = -(-len(names) // COLUMNS)
-    figure, grid = plt.subplots(lines, COLUMNS, figsize=(2.5 * COLUMNS, 1.8 * lines + 0.5), squeeze=False)
+    figure, grid = plt.subplots(lines, COLUMNS, figsize=(2.5 * COLUMNS, 1.5 * lines + 0.5), squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
         draw(axes, name)
     for axes in list(grid.flat)[len(names) :]:
@@ -81,8 +81,19 @@ def main() -> None:
         Line2D([], [], color=MERGED, linewidth=2, label="merged gradient"),
         Patch(color="#e9f2e4", label="no conflict with either task"),
     ]
-    figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False)
-    figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
+    free = lines * COLUMNS - len(names)
+    if free > 1:  # beside the last panels there is room for it
+        figure.legend(
+            handles=handles,
+            loc="lower right",
+            ncols=2,
+            frameon=False,
+            bbox_to_anchor=(0.98, 0.4 / figure.get_figheight()),
+        )
+        figure.tight_layout()
+    else:
+        figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False)
+        figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
     figure.savefig(IMAGE, dpi=150)
     print(IMAGE)
 
