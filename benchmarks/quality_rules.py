@@ -132,7 +132,7 @@ def _ready(kind: type) -> bool:
     return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
-LEFT_OUT = "Mean", "Sum", "AGEM", "MetaBalance", "PCD"
+LEFT_OUT = "Mean", "Sum", "AGEM", "Bloop", "MetaBalance", "PCD"
 """The baselines under other names, and what puts one task before the others, which no measure asks for."""
 METHODS = {name: kind for name, kind in _public(methods, methods.Method).items() if name not in LEFT_OUT}
 """With their defaults, and a generator of seed 0 where they draw."""

@@ -52,7 +52,7 @@ def test_every_method_that_weighs_by_conflict_takes_part():
     others |= {"CRMOGM", "AGEM", "MetaBalance", "PCD"}  # around another; one task before the others
     public = {name for name in methods.__all__ if isinstance(getattr(methods, name), type)}
     others |= {"MoDo", "SDMGrad"}  # of several batches
-    others |= {"MoCo", "ExcessMTL", "DBMTL", "MConFIG"}  # with a state as large as J
+    others |= {"Bloop", "MoCo", "ExcessMTL", "DBMTL", "MConFIG"}  # with a state as large as J
     public -= {"Method", "Solution", "Elementwise", "Tracking"}
     assert set(METHODS) == public - fixed - others
 

@@ -70,7 +70,7 @@ def merge_tracked(
 
 def _merged(columns: Columns, tracked: Tracked, method: Tracking, out: Row) -> tuple[ConflictReport, Row]:
     """The report, and ``out`` with what of it is new."""
-    tasks, rows = tracked
+    tasks, rows = tracked.tasks, [*tracked.rows, *tracked.besides]
     firsts = [next((own for own in column if own is not None), None) for column in zip(*rows, strict=True)]
     places = [_place(own, place) for own, place in zip(firsts, out, strict=True)]
     dtypes = [dtype if own is None else own.dtype for own, dtype in zip(firsts, columns.dtypes, strict=True)]
@@ -83,7 +83,10 @@ def _merged(columns: Columns, tracked: Tracked, method: Tracking, out: Row) -> t
         made = places[index]
         if made is not None and made is not place:
             places[index] = made.to(dtype) if place is None else place.copy_(made)
-    return ConflictReport(tuple(tasks), lambda: Figures(gram, *solution)), places
+    count = len(tasks)
+    own = solution.coefficients
+    figures = Figures(gram[:count, :count], solution.weights[:count], None if own is None else own[:count, :count])
+    return ConflictReport(tuple(tasks), lambda: figures), places
 
 
 def _place(kept: Tensor | None, place: Tensor | None) -> Tensor | None:

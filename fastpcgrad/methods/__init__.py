@@ -3,6 +3,7 @@
 from .agem import AGEM
 from .aligned_mtl import AlignedMTL
 from .base import Method, Solution, check_method
+from .bloop import Bloop
 from .cagrad import CAGrad
 from .conflict_free import ConFIG
 from .crmogm import CRMOGM
@@ -37,6 +38,7 @@ __all__ = [
     "MGDA",
     "PCD",
     "AlignedMTL",
+    "Bloop",
     "CAGrad",
     "ConFIG",
     "Constant",

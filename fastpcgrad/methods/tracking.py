@@ -21,10 +21,13 @@ class Tracked(NamedTuple):
     Attributes:
         tasks: the index of the task of each, ascending; absent ones too, where what is kept of them counts.
         rows: J; all rows of a block have one dtype. Read before the next step, and never written.
+        besides: rows that are no task's, of the same dtypes. They come last in the Gram matrix that ``solve_for`` is
+            given, and have weights as the others have; the report leaves them out.
     """
 
     tasks: Sequence[int]
     rows: Sequence[Row]
+    besides: Sequence[Row] = ()
 
 
 class Tracking(Method):

@@ -37,7 +37,7 @@ from .pcgrad import (
     project_torchjd,
 )
 from .scalarizations import cosmos, geometric_mean, imtl_l, pbi
-from .tracking import Momenta, db_mtl, excess_mtl, moco, momentum_config
+from .tracking import Momenta, bloop, db_mtl, excess_mtl, moco, momentum_config
 
 __all__ = [
     "PROJECT",
@@ -47,6 +47,7 @@ __all__ = [
     "agem",
     "aligned_mtl",
     "averaged_weights",
+    "bloop",
     "cagrad",
     "coefficients",
     "combine",

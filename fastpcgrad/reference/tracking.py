@@ -49,6 +49,24 @@ def moco(
     return sum(share * y for share, y in zip(next_shares, after, strict=True)), torch.stack(after), next_shares
 
 
+def bloop(
+    rows: Tensor, average: Tensor | None, lambda_: float = 0.1, ema: float = 0.1, eps: float = 1e-7
+) -> tuple[Tensor, Tensor]:
+    """Bloop as its authors' code has it, arXiv:2402.02998: the merged gradient ``[N]``, and m.
+
+    m' = m + ema (g₀ − m); d = g₀ + λ Σ_{t ≥ 1} (g_t − g_t·m' / (m'·m' + eps) m').
+
+    Args:
+        average: m ``[N]``; None at first, when it is g₀.
+    """
+    main = rows[0].double()
+    after = main if average is None else average + ema * (main - average)
+    merged = main
+    for row in rows[1:].double():
+        merged = merged + lambda_ * (row - row @ after / (after @ after + eps) * after)
+    return merged, after
+
+
 def excess_mtl(
     rows: Tensor,
     kept: Tensor,

@@ -173,7 +173,7 @@ CASES = {
     ),
 }
 ELSEWHERE = {"PCGrad", "GradVac", "GradDrop", "TrimmedMean", "CRMOGM", "MetaBalance", "PCD", "MoDo", "SDMGrad"}
-ELSEWHERE |= {"MoCo", "ExcessMTL", "DBMTL", "MConFIG"}
+ELSEWHERE |= {"Bloop", "MoCo", "ExcessMTL", "DBMTL", "MConFIG"}
 """Methods whose oracles give rows or the merged gradient itself, go on over steps, or take more than one J: see their
 own tests."""
 

@@ -78,6 +78,16 @@ class DBMTL(Oracle):
         return merged
 
 
+class Bloop(Oracle):
+    def __init__(self, tasks, **options):
+        super().__init__(tasks, **options)
+        self.average = None
+
+    def merge(self, tasks, rows, losses):
+        merged, self.average = reference.bloop(rows, self.average, **self.options)
+        return merged
+
+
 class MConFIG(Oracle):
     def __init__(self, tasks, **options):
         super().__init__(tasks, **options)
@@ -92,6 +102,8 @@ class MConFIG(Oracle):
 
 
 CASES = {
+    "Bloop": (methods.Bloop, Bloop, {}),
+    "Bloop, of the batch": (methods.Bloop, Bloop, {"lambda_": 2.0, "ema": 1.0, "eps": 0.0}),
     "DBMTL": (methods.DBMTL, DBMTL, {}),
     "DBMTL, decaying": (methods.DBMTL, DBMTL, {"beta": 0.5, "beta_sigma": 0.5}),
     "ExcessMTL": (methods.ExcessMTL, ExcessMTL, {"robust_step_size": 0.01}),
@@ -102,7 +114,7 @@ CASES = {
     "MoCo, plain": (methods.MoCo, MoCo, {"normalize": False, "gamma": 2.0, "rho": 0.1, "beta": 0.9}),
 }
 for_each = pytest.mark.parametrize("name", CASES)
-KINDS = [methods.DBMTL, methods.ExcessMTL, methods.MConFIG, methods.MoCo]
+KINDS = [methods.Bloop, methods.DBMTL, methods.ExcessMTL, methods.MConFIG, methods.MoCo]
 for_each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -157,7 +169,10 @@ def test_every_step_is_the_oracles(name):
         oracle = oracle_of(problem.tasks, **options)
         for step in range(7):
             absent = seed % 2 and problem.tasks > 1 and step in (1, 2, 5)
-            present = [t for t in range(problem.tasks) if t != step % problem.tasks] if absent else None
+            missing = step % problem.tasks
+            if kind is methods.Bloop:  # which has task 0 as its main one
+                missing = max(missing, 1)
+            present = [t for t in range(problem.tasks) if t != missing] if absent else None
             touched = [[(t + step + k) % 3 > 0 for k in range(4)] for t in range(problem.tasks)] if seed % 2 else None
             losses, rows, values, tasks = problem.draw(present, touched)
             report = surgery.backward(problem.listed(losses))
@@ -453,6 +468,10 @@ def test_bad_arguments_are_refused():
         (name,) = arguments
         with pytest.raises(ValueError, match=f"{name} must be .*found"):
             methods.DBMTL(**arguments)
+    for arguments in ({"lambda_": -1.0}, {"lambda_": float("nan")}, {"ema": 0.0}, {"ema": 1.5}, {"eps": -1.0}):
+        (name,) = arguments
+        with pytest.raises(ValueError, match=f"{name} must be .*found"):
+            methods.Bloop(**arguments)
     for arguments in ({"num_tasks": 0}, {"beta_1": 1.0}, {"beta_2": -0.1}, {"pref_vector": [1.0]}):
         with pytest.raises(ValueError, match=r"(must be|has 1 numbers).*found"):
             methods.MConFIG(**{"num_tasks": 2, **arguments})
@@ -460,6 +479,39 @@ def test_bad_arguments_are_refused():
         (name,) = arguments
         with pytest.raises(ValueError, match=f"{name} must be .*found"):
             methods.ExcessMTL(**arguments)
+
+
+def test_the_main_task_of_bloop_must_be_there():
+    problem, method = Problem(2, 15), methods.Bloop()
+    for run in (by_backward, by_drop_in):
+        losses, *_ = problem.draw([1])
+        with pytest.raises(ValueError, match=r"Bloop has task 0 as its main task, which is absent; found tasks \[1\]"):
+            run(method, problem, losses)
+    assert method.state_dict()["rows"] == {}
+
+
+def test_the_report_of_bloop_is_of_the_tasks_alone():
+    problem = Problem(3, 16)
+    losses, rows, *_ = problem.draw()
+    report = fastpcgrad.GradientSurgery(problem.parameters, 3, methods.Bloop(0.5)).backward(list(losses.values()))
+    torch.testing.assert_close(report.gram, rows @ rows.T)
+    assert report.weights.tolist() == [1.0, 0.5, 0.5]
+
+
+def test_an_average_of_zeros_removes_nothing():
+    x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    for eps in (0.0, 1e-7):
+        (found,) = fastpcgrad.grad([0 * x.sum(), x.sum()], x, method=methods.Bloop(0.5, eps=eps))
+        assert found.tolist() == [0.5] * 3
+
+
+@prop
+@given(rows=integer_rows())
+def test_what_bloop_adds_is_orthogonal_to_the_main_gradient(rows):
+    x = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
+    (found,) = fastpcgrad.grad(list(rows @ x), x, method=methods.Bloop(1.0, eps=0.0))
+    added = found - rows[0]
+    assert abs(float(added @ rows[0])) <= 1e-12 * float(rows[0].norm() * rows.norm(dim=1).sum())
 
 
 @prop
