@@ -128,7 +128,9 @@ def peer_call(name: str, op: str, grads: Tensor) -> Call:
     aggregator = theirs(name, len(grads), grads.dtype, grads.device)
     if op == "aggregation":
         return lambda: aggregator(grads)
-    weighting = aggregator.gramian_weighting if hasattr(aggregator, "gramian_weighting") else aggregator.weighting
+    # Others that have a ``weighting`` have that of their preferences.
+    of_shape = issubclass(getattr(methods, name), FixedWeights)
+    weighting = aggregator.weighting if of_shape else aggregator.gramian_weighting
     gram = grads @ grads.mT
     return lambda: weighting(gram)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import quality_tables, rows, tables
+from benchmarks import many_tasks, quality_tables, rows, tables
 from benchmarks.rows import ROOT, Row
 
 
@@ -40,5 +40,6 @@ PAGES = (
     Page(ROOT / "docs" / "below_the_floor.md", ("floor",), "floor-table", tables.floor),
     Page(ROOT / "docs" / "kernels.md", ("gpu",), "gpu-table", tables.gpu),
     Page(ROOT / "docs" / "methods.md", ("methods",), "methods-table", tables.methods),
+    Page(ROOT / "docs" / "methods.md", ("many",), "many-table", many_tasks.table),
     Page(ROOT / "docs" / "quality.md", ("quality",), "quality-table", quality_tables.page, rows.every_of),
 )

@@ -6,6 +6,7 @@ Parts, each with the minutes that it may take; without ``--only`` the first thre
 - *step*: training steps against T plain backward passes (``benchmarks.steps``).
 - *memory*: their peaks in fresh processes (``benchmarks.memory``).
 - *method*: every method against TorchJD's, by pytest-benchmark (``benchmarks/test_methods.py``).
+- *many*: weights of 64 to 1,024 tasks, with peaks, against TorchJD's (``benchmarks.many_tasks``).
 - *gradnorm*: a step of GradNorm (``benchmarks.gradnorm``).
 - *factored*: steps and a peak with factored rows, where they pay and where they do not.
 - *floor*: steps below T backward passes: over width and batch, peaks over T, one loss a sample, tables for lookups.
@@ -31,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, gradnorm, memory, rows, samples, saved, steps, tables, targets
+from benchmarks import cases, gradnorm, many_tasks, memory, rows, samples, saved, steps, tables, targets
 from benchmarks.rows import RESULTS, ROOT
 from benchmarks.session import Run
 from benchmarks.timing import Clock
@@ -102,6 +103,7 @@ PARTS = {
     "step": Part("steps", 3.5, here(lambda run: steps.measure(run, cases.step_cases(run.quick)))),
     "memory": Part("memory", 8.0, here(lambda run: memory.measure(run, cases.memory_cases(run.quick)))),
     "method": Part("methods", 7.0, calls("test_methods.py")),
+    "many": Part("many", 25.0, here(many_tasks.measure)),
     "gradnorm": Part("gradnorm", 2.0, here(lambda run: gradnorm.measure(run, gradnorm.cases(run.quick)))),
     "factored": Part("factored", 8.0, here(factored)),
     "floor": Part("floor", 15.0, here(floor)),
@@ -112,11 +114,13 @@ DEFAULT = ("kernel", "step", "memory")
 
 def show(run: Run) -> None:
     """What the pages would say of these rows, what was promised, and what has no numbers."""
-    of_methods = [row for row in run.rows if row.kind == "method"]
+    of_many = [row for row in run.rows if row.op == many_tasks.OP]
+    of_methods = [row for row in run.rows if row.kind == "method" and row.op != many_tasks.OP]
     others = [row for row in run.rows if row.kind != "method"]
     shown = [tables.cpu(others)] if others else []
     shown += [tables.gradnorm(others), tables.factored(others), tables.floor(others), tables.large_steps(others)]
     shown += [tables.methods(of_methods)] if of_methods else []
+    shown += [many_tasks.table(of_many)] if of_many else []
     shown.append(tables.target_table(run.rows, (*targets.LARGE, *targets.FACTORED, *targets.FLOOR, *targets.GRADNORM)))
     print("\n" + "\n\n".join(part for part in shown if part) + "\n")
     run.show_failures()

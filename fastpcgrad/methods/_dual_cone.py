@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._modes import is_fake
+from .._ops import refuse_capture
 from ._task_vector import Preference, TaskVector, preferences, shown, task_vector
 from .base import Method
-from .solvers.dual_cone import project
+from .solvers.dual_cone import LARGE, project
 from .solvers.problems import CompiledSolver, check_gram, compiled
 
 
@@ -24,9 +26,11 @@ class DualConeMethod(Method):
         """Each task's preferred vector projected, weights ``[..., T, T]``; or their sum, ``[..., T]``."""
         tasks = check_gram(gram)[-1]
         solver = CompiledSolver("project_each" if each else "project_one", (self.norm_eps, self.reg_eps))
-        answers = compiled(solver, gram, self._preference.on(gram.device, self.pref_vector, tasks))
-        if answers is not None:
-            return answers
+        if tasks <= LARGE or is_fake(gram):
+            answers = compiled(solver, gram, self._preference.on(gram.device, self.pref_vector, tasks))
+            if answers is not None:
+                return answers
+        refuse_capture(gram.device)
         wanted = preferences(self.pref_vector, tasks)
         if each:
             return project(gram, torch.diag(wanted), self.norm_eps, self.reg_eps)

@@ -67,6 +67,53 @@ def test_hundreds_of_tasks(reg_eps):
         torch.testing.assert_close(method(reg_eps=reg_eps).weights(matrix), values.sum(dim=0) if each else values)
 
 
+MANY = {
+    "few dimensions": lambda tasks: torch.randn(tasks, 3, dtype=torch.float64),
+    "samples": one_loss_a_sample,
+    "pairs that are almost opposite": lambda tasks: torch.cat(
+        [half := torch.randn(tasks // 2, 40, dtype=torch.float64), 1e-6 * torch.randn_like(half) - half]
+    ),
+    "conflicting": lambda tasks: (rows := torch.randn(tasks, tasks + 5, dtype=torch.float64)) - 0.99 * rows.mean(dim=0),
+    "of all lengths": lambda tasks: (
+        torch.randn(tasks, 60, dtype=torch.float64) * 10 ** torch.linspace(-10, 10, tasks, dtype=torch.float64)[:, None]
+    ),
+    "signs, and zeros": lambda tasks: (
+        torch.randn(tasks, 20, dtype=torch.float64).sign() * (torch.arange(tasks) % 7 > 0)[:, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+@pytest.mark.parametrize("reg_eps", [0.0, 1e-8, 1e-4])
+def test_more_tasks_than_are_solved_in_step(kind, reg_eps):
+    tasks = dual_cone.LARGE + 2
+    for seed in range(3):
+        torch.manual_seed(seed)
+        matrix = gram(MANY[kind](tasks))
+        lower = torch.eye(tasks, dtype=torch.float64)[seed::9] * torch.rand(tasks)
+        values = dual_cone.project(matrix, lower, 0.0, reg_eps)
+        assert violation(prepared(matrix, reg_eps), lower, values) <= 1e-13, seed
+
+
+def test_many_tasks_in_batches_with_what_is_not_finite():
+    tasks = dual_cone.LARGE + 1
+    matrices = torch.stack([gram(one_loss_a_sample(tasks)) for _ in range(3)])
+    matrices[1, 0, 3] = torch.inf
+    found = DualProj().weights(matrices)
+    assert found[1].isnan().all()
+    for place in (0, 2):
+        assert torch.equal(found[place], DualProj().weights(matrices[place]))
+    zeros = torch.zeros(tasks, tasks, dtype=torch.float64)
+    torch.testing.assert_close(UPGrad().weights(zeros), torch.full((tasks,), 1 / tasks, dtype=torch.float64))
+
+
+def test_a_thousand_tasks():
+    rows = one_loss_a_sample(1024)
+    weights = DualProj(reg_eps=0.0).weights(gram(rows))
+    preferred = torch.full((1024,), 1 / 1024, dtype=torch.float64)
+    assert violation(prepared(gram(rows), 0.0), preferred, weights) <= 1e-13
+
+
 @for_both_methods
 @pytest.mark.parametrize("reg_eps", [1e-4, 1e-2])
 def test_what_a_regularised_projection_lets_through_is_bounded(method, reg_eps):

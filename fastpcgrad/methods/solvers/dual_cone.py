@@ -6,9 +6,14 @@ linear system. Two methods look for P. Block principal pivoting lets all tasks t
 at once; it takes few rounds, but may cycle. What it leaves unsolved goes to Lawson and Hanson's active set method: one
 task changes sides at a time and the objective falls with each change of P, so it ends; a task enters only if its
 gradient has a part outside the span of those in P, so a singular G is no obstacle.
+
+Up to ``LARGE`` tasks each change of P costs a sweep of all of K, compiled or here, here of all problems in step. Above,
+a problem after the other, block pivoting factors K_PP in every round, by LAPACK, and needs no T×T array but K.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +21,14 @@ import torch
 from torch import Tensor
 
 from ..._ops import to_device
+from .problems import on_host
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Places = npt.NDArray[np.intp]
+
+LARGE = 128
+"""Tasks above which the problems are solved here, one by one, also where there is a compiled library."""
 
 _EPS = float(np.finfo(np.float64).eps)
 # Squared distance of a unit gradient from the span of those in P, below which it is rounding.
@@ -47,11 +56,9 @@ def project(gram: Tensor, lower: Tensor, norm_eps: float, reg_eps: float) -> Ten
         comparison of block pivoting and interior-point algorithms for linear least squares problems with nonnegative
         variables.
     """
-    tasks = gram.shape[-1]
-    grams = gram.detach().cpu().numpy().reshape(-1, tasks, tasks)
+    grams, finite = on_host(gram)
     traces = grams.trace(axis1=1, axis2=2)[:, None]
-    finite = np.isfinite(grams.sum(axis=(1, 2)))
-    counts = finite[:, None] & (traces > norm_eps)
+    counts = traces > norm_eps
     if not counts.all():
         grams, traces = np.where(counts[:, :, None], grams, 0.0), np.where(counts, traces, 0.0)
     values = _solve(grams, reg_eps * traces, lower.numpy())
@@ -69,12 +76,38 @@ def _solve(grams: Array, added: Array, lower: Array) -> Array:
     unit = grams / (norms[:, :, None] * norms[:, None, :])
     np.einsum("stt->st", unit)[...] = ~is_zero
     bound = (lower * norms[:, None, :]).reshape(-1, tasks)
+    if tasks > LARGE:
+        each = zip(np.arange(count).repeat(len(lower)), bound, strict=True)
+        values = np.stack([_solve_alone(unit[problem], own) for problem, own in each])
+        return np.maximum(values.reshape(count, len(lower), tasks) / norms[:, None, :], lower)
     matrices = np.repeat(unit, len(lower), axis=0)
     values, found = _block_pivoting(matrices, bound)
     if not found.all():
-        values[~found] = _ActiveSets(matrices[~found], bound[~found]).solve()
+        rest = zip(matrices[~found], bound[~found], strict=True)
+        values[~found] = np.stack([_activate(matrix, own) for matrix, own in rest])
     values = values.reshape(count, len(lower), tasks) / norms[:, None, :]
     return np.maximum(values, lower)
+
+
+def _solve_alone(matrix: Array, bound: Array) -> Array:
+    """The minimiser ``[T]`` for one K ``[T, T]`` and one bound ``[T]``."""
+    values, inside = bound, np.zeros(len(bound), dtype=bool)
+    for _ in range(_BLOCK_ROUNDS):
+        gradient = matrix @ values
+        wrong = np.where(inside, values < bound, gradient < -_rounding(values[None])[0])
+        if not wrong.any():
+            if np.abs(gradient * inside).max() <= _RESIDUAL * np.abs(bound).sum():
+                return values
+            break
+        inside = inside ^ wrong
+        places = inside.nonzero()[0]
+        factor, info = torch.linalg.cholesky_ex(torch.from_numpy(matrix[np.ix_(places, places)]))
+        if info:  # K_PP is all but singular
+            break
+        values = np.where(inside, 0.0, bound)
+        held = torch.from_numpy(-(matrix[places] @ values))
+        values[places] = torch.cholesky_solve(held[:, None], factor)[:, 0].numpy()
+    return _activate(matrix, bound)
 
 
 def _rounding(values: Array) -> Array:
@@ -117,76 +150,40 @@ def _apply(matrices: Array, values: Array) -> Array:
     return product
 
 
-class _ActiveSets:
-    """B problems with unit-diagonal matrices K ``[B, T, T]`` and bounds ``[B, T]``, solved in step with each other."""
-
-    def __init__(self, matrices: Array, bound: Array) -> None:
-        self._result = bound.copy()
-        self._open = np.arange(len(bound))
-        self._matrices, self._bound, self._values = matrices, bound, bound.copy()
-        self._inside: Mask = np.zeros(bound.shape, dtype=bool)
-        # K swept on P: −K_PP⁻¹ within P, K_jP K_PP⁻¹ beside it, the Schur complement of K_PP outside.
-        self._swept = matrices.copy()
-
-    def solve(self) -> Array:
-        """The minimisers, ``[B, T]``."""
-        most = 16 * self._bound.shape[1] + 32  # three times T is much already; rounding must not make it endless
-        for _ in range(most):
-            if not len(self._open):
-                break
-            self._step()
-        self._result[self._open] = self._values
-        return self._result
-
-    def _step(self) -> None:
-        """Each problem goes to the minimum over its P, or to where a task leaves P; one task changes sides."""
-        values, inside, rows = self._values, self._inside, np.arange(len(self._open))
-        gradient = _apply(self._matrices, values)
-        # Within P the step to the minimum; beside it what that step takes off the gradient.
-        move = _apply(self._swept, gradient * inside)
-        room = values - self._bound
+def _activate(matrix: Array, bound: Array) -> Array:
+    """The minimiser ``[T]`` for one K ``[T, T]`` and one bound ``[T]``; one task at a time."""
+    values, inside = bound.copy(), np.zeros(len(bound), dtype=bool)
+    places: list[int] = []  # P, in the order in which they came: so no pivot of K_PP shrinks when a task leaves
+    for _ in range(16 * len(bound) + 32):  # three times T is much already; rounding must not make it endless
+        gradient = matrix @ values
+        factor = np.linalg.cholesky(matrix[np.ix_(places, places)])
+        # Of the factor of K that of P makes the rows of all other tasks, too: L⁻¹ K_P, and L⁻¹ of the gradient.
+        rows = _forward(factor, np.column_stack([matrix[places], gradient[places]]))
+        rows, whitened = rows[:, :-1], rows[:, -1]
+        move = np.zeros_like(values)
+        move[places] = -np.linalg.solve(factor.T, whitened)
+        room = values - bound
         blocking = inside & (room + move < 0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            reach = np.where(blocking, room / -move, 1.0)
-        leaving = reach.argmin(axis=1)
-        blocked = blocking[rows, leaving]
-        values += reach[rows, leaving][:, None] * (move * inside)
+        reach = np.where(blocking, room, 1.0) / np.where(blocking, -move, 1.0)
+        leaving = int(reach.argmin())
+        values += reach[leaving] * move
+        if blocking[leaving]:
+            values[leaving] = bound[leaving]
+            inside[leaving] = False
+            places.remove(leaving)
+            continue
+        pivots = matrix.diagonal() - (rows * rows).sum(axis=0)
+        reduced = gradient - whitened @ rows + _rounding(values[None])[0]
+        entering = int(np.where(~inside & (pivots > _DEPENDENT), reduced, 0.0).argmin())
+        if inside[entering] or not reduced[entering] < 0 or not pivots[entering] > _DEPENDENT:
+            break
+        inside[entering] = True
+        places.append(entering)
+    return values
 
-        independent = np.einsum("btt->bt", self._swept) > _DEPENDENT
-        reduced = np.where(independent & ~inside, gradient - move + _rounding(values), 0.0)
-        entering = reduced.argmin(axis=1)
-        changes = blocked | (reduced[rows, entering] < 0)
-        if not changes.all():
-            self._close(changes)
-            rows, blocked = rows[: len(self._open)], blocked[changes]
-            leaving, entering = leaving[changes], entering[changes]
-        task = np.where(blocked, leaving, entering)
-        self._values[rows[blocked], leaving[blocked]] = self._bound[rows[blocked], leaving[blocked]]
-        self._inside[rows, task] = ~blocked
-        self._sweep(rows[~blocked], task[~blocked])
-        self._sweep_anew(rows[blocked])
 
-    def _close(self, changes: Mask) -> None:
-        """Put the problems that are solved aside."""
-        self._result[self._open[~changes]] = self._values[~changes]
-        self._open = self._open[changes]
-        self._matrices, self._swept = self._matrices[changes], self._swept[changes]
-        self._bound, self._values, self._inside = self._bound[changes], self._values[changes], self._inside[changes]
-
-    def _sweep(self, rows: Places, task: Places) -> None:
-        """The symmetric sweep on one task of each of these problems, into P."""
-        place, swept = np.arange(len(rows)), self._swept[rows]
-        column = swept[place, task]
-        pivot = column[place, task]
-        # With this entry one subtraction serves row and column of the task too, which become column / pivot.
-        column[place, task] = pivot - 1
-        swept -= column[:, :, None] * (column / pivot[:, None])[:, None, :]
-        swept[place, task, task] = -1 / pivot
-        self._swept[rows] = swept
-
-    def _sweep_anew(self, rows: Places) -> None:
-        """On all of P. To sweep a task out would leave behind what its small pivot has made large, and its rounding."""
-        self._swept[rows] = self._matrices[rows]
-        for task in range(self._inside.shape[1]):
-            some = rows[self._inside[rows, task]]
-            self._sweep(some, np.full_like(some, task))
+def _forward(factor: npt.NDArray[Any], columns: Array) -> Array:
+    """L⁻¹ of the columns."""
+    solved = torch.linalg.solve_triangular(torch.from_numpy(factor), torch.from_numpy(columns), upper=False)
+    found: Array = solved.numpy()
+    return found
