@@ -59,8 +59,8 @@ def sample_gradients(tasks: int) -> Tensor:
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     inputs = torch.randn(tasks, 4)
     errors = net(inputs)[:, 0] - inputs.sum(dim=1).sin() - 0.3 * torch.randn(tasks)
-    gradients = (torch.autograd.grad(loss, list(net.parameters()), retain_graph=True) for loss in errors.square())
-    return torch.stack([torch.cat([own.flatten() for own in row]) for row in gradients])
+    each = torch.autograd.grad(errors.square(), list(net.parameters()), torch.eye(tasks), is_grads_batched=True)
+    return torch.cat([own.flatten(1) for own in each], dim=1)
 
 
 def measure(run: Run) -> None:
