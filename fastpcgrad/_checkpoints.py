@@ -32,17 +32,20 @@ def load_surgery_state(
             "the state of a surgery has the keys method, generator and maybe reach and global_generators; found "
             f"{sorted(keys)}"
         )
-    is_known = reach is not None and "reach" in state  # else it is learned anew
-    if is_known:
+    if reach is not None and "reach" in state:
         Reach.check_state(state["reach"], parameters)
-    before = state_of(method.generator)
-    set_state(method.generator, state["generator"])
+    before = surgery_state(method, reach, parameters, global_generators="global_generators" in state)
     try:
-        method.load_state_dict(state["method"])
+        _take_up(method, reach, parameters, state)
     except BaseException:
-        set_state(method.generator, before)
+        _take_up(method, reach, parameters, before)
         raise
-    if reach is not None and is_known:
+
+
+def _take_up(method: Method, reach: Reach | None, parameters: Sequence[Tensor], state: Mapping[str, Any]) -> None:
+    set_state(method.generator, state["generator"])
+    method.load_state_dict(state["method"])
+    if reach is not None and "reach" in state:  # else it is learned anew
         reach.load_state_dict(state["reach"], parameters)
     if "global_generators" in state:
         set_global_states(state["global_generators"])

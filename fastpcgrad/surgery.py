@@ -45,8 +45,8 @@ class GradientSurgery:
             ones are rows of real and imaginary parts.
         num_tasks: T; or ``tasks``.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
-        shared: the parameters that undergo surgery; the others' gradients are summed. ``auto``: those that two tasks or
-            more have reached so far; the first round needs all. None: as its original has it (nearly always all).
+        shared: the parameters that undergo surgery; the others' gradients are summed. ``auto``: those with gradients
+            other than zeros of two tasks so far; the first round needs all. None: as its original has it (mostly all).
         gram_over: those of them whose gradients G is made of, or ``auto``; the weights reach all the same. None: all of
             them. With the trunk here a method weighs the losses of the heads as those of the trunk. Each problem needs
             one of them; for methods that see all parameters through one G a problem.
@@ -338,16 +338,17 @@ class GradientSurgery:
     def _add(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
         """Each loss backward inside its task, without the merge: one micro-batch of several."""
         self._stays.check_outside("backward()")
-        self._run(losses, retain_graph, may_factor=False)
+        self._run(losses, retain_graph, is_all=False)
 
-    def _run(self, losses: Mapping[int, Tensor], retain_graph: bool, *, may_factor: bool = True) -> None:
-        """Each loss backward inside its task; only the last pass frees what graphs they share."""
+    def _run(self, losses: Mapping[int, Tensor], retain_graph: bool, *, is_all: bool = True) -> None:
+        """Each loss backward inside its task; only the last pass frees what they share. ``is_all``: of the round."""
         left = len(losses)
         with self._stays.telling():
-            self._stays.look(losses, are_kept=left > 1 or retain_graph)
+            is_known = is_all and not self._stays.processes.by_task
+            self._stays.look(losses, are_kept=left > 1 or retain_graph, tasks=self.num_tasks if is_known else 0)
         with Stay(self._stays, losses=left) as capture:
             self._stays.meet("losses of tasks", *losses)
-            factors = self._planned(losses, capture) if may_factor else None
+            factors = self._planned(losses, capture) if is_all else None
             if factors is not None:
                 run_factored(losses, retain_graph, capture, factors)
                 return

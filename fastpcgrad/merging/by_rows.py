@@ -15,6 +15,7 @@ from ..distributed.exchange import Averaging, Exchange
 from ..methods import Elementwise, Method, Tracking
 from ..rows.columns import Columns, Tensors
 from ..rows.parameters import UNDIVIDED, Division, Learning
+from ..rows.reach import Found
 from ..rows.task_gradients import Row, TaskGradients
 from .by_factors import NOTHING, Settled, settled
 from .by_tracking import NO_LOSSES, Losses, check_one_process, merge_tracked
@@ -91,7 +92,14 @@ def _prepared(
     def touched(index: int) -> Iterable[bool]:
         return factors[index][0].reached if index in factors else (row[index] is not None for row in columns.tensors)
 
-    return out, Problems.made(method, whole, division.settled(tasks, touched))
+    def squares(asked: Sequence[int]) -> torch.Tensor:
+        place = {index: number for number, index in enumerate(asked)}
+        each = columns.gram([-1 if n in factors else place.get(n, -1) for n in range(len(whole))], len(asked))
+        for index in factors.keys() & place.keys():
+            each[place[index]] += factors[index][1].to(each.device)
+        return each.diagonal(dim1=-2, dim2=-1)
+
+    return out, Problems.made(method, whole, division.settled(Found(tasks, touched, squares)))
 
 
 def gram(columns: Columns, factors: Settled) -> torch.Tensor:
