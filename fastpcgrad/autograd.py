@@ -223,7 +223,7 @@ def _merged(
         return dict(zip(map(id, inputs), merged, strict=True))
     # Not in place: what autograd.grad returns may be a tensor of the graph's own.
     filled = _filled(losses, inputs, method, retain_graph, rows)
-    _, merged = merge_apart(*filled, losses.tasks, method, division, losses.tensors)
+    _, merged = merge_apart(*filled, losses.tasks, method, division, losses.tensors, inputs)
     return dict(zip(map(id, inputs), merged, strict=True))
 
 

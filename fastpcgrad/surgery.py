@@ -18,7 +18,7 @@ from .merging.by_rows import merge
 from .merging.problems import check_scopes
 from .merging.report import ConflictReport
 from .merging.small_round import SmallRounds
-from .merging.two_phase import check_no_rows, merge_in_two_phases
+from .merging.two_phase import check_no_rows, check_one_problem, merge_in_two_phases
 from .methods import Method, PCGrad, check_method
 from .rows.capture import Capture, MovedCapture
 from .rows.choice import BY_CALLER, SMALL, Choice, check_rows
@@ -147,8 +147,8 @@ class GradientSurgery:
         processes, source = Processes(process_group, parallel), parameter_source(optimizer_or_params)
         scopes = Scopes.of(shared, gram_over)
         check_scopes(self.method, scopes.gram_over)
-        choice = RowChoice(row_dtype, row_device, accumulate_dtype, processes.by_task, check_overlap(overlap))
-        self._layouts = Layouts(source, scopes, self.granularity, choice)
+        kept = RowChoice(row_dtype, row_device, accumulate_dtype, processes.by_task, check_overlap(overlap))
+        self._layouts = Layouts(source, scopes, self.granularity, kept)
         self._stays = Stays(self._layouts, processes)
         self._small = SmallRounds(self._stays)
 
@@ -261,7 +261,8 @@ class GradientSurgery:
         self._stays.check_outside("merge()")
         rows = self._stays.collect(self.method, self.num_tasks, self.accumulate == "mean")
         layout = self._layouts.current
-        report, merged = merge(rows, self.method, layout.division, in_place=True, exchange=layout.exchange)
+        own, exchange = layout.capture.parameters, layout.exchange
+        report, merged = merge(rows, self.method, layout.division, in_place=True, exchange=exchange, parameters=own)
         report.rows = self._kept if rows.factors is None else rows.factors.report
         self._kept = BY_CALLER
         report.names = self.tasks
@@ -358,7 +359,8 @@ class GradientSurgery:
                 capture.open(index)
                 capture.run(loss, retain_graph or left > 0)
                 capture.close()
-                capture.rows.note_loss(index, loss)
+                if self.method.needs_losses:
+                    capture.rows.note_loss(index, loss)
 
     def _planned(self, losses: Mapping[int, Tensor], capture: Capture) -> Factors | None:
         """How weights' gradients are kept as factors; None where all rows are to be whole."""
@@ -377,12 +379,9 @@ class GradientSurgery:
     def _in_two_phases(
         self, losses: dict[int, Tensor], forwards: dict[int, Forward], retain_graph: bool
     ) -> ConflictReport:
-        if forwards:
-            raise TypeError(f"two_phase needs losses, not functions; found functions for tasks {list(forwards)}")
-        if self.granularity != "model":
-            raise ValueError(f"two_phase solves one problem; found granularity={self.granularity!r}")
         layout = self._stays.resolve()
         capture = layout.capture
+        check_one_problem(forwards, self.granularity)
         check_no_rows(layout, self.row_dtype, self.row_device, self.accumulate_dtype)
         capture.rows.free()
         self._stays.look(losses, tasks=self.num_tasks)
@@ -415,6 +414,7 @@ class GradientSurgery:
                         )
                     continue
                 capture.run(check_loss(f"losses[{index}]()", loss), retain_graph)
-                capture.rows.note_loss(index, loss)
+                if self.method.needs_losses:
+                    capture.rows.note_loss(index, loss)
                 del loss  # and with it the graph, before the next forward
                 capture.close()

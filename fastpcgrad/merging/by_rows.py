@@ -7,6 +7,7 @@ from itertools import compress
 from operator import attrgetter
 
 import torch
+from torch import Tensor
 
 from .._memory import prefer_huge_pages
 from .._ops import Figures, Later, flat
@@ -32,6 +33,7 @@ def merge(
     *,
     in_place: bool,
     exchange: Exchange | Averaging | None = None,
+    parameters: Sequence[Tensor] = (),
 ) -> tuple[ConflictReport, Row]:
     """Merge all rows.
 
@@ -42,6 +44,7 @@ def merge(
         in_place: write the merged gradient over that of the first task that has one, for each parameter; else to
             fresh memory.
         exchange: with the processes that have other columns of J; None: nobody has.
+        parameters: whose gradients the rows are, for methods that keep something of each.
     Returns:
         the report, and for each parameter its merged gradient, None where it has none.
     Raises:
@@ -51,13 +54,13 @@ def merge(
     factors = settled(grads, method) if grads.factors else NOTHING
     columns = grads.columns() if exchange is None else exchange.over(grads.columns())
     if not in_place:
-        return merge_apart(columns, factors, tuple(grads.tasks), method, division, grads.losses())
+        return merge_apart(columns, factors, tuple(grads.tasks), method, division, grads.losses(), parameters)
     tasks = tuple(grads.tasks)
     out, problems = _prepared(columns, factors, tasks, method, division)
     before = _versions(out)
     grads.at_risk = True
     try:
-        report, merged = _merge(columns, factors, tasks, method, problems, out, grads.losses())
+        report, merged = _merge(columns, factors, tasks, method, problems, out, grads.losses(), parameters)
         return report, columns.gradients(merged)
     except Exception:
         grads.at_risk = _versions(out) != before
@@ -71,11 +74,12 @@ def merge_apart(
     method: Method,
     division: Division | Learning = UNDIVIDED,
     losses: Losses = NO_LOSSES,
+    parameters: Sequence[Tensor] = (),
 ) -> tuple[ConflictReport, Row]:
     """Into fresh memory, see ``merge``."""
     out, problems = _prepared(columns, factors, tasks, method, division)
     out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-    report, merged = _merge(columns, factors, tasks, method, problems, out, losses)
+    report, merged = _merge(columns, factors, tasks, method, problems, out, losses, parameters)
     return report, columns.gradients(merged)
 
 
@@ -130,9 +134,10 @@ def _merge(
     problems: Problems,
     out: Row,
     losses: Losses,
+    parameters: Sequence[Tensor],
 ) -> tuple[ConflictReport, Row]:
     if isinstance(method, Tracking):
-        return merge_tracked(columns, tasks, losses, method, problems, out), out
+        return merge_tracked(columns, tasks, losses, method, problems, out, parameters), out
     if isinstance(method, Elementwise):
         return ConflictReport(tasks, _merge_columns(columns, method, tasks, problems, out)), out
     blocks = columns.fused if problems.is_one_for_all and not factors else None

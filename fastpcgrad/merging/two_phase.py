@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import compress
@@ -34,6 +34,14 @@ p·_KINDS + k, and p·_KINDS + _ROWS + k of parameters that the method's G does 
 
 # Within one, a checkpointed block is recomputed once; without one, once in each piece that it is part of.
 _Recomputed = getattr(checkpoint, "GraphExecGroup", nullcontext)
+
+
+def check_one_problem(forwards: Iterable[int], granularity: object) -> None:
+    """TypeError for tasks that have functions instead of losses, ValueError for several problems."""
+    if forwards:
+        raise TypeError(f"two_phase needs losses, not functions; found functions for tasks {list(forwards)}")
+    if granularity != "model":
+        raise ValueError(f"two_phase solves one problem; found granularity={granularity!r}")
 
 
 def check_no_rows(layout: Layout, *chosen: object) -> None:

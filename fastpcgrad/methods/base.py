@@ -58,6 +58,8 @@ class Method(ABC):
     """What one problem spans where the caller does not say: see ``variants.Variant``."""
     needs_rows: bool = False
     """Whether G is not enough for it, but the rows must be there as they are."""
+    needs_losses: bool = False
+    """Whether ``Tracking.track`` needs the values of the losses."""
     generator: Generator | None = None
     """What it draws from; None: nothing, or a global generator."""
 
