@@ -166,6 +166,8 @@ def _merge_by_weights(
     for index, (_, own) in factors.items():
         if problems.in_gram[index] != SUMMED:
             grams[problems.in_gram[index]] += own.to(grams.device)
+    if problems.are_many:
+        method.check_problems(problems.known_by)
     gram = grams if problems.are_many else grams[0]
     solution = columns.solve(method, gram, tasks)
     table = solution.weights[None] if is_one and not factors else weights_table(method, solution.weights)

@@ -275,7 +275,8 @@ def _divided(
     if granularity == "model":
         return Division(operated)
     if granularity == "parameter":
-        return Division(operated, list(range(len(parameters))))
+        places = {id(p): place for place, p in enumerate(p for group in groups for p in group["params"])}
+        return Division(operated, [places[id(p)] for p in parameters])  # as long as others are frozen, too
     if isinstance(granularity, Layers):
         inside = parameters if operated is None else list(compress(parameters, operated))
         numbers, names = granularity.of(inside)
