@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
@@ -93,6 +94,10 @@ class Reach:
     def state_dict(self, parameters: Iterable[Tensor]) -> dict[str, Any]:
         """What is known of parameters, in their order."""
         return {"tasks": self._tasks, "reached": list(map(self._of, parameters))}
+
+    def digest(self, parameters: Iterable[Tensor]) -> str:
+        """Of what must be alike in all processes."""
+        return hashlib.blake2b(repr(self.state_dict(parameters)).encode(), digest_size=4).hexdigest()
 
     @staticmethod
     def check_state(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:

@@ -98,7 +98,7 @@ class Stays:
         rows, reach = layout.capture.rows, self.layouts.reach
         if layout.exchange is not None:
             state = {key: list(value.shape) for key, value in method.state_dict().items() if isinstance(value, Tensor)}
-            learned = None if reach is None else reach.state_dict(layout.capture.parameters)
+            learned = None if reach is None else reach.digest(layout.capture.parameters)
             self._arrive("merge() of tasks", *rows.summary(tasks, mean), type(method).__name__, state, learned)
         rows.collect(tasks, mean)
         if not rows.tasks:
