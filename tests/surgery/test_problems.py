@@ -181,7 +181,7 @@ def test_a_method_that_fails_changes_nothing_and_the_round_can_be_merged_by_anot
 
 KEEPERS = {
     "gradvac": lambda: methods.GradVac(),
-    "nash_mtl": lambda: methods.NashMTL(),
+    "nash_mtl": lambda: methods.NashMTL(update_weights_every=9),
     "metabalance": lambda: methods.MetaBalance(),
     "pcd": lambda: methods.PCD(),
     "averaged": lambda: methods.CRMOGM(methods.UPGrad()),
@@ -219,3 +219,14 @@ def test_what_is_kept_of_a_problem_is_not_taken_for_that_of_another(method, gran
     step(2)
     surgery.method.reset()
     step(0)
+
+
+def test_weights_that_are_found_anew_belong_to_no_problem():
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    surgery = fastpcgrad.GradientSurgery(model.parameters(), 2, methods.NashMTL(), granularity="layer", model=model)
+    for frozen in (2, 0, None):
+        for number, layer in enumerate(model):
+            layer.requires_grad_(number != frozen)
+        outputs = model(torch.ones(1, 2))
+        report = surgery.backward([(outputs - t).square().sum() for t in range(2)])
+        assert report.weights.shape == (3 - (frozen is not None), 2)
