@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .._modes import is_fake
 from .._ops import is_captured
@@ -42,7 +42,7 @@ class Reach:
     """
 
     def __init__(self) -> None:
-        self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the parameter; the tasks are bits
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by the parameter's id; the tasks are bits
         self._tasks = 0
 
     def check_known(self, count: int, tasks: Iterable[int]) -> None:
@@ -62,21 +62,21 @@ class Reach:
         Warns:
             FastPCGradWarning: what was merged as a head's so far turns out to be the trunk's.
         """
-        before = [self._of(p) for p in parameters]
-        after = [
-            own if _are_several(own) else own | _bits(compress(found.tasks, found.touched(index)))
-            for index, own in enumerate(before)
-        ]
-        asked = [index for index, own in enumerate(after) if own != before[index]]
-        if asked:
-            for index, there in zip(asked, _are_not_zero(found, asked, parameters[asked[0]]), strict=True):
-                after[index] = before[index] | _bits(compress(found.tasks, there))
+        more: dict[int, int] = {}  # by the index of a parameter
+        for index, p in enumerate(parameters):
+            before = self._of(p)
+            if not _are_several(before) and (new := _bits(compress(found.tasks, found.touched(index))) & ~before):
+                more[index] = new
+        if more:
+            there = _are_not_zero(found, list(more), parameters[next(iter(more))])
+            more = {index: _bits(compress(found.tasks, own)) for index, own in zip(more, there, strict=True)}
         self._tasks |= _bits(found.tasks)
         late = 0
-        for p, old, new in zip(parameters, before, after, strict=True):
-            if new != old:
-                self._seen[p] = new
-                late += bool(old) and _are_several(new)
+        for index, new in more.items():
+            before = self._of(parameters[index])
+            if now := before | new:
+                self._note(parameters[index], now)
+                late += bool(before) and _are_several(now)
         if late:
             warn(
                 f"'auto': {late} parameters that one task alone has reached so far are reached by another too, and "
@@ -88,8 +88,11 @@ class Reach:
         return [_are_several(self._of(p)) for p in parameters]
 
     def _of(self, p: Tensor) -> int:
-        tasks: int = self._seen.get(p, 0)
-        return tasks
+        reference, tasks = self._seen.get(id(p), (None, 0))
+        return tasks if reference is not None and reference() is p else 0
+
+    def _note(self, p: Tensor, tasks: int) -> None:
+        self._seen[id(p)] = weakref.ref(p), tasks
 
     def state_dict(self, parameters: Iterable[Tensor]) -> dict[str, Any]:
         """What is known of parameters, in their order."""
@@ -115,15 +118,16 @@ class Reach:
         self._take(state["tasks"], zip(parameters, state["reached"], strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tasks": self._tasks, "seen": list(self._seen.items())}  # a copy's parameters are others
+        seen = ((reference(), tasks) for reference, tasks in self._seen.values())
+        return {"tasks": self._tasks, "seen": [(p, tasks) for p, tasks in seen if p is not None]}  # a copy has others
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._take(state["tasks"], state["seen"])
 
     def _take(self, tasks: int, seen: Iterable[tuple[Tensor, int]]) -> None:
-        self._tasks, self._seen = tasks, WeakIdKeyDictionary()
+        self._tasks, self._seen = tasks, {}
         for p, reached in seen:
-            self._seen[p] = reached
+            self._note(p, reached)
 
 
 def _bits(tasks: Iterable[int]) -> int:
