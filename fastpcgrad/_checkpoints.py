@@ -8,33 +8,37 @@ from typing import Any
 from torch import Tensor
 
 from ._generators import global_states, set_global_states, set_state, state_of
+from ._tasks import TaskNames, check_names
 from .methods import Method
 from .rows.reach import Reach
 
 
 def surgery_state(
-    method: Method, reach: Reach | None, parameters: Sequence[Tensor], *, global_generators: bool
+    method: Method, tasks: TaskNames, reach: Reach | None, parameters: Sequence[Tensor], *, global_generators: bool
 ) -> dict[str, Any]:
     """See ``GradientSurgery.state_dict``."""
     state = {"method": method.state_dict(), "generator": state_of(method.generator)}
+    if tasks:
+        state["tasks"] = list(tasks)
     if reach is not None:
         state["reach"] = reach.state_dict(parameters)
     return {**state, "global_generators": global_states()} if global_generators else state
 
 
 def load_surgery_state(
-    method: Method, reach: Reach | None, parameters: Sequence[Tensor], state: Mapping[str, Any]
+    method: Method, tasks: TaskNames, reach: Reach | None, parameters: Sequence[Tensor], state: Mapping[str, Any]
 ) -> None:
     """See ``GradientSurgery.load_state_dict``."""
     keys = set(state)
-    if not {"method", "generator"} <= keys <= {"method", "generator", "reach", "global_generators"}:
+    if not {"method", "generator"} <= keys <= {"method", "generator", "tasks", "reach", "global_generators"}:
         raise ValueError(
-            "the state of a surgery has the keys method, generator and maybe reach and global_generators; found "
+            "the state of a surgery has the keys method, generator and maybe tasks, reach and global_generators; found "
             f"{sorted(keys)}"
         )
+    check_names(tasks, state.get("tasks"))
     if reach is not None and "reach" in state:
         Reach.check_state(state["reach"], parameters)
-    before = surgery_state(method, reach, parameters, global_generators="global_generators" in state)
+    before = surgery_state(method, tasks, reach, parameters, global_generators="global_generators" in state)
     try:
         _take_up(method, reach, parameters, state)
     except BaseException:

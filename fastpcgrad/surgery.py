@@ -296,18 +296,18 @@ class GradientSurgery:
                 without a generator of their own draw.
         Returns:
             ``method``: the method's ``state_dict``; ``generator``: the state of its own generator, None without one;
-            ``reach`` with 'auto'; if asked for ``global_generators``. Tensors, numbers, strings and containers of them.
+            ``reach`` with 'auto'; ``tasks`` where they have names; ``global_generators`` if asked for.
         """
-        return surgery_state(self.method, *self._layouts.learned, global_generators=global_generators)
+        return surgery_state(self.method, self.tasks, *self._layouts.learned, global_generators=global_generators)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what ``state_dict`` gave, the states of global generators too where it holds them.
 
         Raises:
-            ValueError: other keys, the state of another method or of another kind of generator. The surgery is then as
-                before.
+            ValueError: other keys, other names of tasks or in another order, the state of another method or of another
+                kind of generator. The surgery is then as before.
         """
-        load_surgery_state(self.method, *self._layouts.learned, state_dict)
+        load_surgery_state(self.method, self.tasks, *self._layouts.learned, state_dict)
 
     def __repr__(self) -> str:
         exchange, tasks = self._layouts.current.exchange, self.num_tasks

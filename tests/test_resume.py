@@ -221,3 +221,23 @@ def test_a_checkpoint_is_taken_up_as_a_whole(bad):
         for state in (run.optimizer.state_dict(global_generators=True)["fastpcgrad"], before["fastpcgrad"])
     )
     assert after == before
+
+
+def test_a_state_of_tasks_in_another_order_is_refused():
+    parameter = torch.nn.Parameter(torch.ones(2))
+
+    def surgery(**tasks):
+        return fastpcgrad.GradientSurgery([parameter], method=methods.GradVac(), **tasks)
+
+    first = surgery(tasks=["seg", "depth"])
+    first.backward({"seg": parameter.sum(), "depth": parameter.square().sum() * -1})
+    state = checkpointed(first.state_dict())
+    for names in (["depth", "seg"], ["seg", "edges"], ["edges", "seg", "depth"]):
+        other = surgery(tasks=names)
+        with pytest.raises(ValueError, match=r"state is of the tasks \['seg', 'depth'\], and these are"):
+            other.load_state_dict(state)
+        assert other.method.state_dict() == {"phi": None}
+    for same in (surgery(tasks=["seg", "depth", "edges"]), surgery(num_tasks=2)):
+        same.load_state_dict(state)
+        assert torch.equal(same.method.state_dict()["phi"], first.method.state_dict()["phi"])
+    surgery(tasks=["depth", "seg"]).load_state_dict(surgery(num_tasks=2).state_dict())
