@@ -33,6 +33,18 @@ def check_tasks(num_tasks: Any, tasks: Any) -> tuple[int, TaskNames]:
     return len(tasks), tuple(tasks)
 
 
+def check_names(names: TaskNames, found: Any) -> None:
+    """ValueError where a state is of tasks with other names, or in another order; None or empty: they have none.
+
+    Tasks may have come or gone at the end.
+    """
+    if any(name != own for name, own in zip(names, found or (), strict=False)):
+        raise ValueError(
+            f"the state is of the tasks {list(found)}, and these are {list(names)}: what is kept for each goes by its "
+            "place, so give the names in the order that they had"
+        )
+
+
 def index_of(task: Any, count: int, names: TaskNames = ()) -> int:
     """The index of a task by its index or its name.
 

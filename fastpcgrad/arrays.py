@@ -78,7 +78,7 @@ def apply(
         >>> fastpcgrad.apply([one, other])
         {'w': array([[0.25, 0.75]]), 'b': array([2.])}
     """
-    chosen = _method(variant, method, reduction, generator)
+    chosen = chosen_method(variant, method, reduction, generator)
     tasks, first, tree = _read(task_gradients)
     everywhere = {name: all(name in task for task in tasks) for name in first}
     seen = _seen(first, chosen, gram_over)
@@ -98,7 +98,13 @@ def apply(
     return tree.filled({name: first[name].like_this(piece) for name, piece in pieces.items()})
 
 
-def _method(variant: str, method: Method | None, reduction: Reduction | None, generator: Generator | None) -> Method:
+def chosen_method(
+    variant: str = _DEFAULT_VARIANT,
+    method: Method | None = None,
+    reduction: Reduction | None = None,
+    generator: Generator | None = None,
+) -> Method:
+    """What ``apply`` merges by. Raises: see there."""
     if method is None:
         return PCGrad(variant, reduction, generator)
     named = variant if variant != _DEFAULT_VARIANT else None

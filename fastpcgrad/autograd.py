@@ -24,7 +24,7 @@ from .rows.choice import Choice, check_rows
 from .rows.columns import Columns
 from .rows.factors import Factors
 from .rows.parameters import Division, Learning, Scope, Scopes, divide
-from .rows.reach import Reach, check_told_apart
+from .rows.reach import Reach
 from .rows.sharded import ShardedGradients
 from .rows.task_gradients import Row, TaskGradients
 
@@ -58,8 +58,8 @@ def grad(
             of linear layers and their biases then take one or two backward passes for all samples together, with any
             method that needs G alone; all other parameters one for each. No loss may depend on another's sample.
         shared: those of the inputs that undergo surgery; the gradients of the others are summed. ``auto``: those of
-            which two losses or more have gradients, so that heads get those of their own. None: as the method's
-            original has it (nearly all: every input).
+            which two losses or more have gradients other than zeros, so that heads get those of their own. None: as
+            the method's original has it (nearly all: every input).
         gram_over: those of them whose gradients G is made of, or ``auto``; the weights reach all. None: all of them.
     Returns:
         for each input its merged gradient, None for one that no loss depends on.
@@ -67,7 +67,7 @@ def grad(
         TypeError, ValueError: see ``functional.present_losses``; inputs without grad; a loss that depends
             on none of the inputs; another ``process_group``; another ``batch_dim``, or samples that mix; ``shared`` or
             ``gram_over`` that is none of the inputs, or with a method that has no G over several of them; ``auto`` with
-            losses that are None, one a sample, or cut out of one tensor that was put together.
+            losses that are None or one a sample.
         RuntimeError: a reentrant checkpoint hides what lies behind it; another process has failed in this call, or
             gave other losses. ``.grad`` is not changed.
         NotImplementedError: DistributedDataParallel averages some of the inputs and not the others, or does so with
@@ -223,7 +223,7 @@ def _merged(
         return dict(zip(map(id, inputs), merged, strict=True))
     # Not in place: what autograd.grad returns may be a tensor of the graph's own.
     filled = _filled(losses, inputs, method, retain_graph, rows)
-    _, merged = merge_apart(*filled, losses.tasks, method, division, losses.tensors)
+    _, merged = merge_apart(*filled, losses.tasks, method, division, losses.tensors, inputs)
     return dict(zip(map(id, inputs), merged, strict=True))
 
 
@@ -246,7 +246,6 @@ def _divided(
             f"{'one loss a sample' if losses.of_samples is not None else 'None for some'}: give the parameters "
             "themselves, or GradientSurgery, which remembers what absent tasks have reached"
         )
-    check_told_apart(list(losses.tensors.values()))
     return divide(inputs, "model", [], scopes, Reach())
 
 

@@ -180,12 +180,14 @@ class PCGrad(torch.optim.Optimizer):
         warn_of_fewer_losses(listed, surgery.method, surgery.method.known_tasks)
         self._look_for_repeat()
         counts_absent = by_task or surgery._layouts.reach is not None
-        surgery.num_tasks = max(surgery.num_tasks, len(listed) if counts_absent else 1 + max(losses))
+        tasks_before = surgery.num_tasks
+        surgery.num_tasks = max(tasks_before, len(listed) if counts_absent else 1 + max(losses))
         before = surgery._gradients() if self._on_repeat == "add" else []
         try:
             self.report = surgery._round(losses, retain_graph)
         except BaseException:
             surgery.discard()
+            surgery.num_tasks = tasks_before
             for p, grad in before:
                 p.grad = grad
             raise
@@ -251,12 +253,19 @@ class PCGrad(torch.optim.Optimizer):
         """Load a state of this class, or one of the wrapped optimizer, which leaves that of the surgery as it is.
 
         Raises:
-            ValueError: see ``GradientSurgery.load_state_dict``; whatever the wrapped optimizer raises.
+            ValueError: see ``GradientSurgery.load_state_dict``; whatever the wrapped optimizer raises. The surgery is
+                then as before, and the optimizer as it leaves itself.
         """
-        surgery = state_dict.get(_STATE_KEY)
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != _STATE_KEY})
+        surgery, before = state_dict.get(_STATE_KEY), None
         if surgery is not None:
+            before = self._surgery.state_dict(global_generators="global_generators" in surgery)
             self._surgery.load_state_dict(surgery)
+        try:
+            self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != _STATE_KEY})
+        except BaseException:
+            if before is not None:
+                self._surgery.load_state_dict(before)
+            raise
 
     @property
     def _optim(self) -> torch.optim.Optimizer:

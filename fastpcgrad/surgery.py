@@ -18,7 +18,7 @@ from .merging.by_rows import merge
 from .merging.problems import check_scopes
 from .merging.report import ConflictReport
 from .merging.small_round import SmallRounds
-from .merging.two_phase import check_no_rows, merge_in_two_phases
+from .merging.two_phase import check_no_rows, check_one_problem, merge_in_two_phases
 from .methods import Method, PCGrad, check_method
 from .rows.capture import Capture, MovedCapture
 from .rows.choice import BY_CALLER, SMALL, Choice, check_rows
@@ -45,8 +45,8 @@ class GradientSurgery:
             ones are rows of real and imaginary parts.
         num_tasks: T; or ``tasks``.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
-        shared: the parameters that undergo surgery; the others' gradients are summed. ``auto``: those that two tasks or
-            more have reached so far; the first round needs all. None: as its original has it (nearly always all).
+        shared: the parameters that undergo surgery; the others' gradients are summed. ``auto``: those with gradients
+            other than zeros of two tasks so far; the first round needs all. None: as its original has it (mostly all).
         gram_over: those of them whose gradients G is made of, or ``auto``; the weights reach all the same. None: all of
             them. With the trunk here a method weighs the losses of the heads as those of the trunk. Each problem needs
             one of them; for methods that see all parameters through one G a problem.
@@ -147,8 +147,8 @@ class GradientSurgery:
         processes, source = Processes(process_group, parallel), parameter_source(optimizer_or_params)
         scopes = Scopes.of(shared, gram_over)
         check_scopes(self.method, scopes.gram_over)
-        choice = RowChoice(row_dtype, row_device, accumulate_dtype, processes.by_task, check_overlap(overlap))
-        self._layouts = Layouts(source, scopes, self.granularity, choice)
+        kept = RowChoice(row_dtype, row_device, accumulate_dtype, processes.by_task, check_overlap(overlap))
+        self._layouts = Layouts(source, scopes, self.granularity, kept)
         self._stays = Stays(self._layouts, processes)
         self._small = SmallRounds(self._stays)
 
@@ -261,7 +261,8 @@ class GradientSurgery:
         self._stays.check_outside("merge()")
         rows = self._stays.collect(self.method, self.num_tasks, self.accumulate == "mean")
         layout = self._layouts.current
-        report, merged = merge(rows, self.method, layout.division, in_place=True, exchange=layout.exchange)
+        own, exchange = layout.capture.parameters, layout.exchange
+        report, merged = merge(rows, self.method, layout.division, in_place=True, exchange=exchange, parameters=own)
         report.rows = self._kept if rows.factors is None else rows.factors.report
         self._kept = BY_CALLER
         report.names = self.tasks
@@ -295,18 +296,18 @@ class GradientSurgery:
                 without a generator of their own draw.
         Returns:
             ``method``: the method's ``state_dict``; ``generator``: the state of its own generator, None without one;
-            ``reach`` with 'auto'; if asked for ``global_generators``. Tensors, numbers, strings and containers of them.
+            ``reach`` with 'auto'; ``tasks`` where they have names; ``global_generators`` if asked for.
         """
-        return surgery_state(self.method, *self._layouts.learned, global_generators=global_generators)
+        return surgery_state(self.method, self.tasks, *self._layouts.learned, global_generators=global_generators)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what ``state_dict`` gave, the states of global generators too where it holds them.
 
         Raises:
-            ValueError: other keys, the state of another method or of another kind of generator. The surgery is then as
-                before.
+            ValueError: other keys, other names of tasks or in another order, the state of another method or of another
+                kind of generator. The surgery is then as before.
         """
-        load_surgery_state(self.method, *self._layouts.learned, state_dict)
+        load_surgery_state(self.method, self.tasks, *self._layouts.learned, state_dict)
 
     def __repr__(self) -> str:
         exchange, tasks = self._layouts.current.exchange, self.num_tasks
@@ -338,16 +339,17 @@ class GradientSurgery:
     def _add(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:
         """Each loss backward inside its task, without the merge: one micro-batch of several."""
         self._stays.check_outside("backward()")
-        self._run(losses, retain_graph, may_factor=False)
+        self._run(losses, retain_graph, is_all=False)
 
-    def _run(self, losses: Mapping[int, Tensor], retain_graph: bool, *, may_factor: bool = True) -> None:
-        """Each loss backward inside its task; only the last pass frees what graphs they share."""
+    def _run(self, losses: Mapping[int, Tensor], retain_graph: bool, *, is_all: bool = True) -> None:
+        """Each loss backward inside its task; only the last pass frees what they share. ``is_all``: of the round."""
         left = len(losses)
         with self._stays.telling():
-            self._stays.look(losses, are_kept=left > 1 or retain_graph)
+            is_known = is_all and not self._stays.processes.by_task
+            self._stays.look(losses, are_kept=left > 1 or retain_graph, tasks=self.num_tasks if is_known else 0)
         with Stay(self._stays, losses=left) as capture:
             self._stays.meet("losses of tasks", *losses)
-            factors = self._planned(losses, capture) if may_factor else None
+            factors = self._planned(losses, capture) if is_all else None
             if factors is not None:
                 run_factored(losses, retain_graph, capture, factors)
                 return
@@ -357,7 +359,8 @@ class GradientSurgery:
                 capture.open(index)
                 capture.run(loss, retain_graph or left > 0)
                 capture.close()
-                capture.rows.note_loss(index, loss)
+                if self.method.needs_losses:
+                    capture.rows.note_loss(index, loss)
 
     def _planned(self, losses: Mapping[int, Tensor], capture: Capture) -> Factors | None:
         """How weights' gradients are kept as factors; None where all rows are to be whole."""
@@ -376,12 +379,9 @@ class GradientSurgery:
     def _in_two_phases(
         self, losses: dict[int, Tensor], forwards: dict[int, Forward], retain_graph: bool
     ) -> ConflictReport:
-        if forwards:
-            raise TypeError(f"two_phase needs losses, not functions; found functions for tasks {list(forwards)}")
-        if self.granularity != "model":
-            raise ValueError(f"two_phase solves one problem; found granularity={self.granularity!r}")
         layout = self._stays.resolve()
         capture = layout.capture
+        check_one_problem(forwards, self.granularity)
         check_no_rows(layout, self.row_dtype, self.row_device, self.accumulate_dtype)
         capture.rows.free()
         self._stays.look(losses, tasks=self.num_tasks)
@@ -414,6 +414,7 @@ class GradientSurgery:
                         )
                     continue
                 capture.run(check_loss(f"losses[{index}]()", loss), retain_graph)
-                capture.rows.note_loss(index, loss)
+                if self.method.needs_losses:
+                    capture.rows.note_loss(index, loss)
                 del loss  # and with it the graph, before the next forward
                 capture.close()

@@ -196,3 +196,48 @@ def test_a_state_that_does_not_fit_is_named_and_changes_nothing(state, words):
         surgery.load_state_dict(state)
     assert all(word in str(caught.value) for word in words), caught.value
     assert generator.getstate() == before
+
+
+@pytest.mark.parametrize("bad", ["global_generators", "optimizer"])
+def test_a_checkpoint_is_taken_up_as_a_whole(bad):
+    run = DropInRun(lambda: methods.GradVac(generator=torch.Generator().manual_seed(1)))
+    run.step(0)
+    before = checkpointed(run.optimizer.state_dict(global_generators=True))
+    run.step(1)
+    state = checkpointed(run.optimizer.state_dict(global_generators=True))
+    if bad == "optimizer":
+        state["param_groups"] = []
+    else:
+        state["fastpcgrad"]["global_generators"]["torch"] = None
+    run.optimizer.load_state_dict(before)
+    with pytest.raises((ValueError, AttributeError)):
+        run.optimizer.load_state_dict(state)
+    after, before = (
+        (
+            state["method"]["phi"].nan_to_num().tolist(),
+            state["generator"].tolist(),
+            state["global_generators"]["python"],
+        )
+        for state in (run.optimizer.state_dict(global_generators=True)["fastpcgrad"], before["fastpcgrad"])
+    )
+    assert after == before
+
+
+def test_a_state_of_tasks_in_another_order_is_refused():
+    parameter = torch.nn.Parameter(torch.ones(2))
+
+    def surgery(**tasks):
+        return fastpcgrad.GradientSurgery([parameter], method=methods.GradVac(), **tasks)
+
+    first = surgery(tasks=["seg", "depth"])
+    first.backward({"seg": parameter.sum(), "depth": parameter.square().sum() * -1})
+    state = checkpointed(first.state_dict())
+    for names in (["depth", "seg"], ["seg", "edges"], ["edges", "seg", "depth"]):
+        other = surgery(tasks=names)
+        with pytest.raises(ValueError, match=r"state is of the tasks \['seg', 'depth'\], and these are"):
+            other.load_state_dict(state)
+        assert other.method.state_dict() == {"phi": None}
+    for same in (surgery(tasks=["seg", "depth", "edges"]), surgery(num_tasks=2)):
+        same.load_state_dict(state)
+        assert torch.equal(same.method.state_dict()["phi"], first.method.state_dict()["phi"])
+    surgery(tasks=["depth", "seg"]).load_state_dict(surgery(num_tasks=2).state_dict())

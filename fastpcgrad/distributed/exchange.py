@@ -92,8 +92,8 @@ class Rounds:
             raise OutOfStep(
                 "the processes that share parameters are not at the same point of a round of gradient surgery; process "
                 f"{torch.distributed.get_rank()} is at: {where}. All must enter the same tasks in the same order, each "
-                "as often, with gradients of the same parameters, give None for the same losses, and have the "
-                "same overlap"
+                "as often, with gradients of the same parameters, give None for the same losses, have the same "
+                "overlap, and go on from the same checkpoint"
             )
         if self.ahead is not None and ends:
             self.ahead.forget()

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.experimental import io_callback
 
-from ..arrays import apply
+from ..arrays import apply, chosen_method
 from ..methods import Method
 from ..variants import Generator, Reduction
 
@@ -34,7 +34,8 @@ def merge(
         a pytree like each of them.
     Raises:
         ValueError: no task; pytrees that differ in structure, shapes or dtypes.
-        What ``fastpcgrad.apply`` raises: under ``jit`` within JAX's own error, when the function runs.
+        TypeError, ValueError: options that ``fastpcgrad.apply`` refuses, when the function is traced. What it finds in
+            the gradients comes within JAX's own error, when the function runs.
         What JAX raises of ordered effects: under ``grad``, under ``vmap``, on several devices.
     Example:
         @jax.jit
@@ -42,6 +43,8 @@ def merge(
             gradients = [jax.grad(loss)(parameters, batch) for loss in losses]
             return jax.tree.map(lambda p, g: p - 0.1 * g, parameters, merge(gradients))
     """
+    options: dict[str, Any] = {} if variant is None else {"variant": variant}
+    chosen = chosen_method(method=method, reduction=reduction, generator=generator, **options)
     tasks = [jax.tree.flatten(task) for task in task_gradients]
     if not tasks:
         raise ValueError("task_gradients must hold at least one task; found none")
@@ -58,10 +61,7 @@ def merge(
                 )
 
     def on_host(gradients: list[list[Any]]) -> list[Any]:
-        options: dict[str, Any] = {} if variant is None else {"variant": variant}
-        merged: list[Any] = apply(
-            jax.device_get(gradients), method=method, reduction=reduction, generator=generator, **options
-        )
+        merged: list[Any] = apply(jax.device_get(gradients), method=chosen)
         return merged
 
     return structure.unflatten(io_callback(on_host, kinds, [own for own, _ in tasks], ordered=True))

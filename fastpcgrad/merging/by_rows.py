@@ -7,6 +7,7 @@ from itertools import compress
 from operator import attrgetter
 
 import torch
+from torch import Tensor
 
 from .._memory import prefer_huge_pages
 from .._ops import Figures, Later, flat
@@ -15,6 +16,7 @@ from ..distributed.exchange import Averaging, Exchange
 from ..methods import Elementwise, Method, Tracking
 from ..rows.columns import Columns, Tensors
 from ..rows.parameters import UNDIVIDED, Division, Learning
+from ..rows.reach import Found
 from ..rows.task_gradients import Row, TaskGradients
 from .by_factors import NOTHING, Settled, settled
 from .by_tracking import NO_LOSSES, Losses, check_one_process, merge_tracked
@@ -31,6 +33,7 @@ def merge(
     *,
     in_place: bool,
     exchange: Exchange | Averaging | None = None,
+    parameters: Sequence[Tensor] = (),
 ) -> tuple[ConflictReport, Row]:
     """Merge all rows.
 
@@ -41,6 +44,7 @@ def merge(
         in_place: write the merged gradient over that of the first task that has one, for each parameter; else to
             fresh memory.
         exchange: with the processes that have other columns of J; None: nobody has.
+        parameters: whose gradients the rows are, for methods that keep something of each.
     Returns:
         the report, and for each parameter its merged gradient, None where it has none.
     Raises:
@@ -50,13 +54,13 @@ def merge(
     factors = settled(grads, method) if grads.factors else NOTHING
     columns = grads.columns() if exchange is None else exchange.over(grads.columns())
     if not in_place:
-        return merge_apart(columns, factors, tuple(grads.tasks), method, division, grads.losses())
+        return merge_apart(columns, factors, tuple(grads.tasks), method, division, grads.losses(), parameters)
     tasks = tuple(grads.tasks)
     out, problems = _prepared(columns, factors, tasks, method, division)
     before = _versions(out)
     grads.at_risk = True
     try:
-        report, merged = _merge(columns, factors, tasks, method, problems, out, grads.losses())
+        report, merged = _merge(columns, factors, tasks, method, problems, out, grads.losses(), parameters)
         return report, columns.gradients(merged)
     except Exception:
         grads.at_risk = _versions(out) != before
@@ -70,11 +74,12 @@ def merge_apart(
     method: Method,
     division: Division | Learning = UNDIVIDED,
     losses: Losses = NO_LOSSES,
+    parameters: Sequence[Tensor] = (),
 ) -> tuple[ConflictReport, Row]:
     """Into fresh memory, see ``merge``."""
     out, problems = _prepared(columns, factors, tasks, method, division)
     out = [None if place is None else prefer_huge_pages(torch.empty_like(place)) for place in out]
-    report, merged = _merge(columns, factors, tasks, method, problems, out, losses)
+    report, merged = _merge(columns, factors, tasks, method, problems, out, losses, parameters)
     return report, columns.gradients(merged)
 
 
@@ -91,7 +96,14 @@ def _prepared(
     def touched(index: int) -> Iterable[bool]:
         return factors[index][0].reached if index in factors else (row[index] is not None for row in columns.tensors)
 
-    return out, Problems.made(method, whole, division.settled(tasks, touched))
+    def squares(asked: Sequence[int]) -> torch.Tensor:
+        place = {index: number for number, index in enumerate(asked)}
+        each = columns.gram([-1 if n in factors else place.get(n, -1) for n in range(len(whole))], len(asked))
+        for index in factors.keys() & place.keys():
+            each[place[index]] += factors[index][1].to(each.device)
+        return each.diagonal(dim1=-2, dim2=-1)
+
+    return out, Problems.made(method, whole, division.settled(Found(tasks, touched, squares)))
 
 
 def gram(columns: Columns, factors: Settled) -> torch.Tensor:
@@ -122,9 +134,10 @@ def _merge(
     problems: Problems,
     out: Row,
     losses: Losses,
+    parameters: Sequence[Tensor],
 ) -> tuple[ConflictReport, Row]:
     if isinstance(method, Tracking):
-        return merge_tracked(columns, tasks, losses, method, problems, out), out
+        return merge_tracked(columns, tasks, losses, method, problems, out, parameters), out
     if isinstance(method, Elementwise):
         return ConflictReport(tasks, _merge_columns(columns, method, tasks, problems, out)), out
     blocks = columns.fused if problems.is_one_for_all and not factors else None
@@ -153,6 +166,8 @@ def _merge_by_weights(
     for index, (_, own) in factors.items():
         if problems.in_gram[index] != SUMMED:
             grams[problems.in_gram[index]] += own.to(grams.device)
+    if problems.are_many:
+        method.check_problems(problems.known_by)
     gram = grams if problems.are_many else grams[0]
     solution = columns.solve(method, gram, tasks)
     table = solution.weights[None] if is_one and not factors else weights_table(method, solution.weights)

@@ -36,21 +36,29 @@ def check_one_process(method: Method, exchange: Exchange | Averaging | None) -> 
 
 
 def merge_tracked(
-    columns: Columns, tasks: Sequence[int], losses: Losses, method: Tracking, problems: Problems, out: Row
+    columns: Columns,
+    tasks: Sequence[int],
+    losses: Losses,
+    method: Tracking,
+    problems: Problems,
+    out: Row,
+    parameters: Sequence[Tensor],
 ) -> ConflictReport:
     """The merged gradient into ``out``, in which places may be filled that were None.
 
+    Args:
+        parameters: whose gradients the columns are.
     Raises:
-        ValueError: several problems, sparse gradients, losses that are not known; see ``Tracking.check_widths``.
+        ValueError: several problems, sparse gradients, losses that are not known; see ``Tracking.check_parameters``.
     """
     _check(columns, method, problems)
     inside = [problem != SUMMED for problem in problems.of]
     own = columns.only(inside)
     _check_losses(method, tasks, losses)
-    method.check_widths(own.widths)
+    rows = [list(row) for row in own.tensors]
+    method.check_parameters(list(compress(parameters, inside)), rows, own.widths)
     gram = own.gram(None, 1)[0]
     places = list(compress(out, inside))
-    rows = [list(row) for row in own.tensors]
     is_sound = not is_fake(gram) and bool(gram.isfinite().all())
     values = [float(losses[task].detach()) for task in tasks] if is_sound and method.needs_losses else []
     tracked = method.track(tasks, rows, gram, values) if is_sound else None

@@ -57,6 +57,8 @@ class Problems:
         are_many: whether figures are those of each problem, ``[S, ...]``, also where S = 1.
         names: one for each problem; empty where they have none.
         gram_over: for each parameter whether its problem's Gram matrix looks at it; None: at all that are in one.
+        known_by: what each problem is known by in later steps, too, when parameters were frozen or added: its name, or
+            the number of its group.
     """
 
     of: list[int]
@@ -65,6 +67,7 @@ class Problems:
     are_many: bool
     names: Sequence[str] = ()
     gram_over: Sequence[bool] | None = None
+    known_by: Sequence[int | str] = ()
 
     @classmethod
     def made(cls, method: Method, whole: Sequence[bool], division: Division = UNDIVIDED) -> Problems:
@@ -87,7 +90,8 @@ class Problems:
             return cls([0 if inside else SUMMED for inside in shared], whole, 1, False, gram_over=gram_over)
         numbers = {group: n for n, group in enumerate(sorted(set(compress(groups, shared))))}
         of = [numbers[group] if inside else SUMMED for group, inside in zip(groups, shared, strict=True)]
-        return cls(of, whole, len(numbers), True, [names[group] for group in numbers] if names else (), gram_over)
+        named = [names[group] for group in numbers] if names else ()
+        return cls(of, whole, len(numbers), True, named, gram_over, named or list(numbers))
 
     @cached_property
     def is_one_for_all(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import compress
 from math import isfinite
 
@@ -19,6 +20,7 @@ from ..methods import Method
 from ..rows.capture import MovedCapture
 from ..rows.layout import Layout
 from ..rows.parameters import UNDIVIDED, Division, Learning
+from ..rows.reach import Found
 from ..rows.sparse import stays_sparse
 from ..rows.task_gradients import Row, TaskGradients
 from .graph_pieces import Graph, Open
@@ -32,6 +34,14 @@ p·_KINDS + k, and p·_KINDS + _ROWS + k of parameters that the method's G does 
 
 # Within one, a checkpointed block is recomputed once; without one, once in each piece that it is part of.
 _Recomputed = getattr(checkpoint, "GraphExecGroup", nullcontext)
+
+
+def check_one_problem(forwards: Iterable[int], granularity: object) -> None:
+    """TypeError for tasks that have functions instead of losses, ValueError for several problems."""
+    if forwards:
+        raise TypeError(f"two_phase needs losses, not functions; found functions for tasks {list(forwards)}")
+    if granularity != "model":
+        raise ValueError(f"two_phase solves one problem; found granularity={granularity!r}")
 
 
 def check_no_rows(layout: Layout, *chosen: object) -> None:
@@ -164,7 +174,9 @@ def _gram_of_each_place(
                 piece.run(there)
             rows[t] = [there.pop(graph.leaves[index], None) for index in piece.complete]
         touched = [[row[column] is not None for row in rows] for column in range(len(piece.complete))]
-        own_division = division.of(piece.complete).settled(tasks, touched.__getitem__)
+        own_parameters = [parameters[index] for index in piece.complete]
+        found = Found(tasks, touched.__getitem__, partial(_squares, own_parameters, rows))
+        own_division = division.of(piece.complete).settled(found)
         problems = Problems.made(method, list(map(all, touched)), own_division)
         kinds = [
             row + _ROWS * (problem == SUMMED)
@@ -175,14 +187,23 @@ def _gram_of_each_place(
             if any(reached):
                 places[index] = number * _KINDS + kind
         own = grams[number * _KINDS : (number + 1) * _KINDS]
-        _add_products(own, [parameters[index] for index in piece.complete], rows, kinds)
+        _add_products(own, own_parameters, rows, kinds)
     if unreached:
         raise ValueError(
             f"losses {sorted(unreached)} reach none of the parameters through the graph; where a hook runs the "
             "backward pass (cached losses), merge in one phase"
         )
-    division.settled(tasks, lambda index: ())  # all that there is to learn is known: refuses what cannot be
+    known = Found(tasks, lambda index: (), partial(_squares, parameters, []))
+    division.settled(known)  # all that there is to learn is known: refuses what cannot be
     return places, grams
+
+
+def _squares(parameters: Sequence[Tensor], rows: Sequence[Row], asked: Sequence[int]) -> Tensor:
+    """Of some parameters the squared norm of each task's gradient, ``[k, T]``."""
+    chosen = [parameters[index] for index in asked]
+    each = torch.zeros(len(asked), len(rows), len(rows), dtype=torch.float64, device=chosen[0].device)
+    _add_products(each, chosen, [[row[index] for index in asked] for row in rows], range(len(asked)))
+    return each.diagonal(dim1=-2, dim2=-1)
 
 
 def _check_held(held: int, width: int, tasks: int) -> None:

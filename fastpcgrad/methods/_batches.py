@@ -48,17 +48,17 @@ class BatchesMethod(Method):
 
     @abstractmethod
     def share(self, products: Tensor, shares: Tensor, tasks: Sequence[int]) -> Tensor:
-        """The next shares ``[S, k]`` of the tasks that are there.
+        """The next shares ``[..., k]`` of the tasks that are there.
 
         Args:
-            products: J₁ J₂ᵀ, ``[S, k, k]`` float64.
-            shares: the last ones, ``[S, k]``.
+            products: J₁ J₂ᵀ, ``[..., k, k]`` float64.
+            shares: the last ones, ``[..., k]``.
             tasks: their indices, of T.
         """
 
     @abstractmethod
     def weigh(self, shares: Tensor, tasks: Sequence[int]) -> Sequence[Tensor | None]:
-        """For each batch the weights of its rows ``[S, k]``; None: zeros."""
+        """For each batch the weights of its rows ``[..., k]``; None: zeros."""
 
     def solve(self, gram: Tensor) -> Solution:
         check_gram(gram)
@@ -69,14 +69,14 @@ class BatchesMethod(Method):
         own = self._of_one_batch(list(tasks))
         if is_fake(gram):  # the state is that of real steps
             return Solution(gram.new_empty(gram.shape[:-1]), None)
-        problems = gram.detach().reshape(-1, *gram.shape[-2:])
-        finite = problems.isfinite().all(-1).all(-1)[:, None]
-        products = torch.where(finite[..., None], problems, 0.0)[:, : len(own), len(own) : 2 * len(own)]
-        shares = self.share(products, self._shares.of(own, gram), own).where(finite, torch.nan)
-        self._shares.put(own, shares)
+        given = gram.detach()
+        finite = given.isfinite().all(-1).all(-1)[..., None]
+        products = torch.where(finite[..., None], given, 0.0)[..., : len(own), len(own) : 2 * len(own)]
+        shares = self.share(products, self._shares.of(gram, own), own).where(finite, torch.nan)
+        self._shares.put(shares, own)
         none = torch.zeros_like(shares)
         weights = [none.where(finite, torch.nan) if w is None else w for w in self.weigh(shares, own)]
-        return Solution(torch.cat(weights, dim=1).reshape(gram.shape[:-1]), None)
+        return Solution(torch.cat(weights, dim=-1), None)
 
     def _of_one_batch(self, rows: list[int]) -> list[int]:
         """The tasks that are there, of T; ValueError where they are not the same in all batches."""
@@ -90,15 +90,17 @@ class BatchesMethod(Method):
         return own
 
     def state_dict(self) -> dict[str, Any]:
-        """``weights``: the shares, ``[S, T]`` float64 of mean 1, or None before the first call."""
+        """``weights``: the shares, ``[T]`` or ``[S, T]`` float64 of mean 1, or None before the first call."""
         return {"weights": self._shares.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state that ``state_dict`` gave.
 
         Raises:
-            ValueError: other keys, or weights that are not ``[S, T]`` float64.
+            ValueError: other keys, or weights that are not float64 ``[T]`` or ``[S, T]``.
         """
         if set(state) != {"weights"}:
             raise ValueError(f"the state of {type(self).__name__} has the key weights; found {sorted(state)}")
-        self._shares.load(state["weights"])
+        shares = Shares()
+        shares.load("weights", state["weights"])
+        self._shares = shares

@@ -15,8 +15,10 @@ class TaskNumbers:
     """A number for each task of each problem, kept by the task's index.
 
     Attributes:
-        values: ``[T]``, or ``[S, T]`` of several problems, float64; NaN where a task has none yet. None: no task has.
+        values: ``[T]``, or ``[S, T]`` of several problems, float64; ``missing`` where a task has none. None: none has.
     """
+
+    missing = torch.nan
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
@@ -36,18 +38,21 @@ class TaskNumbers:
         Raises:
             ValueError: they are of another number of problems.
         """
-        if self.values is None:
-            return gram.new_full(gram.shape[:-1], torch.nan)
-        if self.values.shape[:-1] != gram.shape[:-2]:
+        if self.values is not None and self.values.shape[:-1] != gram.shape[:-2]:
             raise self._none_for(gram)
+        return self.like(gram[..., 0], tasks)
+
+    def like(self, weights: Tensor, tasks: Sequence[int]) -> Tensor:
+        """``of`` by the problems and the device of weights."""
+        if self.values is None:
+            return weights.new_full((*weights.shape[:-1], len(tasks)), self.missing)
         self._make_room(tasks)
-        values = to_device(self.values, gram.device)
-        return values[..., places(tasks, gram.device)]
+        return to_device(self.values, weights.device)[..., places(tasks, weights.device)]
 
     def keep(self, numbers: Tensor, tasks: Sequence[int]) -> None:
         """``numbers``, in the shape of weights, for ``tasks``; those of others stay."""
         if self.values is None:
-            self.values = numbers.new_full((*numbers.shape[:-1], 0), torch.nan)
+            self.values = numbers.new_full((*numbers.shape[:-1], 0), self.missing)
         self._make_room(tasks)
         values = to_device(self.values, numbers.device).clone()
         values[..., places(tasks, numbers.device)] = numbers
@@ -57,7 +62,7 @@ class TaskNumbers:
         assert self.values is not None
         new = 1 + max(tasks, default=-1) - self.values.shape[-1]
         if new > 0:
-            self.values = torch.nn.functional.pad(self.values, (0, new), value=torch.nan)
+            self.values = torch.nn.functional.pad(self.values, (0, new), value=self.missing)
 
     def _none_for(self, gram: Tensor) -> ValueError:
         assert self.values is not None

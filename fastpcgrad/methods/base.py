@@ -58,8 +58,12 @@ class Method(ABC):
     """What one problem spans where the caller does not say: see ``variants.Variant``."""
     needs_rows: bool = False
     """Whether G is not enough for it, but the rows must be there as they are."""
+    needs_losses: bool = False
+    """Whether ``Tracking.track`` needs the values of the losses."""
     generator: Generator | None = None
     """What it draws from; None: nothing, or a global generator."""
+
+    _problems: Sequence[int | str] | None = None
 
     @property
     def known_tasks(self) -> int:
@@ -103,6 +107,21 @@ class Method(ABC):
             )
         return solution
 
+    def check_problems(self, known_by: Sequence[int | str]) -> None:
+        """Before several problems are solved: ValueError where what it keeps is of others, as where parameters were
+        frozen or added since.
+
+        Args:
+            known_by: the names of the problems, or numbers that stay, in their order.
+        """
+        before = self._problems
+        if before not in (None, known_by) and any(isinstance(kept, Tensor) for kept in self.state_dict().values()):
+            raise ValueError(
+                f"{type(self).__name__} keeps something of each of {_shown(before or ())}; found {_shown(known_by)}: "
+                "train the same parameters in every step, or call reset() when they change"
+            )
+        self._problems = known_by
+
     def weights(self, gram: Tensor) -> Tensor:
         """w such that the merged gradient is w J: ``[T]``, or ``[S, T]``, float64. See ``solve``."""
         return self.solve(gram).weights
@@ -126,3 +145,8 @@ class Method(ABC):
         """
         if state:
             raise ValueError(f"{type(self).__name__} has no state; found keys {sorted(state)}")
+
+
+def _shown(problems: Sequence[int | str]) -> str:
+    named = ", ".join(map(str, problems[:8])) + ", ..." * (len(problems) > 8)
+    return f"{len(problems)} problems ({named})"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ._count import count
 from ._shares import Shares
 from .base import Solution
-from .tracking import Row, Tracked, Tracking, squares_fit
+from .tracking import Row, Tracked, Tracking, by_task, check_count, loaded_shares, squares_fit
 
 _EPS = 1e-7
 """Under the root, and added to what is divided by, as in the authors' code."""
@@ -69,8 +69,8 @@ class ExcessMTL(Tracking):
                 self._baselines[task] = total + risk, steps + 1
         else:
             scaled = torch.tensor(list(map(self._scaled, tasks, risks)), dtype=torch.float64).to(gram.device)
-            shares = self._shares.of(tasks, gram)
-            self._shares.put(tasks, torch.softmax(shares.log() + self.robust_step_size * scaled, dim=1))
+            shares = self._shares.of(gram, tasks)
+            self._shares.put(torch.softmax(shares.log() + self.robust_step_size * scaled, dim=-1), tasks)
         return Tracked(tasks, rows)
 
     def _risk(self, task: int, row: Row, gram: Tensor) -> Tensor:
@@ -92,18 +92,28 @@ class ExcessMTL(Tracking):
         return risk / (total / steps + _EPS)
 
     def solve_for(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
-        return Solution(self._shares.of(tasks, gram)[0], None)
+        return Solution(self._shares.of(gram, tasks), None)
+
+    state_keys = (*Tracking.state_keys, "weights", "baselines")
 
     def state_dict(self) -> dict[str, Any]:
-        """See ``Tracking``; ``weights``: α, ``[1, T]`` float64 of mean 1, or None; ``baselines``: of each task by its
+        """See ``Tracking``; ``weights``: α, ``[T]`` float64 of mean 1, or None; ``baselines``: of each task by its
         index a sum of E_t, and of how many steps it is."""
         return {**super().state_dict(), "weights": self._shares.state(), "baselines": dict(self._baselines)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        shares = Shares()
-        shares.load(state.get("weights"))
+        self.check_state(state)
+        shares, baselines = loaded_shares("weights", state["weights"]), {}
+        for task, baseline in by_task("baselines", state["baselines"]):
+            if not isinstance(baseline, list | tuple) or len(baseline) != 2:
+                raise ValueError(f"baselines[{task}] must be a sum and a number of steps; found {baseline!r}")
+            total, steps = baseline
+            check_count(f"baselines[{task}][1]", steps, 1)
+            if not isinstance(total, int | float):
+                raise ValueError(f"baselines[{task}][0] must be a number; found {total!r}")
+            baselines[task] = float(total), steps
         super().load_state_dict(state)
-        self._shares, self._baselines = shares, dict(state["baselines"])
+        self._shares, self._baselines = shares, baselines
 
     def __repr__(self) -> str:
         return f"ExcessMTL(robust_step_size={self.robust_step_size!r}, n_warmup_steps={self.n_warmup_steps})"

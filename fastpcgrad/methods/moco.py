@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._shares import Shares
 from .base import Solution
-from .tracking import Row, Tracked, Tracking
+from .tracking import Row, Tracked, Tracking, loaded_shares
 
 _EPS = 1e-8
 """Added to the norms of task gradients, as in LibMTL."""
@@ -81,19 +81,21 @@ class MoCo(Tracking):
         return Tracked(tasks, self.averaged(tasks, rows, 1 - beta, [beta * scale for scale in scales]))
 
     def solve_for(self, gram: Tensor, tasks: Sequence[int]) -> Solution:
-        shares = self._shares.of(tasks, gram)[0]
+        shares = self._shares.of(gram, tasks)
         gamma = self.gamma / self._step**self.gamma_sigma
         shares = torch.softmax(shares - gamma * (gram @ shares + self.rho * shares), dim=0)
-        self._shares.put(tasks, shares[None])
+        self._shares.put(shares, tasks)
         return Solution(shares, None)
 
+    state_keys = (*Tracking.state_keys, "weights")
+
     def state_dict(self) -> dict[str, Any]:
-        """See ``Tracking``, and ``weights``: λ, ``[1, T]`` float64 of mean 1, or None before the first step."""
+        """See ``Tracking``, and ``weights``: λ, ``[T]`` float64 of mean 1, or None before the first step."""
         return {**super().state_dict(), "weights": self._shares.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        shares = Shares()
-        shares.load(state.get("weights"))
+        self.check_state(state)
+        shares = loaded_shares("weights", state["weights"])
         super().load_state_dict(state)
         self._shares = shares
 

@@ -12,7 +12,7 @@ from ._count import count
 from ._task_vector import TaskVector, check_length, shown
 from .base import Solution
 from .conflict_free import ConFIG
-from .tracking import Row, Tracked, Tracking, copied, like, squares_fit
+from .tracking import Row, Tracked, Tracking, by_task, check_count, copied, like, loaded_row, squares_fit
 
 _EPS = 1e-8
 """Added to the root of the second moment, as in the authors' code."""
@@ -122,6 +122,8 @@ class MConFIG(Tracking):
             torch.mul(own, first, out=pseudo)
             own.div_((squares / second).sqrt_().add_(_EPS))
 
+    state_keys = (*Tracking.state_keys, "times", "pseudo", "squares")
+
     def state_dict(self) -> dict[str, Any]:
         """See ``Tracking``; ``times``: how often each task was there; ``pseudo`` and ``squares``: the moments of the
         merged gradient, of each parameter."""
@@ -129,9 +131,14 @@ class MConFIG(Tracking):
         return {**super().state_dict(), "times": dict(self._times), **moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.check_state(state)
+        times = dict(by_task("times", state["times"]))
+        for task, steps in times.items():
+            check_count(f"times[{task}]", steps, 1)
+        # Empty until all tasks have been there.
+        moments = [loaded_row(n, state[n], state["widths"] if state[n] != [] else ()) for n in ("pseudo", "squares")]
         super().load_state_dict(state)
-        self._times = dict(state["times"])
-        self._pseudo, self._squares = copied(state["pseudo"]), copied(state["squares"])
+        self._times, (self._pseudo, self._squares) = times, moments
 
     def __repr__(self) -> str:
         return (

@@ -66,6 +66,12 @@ class NashMTL(Method):
     def known_tasks(self) -> int:
         return 0 if self._weights is None else self._weights.shape[1]
 
+    def check_problems(self, known_by: Sequence[int | str]) -> None:
+        if self._due:  # nothing is reused
+            self._problems = known_by
+        else:
+            super().check_problems(known_by)
+
     def solve(self, gram: Tensor) -> Solution:
         check_gram(gram)
         if not self._due and self._weights is not None and self._weights.shape[1] != gram.shape[-1]:

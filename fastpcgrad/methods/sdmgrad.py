@@ -71,7 +71,7 @@ class SDMGrad(BatchesMethod):
 
     def share(self, products: Tensor, shares: Tensor, tasks: Sequence[int]) -> Tensor:
         lengths = products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        squared = lengths.mean(dim=-1)[:, None, None].square() + self.norm_eps
+        squared = lengths.mean(dim=-1)[..., None, None].square() + self.norm_eps
         scaled = torch.where(squared > 0, products / squared, 0.0)
         pulled = self.lambda_ * self._preferred(shares, tasks)
         velocity = torch.zeros_like(shares)

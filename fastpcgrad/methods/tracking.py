@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._shares import Shares
 from .base import Method, Solution
 
 Row = list[Tensor | None]
@@ -50,8 +52,6 @@ class Tracking(Method):
     """
 
     needs_rows = True
-    needs_losses = False
-    """Whether ``track`` needs the values of the losses."""
 
     def __init__(self) -> None:
         self.reset()
@@ -60,6 +60,7 @@ class Tracking(Method):
         """Forget all that is kept."""
         self._step = 0
         self._widths: list[int] | None = None
+        self._parameters: list[weakref.ref[Tensor] | None] = []  # of the last step, as far as they are known
         self._kept: dict[int, Row] = {}
 
     @property
@@ -74,7 +75,7 @@ class Tracking(Method):
             tasks: the index of each task that is there, ascending.
             rows: their gradients; not changed.
             gram: the Gram matrix of these, finite.
-            losses: of each its loss; empty where they are not needed.
+            losses: of each its loss; empty unless the method has ``needs_losses``.
         Returns:
             None where something is out of range: the merged gradient is NaN, and nothing may have changed.
         """
@@ -82,26 +83,41 @@ class Tracking(Method):
     def finish(self, merged: Row) -> None:
         """Change the merged gradient in place."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parameters": []}  # a copy's are others
+
     def solve(self, gram: Tensor) -> Solution:
         raise TypeError(
             f"{type(self).__name__} needs the task gradients themselves, of which it keeps something: use it in "
             "GradientSurgery, PCGrad, backward or grad"
         )
 
-    def check_widths(self, widths: Sequence[int]) -> None:
+    def check_parameters(self, parameters: Sequence[Tensor], rows: Sequence[Row], widths: Sequence[int]) -> None:
         """ValueError where what is kept is of other parameters.
 
         Args:
-            widths: the elements of each.
+            parameters: whose gradients the rows are, in their order; of tensors that are no ``Parameter`` there may be
+                new ones in every step.
+            rows: the gradients of each task.
+            widths: the elements of each parameter.
         """
-        if self._widths is None:
-            self._widths = list(widths)
-        elif self._widths != list(widths):
+        kept = [row for row in self._kept.values() if len(row) == len(widths)]
+        fits = self._widths in (None, list(widths)) and all(
+            own is None or grad is None or own.shape == grad.shape
+            for before in kept
+            for row in rows
+            for own, grad in zip(before, row, strict=True)
+        )
+        known = zip(self._parameters, parameters, strict=False) if fits else ()
+        fits = fits and not any(_are_others(old, new) for old, new in known)
+        if not fits:
             raise ValueError(
-                f"{type(self).__name__} keeps something of {len(self._widths)} parameters with {sum(self._widths)} "
-                f"elements; found {len(widths)} with {sum(widths)}, or others: give it the same in every step, or call "
-                "reset()"
+                f"{type(self).__name__} keeps something of each of {len(self._widths or ())} parameters with "
+                f"{sum(self._widths or ())} elements; found {len(widths)} with {sum(widths)}, others, or in another "
+                "order: give it the same in every step, and a method object to each optimizer, or call reset()"
             )
+        self._widths = list(widths)
+        self._parameters = [weakref.ref(p) if isinstance(p, torch.nn.Parameter) else None for p in parameters]
 
     def kept(self, task: int, row: Row) -> Row:
         """What is kept of a task, zeros at first, of each parameter that it has touched by now."""
@@ -123,6 +139,20 @@ class Tracking(Method):
             result.append(kept)
         return result
 
+    state_keys: tuple[str, ...] = ("step", "widths", "rows")
+    """What ``state_dict`` has."""
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """ValueError where a state has other keys than ``state_keys``, or steps and widths that cannot be."""
+        if set(state) != set(self.state_keys):
+            raise ValueError(
+                f"the state of {type(self).__name__} has keys {sorted(self.state_keys)}; found {sorted(state)}"
+            )
+        check_count("step", state["step"], 0)
+        widths = state["widths"]
+        if widths is not None and not (isinstance(widths, list | tuple) and all(isinstance(n, int) for n in widths)):
+            raise ValueError(f"widths must be the number of elements of each parameter, or None; found {widths!r}")
+
     def state_dict(self) -> dict[str, Any]:
         """``step``, the steps so far; ``widths``, the elements of each parameter; ``rows``: what is kept of each task
         by its index, a list with a tensor or None for each parameter. Copies: T·N elements."""
@@ -135,18 +165,51 @@ class Tracking(Method):
         Raises:
             ValueError: other keys, or what cannot be the state of such a method.
         """
-        keys = sorted(self.state_dict())
-        if sorted(state) != keys:
-            raise ValueError(f"the state of {type(self).__name__} has keys {keys}; found {sorted(state)}")
-        step, widths, rows = state["step"], state["widths"], state["rows"]
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"step must be an integer that is not negative; found {step!r}")
-        for task, row in rows.items():
-            found = [None if own is None else own.numel() for own in row]
-            if widths is None or len(found) != len(widths) or not all(map(_may_be, found, widths)):
-                raise ValueError(f"rows must be of parameters with {widths} elements; found {found} for task {task}")
-        self._step, self._widths = step, None if widths is None else list(widths)
-        self._kept = {task: copied(row) for task, row in rows.items()}
+        self.check_state(state)
+        widths = state["widths"]
+        kept = {task: loaded_row(f"rows[{task}]", row, widths) for task, row in by_task("rows", state["rows"])}
+        self._step, self._kept, self._parameters = state["step"], kept, []
+        self._widths = None if widths is None else list(widths)
+
+
+def _are_others(old: weakref.ref[Tensor] | None, new: Tensor) -> bool:
+    """Whether two parameters are known to be different ones."""
+    before = None if old is None else old()
+    return before is not None and isinstance(new, torch.nn.Parameter) and before is not new
+
+
+def by_task(name: str, state: Any) -> list[tuple[int, Any]]:
+    """What a state has for tasks by their index; ValueError where it has it otherwise."""
+    if not isinstance(state, Mapping) or not all(isinstance(task, int) and task >= 0 for task in state):
+        found = list(state) if isinstance(state, Mapping) else state
+        raise ValueError(f"{name} must be a dict by the index of the task; found {found!r}")
+    return list(state.items())
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """ValueError for what is in a state in the place of a count."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}; found {value!r}")
+
+
+def loaded_shares(name: str, state: object) -> Shares:
+    """Shares of one problem, from what their ``state`` gave; ValueError for anything else."""
+    shares = Shares()
+    shares.load(name, state)
+    if shares.values is not None and shares.values.dim() > 1:
+        raise ValueError(f"{name} must be of one problem, [T]; found {list(shares.values.shape)}")
+    return shares
+
+
+def loaded_row(name: str, row: Any, widths: Sequence[int] | None) -> Row:
+    """A copy of what a state has of each parameter; ValueError where that cannot be of parameters with these widths."""
+    is_row = isinstance(row, list | tuple) and all(own is None or isinstance(own, Tensor) for own in row)
+    found = [None if own is None else own.numel() for own in row] if is_row else row
+    if not is_row or len(row) != len(widths or ()) or not all(map(_may_be, found, widths or ())):
+        raise ValueError(
+            f"{name} must hold a tensor or None for each parameter, with {widths} elements; found {found!r}"
+        )
+    return copied(row)
 
 
 def copied(row: Row) -> Row:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._losses import check_tensors
 from .layers import Layers
-from .reach import AUTO, Reach, Touches
+from .reach import AUTO, Found, Reach
 
 Granularity = Literal["model", "group", "parameter", "layer"] | Sequence[Iterable[Tensor]]
 Collections = list[list[Tensor]]
@@ -42,7 +42,7 @@ class Division(NamedTuple):
         gram_over = None if self.gram_over is None else [self.gram_over[index] for index in chosen]
         return Division(shared, groups, self.names, gram_over)
 
-    def settled(self, tasks: Sequence[int], touched: Touches) -> Division:
+    def settled(self, found: Found) -> Division:
         """See ``Learning``."""
         return self
 
@@ -77,26 +77,26 @@ class Learning(NamedTuple):
         parameters = [self.parameters[index] for index in chosen]
         return self._replace(given=self.given.of(chosen), parameters=parameters, is_part=True)
 
-    def settled(self, tasks: Sequence[int], touched: Touches) -> Division:
+    def settled(self, found: Found) -> Division:
         """As it is with the gradients of a round, from which is learned.
 
-        Args:
-            tasks, touched: see ``Reach.learn``.
         Raises:
             ValueError: G would look at nothing, or at what no weights reach.
+            RuntimeError: see ``Reach.learn``.
         """
-        self.reach.learn(self.parameters, tasks, touched)
-        found = self.reach.are_shared(self.parameters)
+        self.reach.learn(self.parameters, found)
+        shared = self.reach.are_shared(self.parameters)
         division, seen = self.given, self.given.gram_over or ()
         if self.shared:
-            division = division._replace(shared=found)
-            if any(looked and not inside for looked, inside in zip(seen, found, strict=False)):
+            division = division._replace(shared=shared)
+            if any(looked and not inside for looked, inside in zip(seen, shared, strict=False)):
                 raise ValueError(f"gram_over holds a parameter that one task alone reaches: it is {_OUT_OF_REACH}")
         if self.gram_over:
-            inside = division.shared or [True] * len(found)
-            division = division._replace(gram_over=[a and b for a, b in zip(found, inside, strict=True)])
+            inside = division.shared or [True] * len(shared)
+            division = division._replace(gram_over=[a and b for a, b in zip(shared, inside, strict=True)])
         if division.gram_over is not None and not self.is_part:
-            _check_gram_over(division)
+            what = ("gram_over='auto' finds no parameter that two tasks reach",) if self.gram_over else ()
+            _check_gram_over(division, *what)
         return division
 
 
@@ -253,15 +253,15 @@ def divide(
     return division
 
 
-def _check_gram_over(division: Division) -> None:
-    """ValueError where a problem's Gram matrix would look at no parameter."""
+def _check_gram_over(division: Division, what: str = "gram_over holds no trainable parameter") -> None:
+    """ValueError where a problem's Gram matrix would look at no parameter, which ``what`` says."""
     shared, groups, names, seen = division
     assert seen is not None
     problems = [0] * len(seen) if groups is None else groups
     inside = [True] * len(seen) if shared is None else shared
     if empty := set(compress(problems, inside)) - set(compress(problems, seen)):
         missing = "" if groups is None else f" of problem {names[min(empty)] if names else min(empty)}"
-        raise ValueError(f"gram_over holds no trainable parameter{missing}: its Gram matrix would be zero")
+        raise ValueError(f"{what}{missing}: its Gram matrix would be zero")
 
 
 def _divided(
@@ -275,7 +275,8 @@ def _divided(
     if granularity == "model":
         return Division(operated)
     if granularity == "parameter":
-        return Division(operated, list(range(len(parameters))))
+        places = {id(p): place for place, p in enumerate(p for group in groups for p in group["params"])}
+        return Division(operated, [places[id(p)] for p in parameters])  # as long as others are frozen, too
     if isinstance(granularity, Layers):
         inside = parameters if operated is None else list(compress(parameters, operated))
         numbers, names = granularity.of(inside)

@@ -46,13 +46,11 @@ class Stays:
             are_kept: whether graphs are kept for further passes.
             tasks: T, where all must have been there by now.
         Raises:
-            RuntimeError: see ``check_kept``.
-            ValueError, RuntimeError: their gradients cannot show what several tasks reach, see ``Reach``.
+            RuntimeError: see ``check_kept``, and ``Reach.check_known``.
         """
         if are_kept:
             check_kept(list(losses.values()))
         if self.layouts.reach is not None:
-            self.layouts.reach.look(list(losses.values()))
             self.layouts.reach.check_known(tasks, losses)
 
     def check_outside(self, what: str) -> None:
@@ -97,15 +95,16 @@ class Stays:
         if self.processes.by_task and not self.layouts.current.capture.rows.tasks:
             self.resolve()  # a process that has no task in this round has not looked yet who the others are
         layout = self.layouts.current
-        rows = layout.capture.rows
+        rows, reach = layout.capture.rows, self.layouts.reach
         if layout.exchange is not None:
             state = {key: list(value.shape) for key, value in method.state_dict().items() if isinstance(value, Tensor)}
-            self._arrive("merge() of tasks", *rows.summary(tasks, mean), type(method).__name__, state)
+            learned = None if reach is None else reach.digest(layout.capture.parameters)
+            self._arrive("merge() of tasks", *rows.summary(tasks, mean), type(method).__name__, state, learned)
         rows.collect(tasks, mean)
         if not rows.tasks:
             raise RuntimeError("merge() with no task: fill rows inside 'with surgery.task(t)' first")
-        if self.layouts.reach is not None:
-            self.layouts.reach.check_known(tasks, rows.tasks)
+        if reach is not None:
+            reach.check_known(tasks, rows.tasks)
         return rows
 
     def _arrive(self, point: str, *details: object) -> None:

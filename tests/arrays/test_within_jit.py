@@ -114,3 +114,18 @@ def test_what_is_refused(jax, merge):
         jax.block_until_ready(jax.jit(lambda tasks: merge(tasks))([{"w": jnp.arange(3)}]))
     with pytest.raises(TypeError, match=r"integrations\.jax\.merge"):
         jax.jit(lambda x: fastpcgrad.apply([{"w": x}]))(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": methods.MoCo()}, TypeError, "MoCo keeps something of each column"),
+        ({"method": "pcgrad"}, TypeError, "must be a fastpcgrad.methods.Method"),
+        ({"variant": "none"}, ValueError, "variant must be"),
+        ({"method": methods.UPGrad(), "reduction": "sum"}, ValueError, "reduction belongs to a variant"),
+    ],
+)
+def test_options_are_refused_before_anything_runs(jax, merge, options, error, message):
+    for within in (jax.jit, lambda function: function):
+        with pytest.raises(error, match=message):
+            within(lambda x: merge([{"w": x}, {"w": -x}], **options))(jax.numpy.ones(3))

@@ -479,7 +479,7 @@ def after_an_interrupt_in_each_process_at_another_gradient_the_next_round_is_rig
 def processes_that_do_not_choose_alike_are_told():
     net = ddp(Net())
     surgery = fastpcgrad.GradientSurgery(net.parameters(), TASKS, overlap=OF_LOSSES if dist.get_rank() else False)
-    with pytest.raises(exchange.OutOfStep, match="the same overlap"):
+    with pytest.raises(exchange.OutOfStep, match="have the same overlap"):
         losses(surgery, net, 0)
 
 

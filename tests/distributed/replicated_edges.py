@@ -57,6 +57,19 @@ def a_process_that_fails_ends_the_round_everywhere(at):
 
 
 @scenario
+def processes_that_have_not_learned_the_same_are_told():
+    """Of which parameters several tasks reach: one has loaded a checkpoint, the others have not."""
+    net = ddp(Net().to(DEVICE))
+    surgery = fastpcgrad.GradientSurgery(net.parameters(), TASKS, methods.UPGrad(), shared="auto")
+    if dist.get_rank() == 0:
+        reached = [(1 << TASKS) - 1] * len(list(net.parameters()))
+        surgery.load_state_dict({**surgery.state_dict(), "reach": {"tasks": 1, "reached": reached}})
+    with pytest.raises(exchange.OutOfStep, match="go on from the same checkpoint"):
+        surgery.backward(losses_of(net))
+    assert [p.grad for p in net.parameters()] == [None] * len(list(net.parameters()))
+
+
+@scenario
 def processes_that_do_not_do_alike_are_told():
     net = ddp(Net().to(DEVICE))
     parameters = list(net.parameters())

@@ -320,7 +320,7 @@ def test_state_is_copied_and_goes_on_to_the_bit(name):
         assert torch.equal(problem.grad(), other.grad())
     torch.testing.assert_close(state, saved, rtol=0, atol=0)
     for bad in ({}, {**state, "step": -1}, {**state, "widths": [1]}, {**state, "rows": {0: [torch.zeros(3)] * 4}}):
-        with pytest.raises(ValueError, match=r"has keys|(step|rows) must be"):
+        with pytest.raises(ValueError, match=r"has keys|step must be|must hold a tensor or None for each parameter"):
             resumed.load_state_dict(bad)
 
 
@@ -330,13 +330,117 @@ def test_other_parameters_are_refused(kind):
     by_backward(method, problem, problem.draw()[0])
     losses = list(problem.draw()[0].values())
     with pytest.raises(
-        ValueError, match=r"keeps something of 4 parameters with 22 elements; found 1 with 9.*reset\(\)"
+        ValueError, match=r"keeps something of each of 4 parameters with 22 elements; found 1 with 9.*reset\(\)"
     ):
         fastpcgrad.grad(losses, [problem.parameters[3]], method=method, retain_graph=True)
-    with pytest.raises(ValueError, match="or others"):
+    with pytest.raises(ValueError, match="in another order"):
         fastpcgrad.grad(losses, problem.parameters[::-1], method=method, retain_graph=True)
     method.reset()
     fastpcgrad.grad(losses, [problem.parameters[3]], method=method)
+
+
+SHIFTS = {
+    "inputs in another order": lambda a, b, c: ([a, b], [b, a]),
+    "another block of the same shape": lambda a, b, c: ([a, b], [b, c]),
+    "another one among them": lambda a, b, c: ([a, b], [a, c]),
+}
+
+
+@for_each_kind
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_parameters_of_the_same_shapes_are_not_mistaken_for_each_other(kind, shift):
+    layers = [torch.nn.Parameter(torch.randn(3, generator=torch.Generator().manual_seed(seed))) for seed in range(3)]
+    before, after = SHIFTS[shift](*layers)
+    method = made(kind, 2)
+
+    def losses():
+        product = layers[0] * layers[1] * layers[2]
+        return [(product - t).square().sum() for t in range(2)]
+
+    fastpcgrad.backward(losses(), before, method=method)
+    state = method.state_dict()
+    with pytest.raises(ValueError, match=r"keeps something of each of 2 parameters.*others, or in another order"):
+        fastpcgrad.backward(losses(), after, method=method)
+    torch.testing.assert_close(method.state_dict(), state, rtol=0, atol=0)
+    fastpcgrad.backward(losses(), before, method=method)
+    method.load_state_dict(state)  # of a checkpoint, which is of the parameters that come next
+    fastpcgrad.backward(losses(), after, method=method)
+
+
+@for_each_kind
+def test_blocks_that_are_trained_in_turns_are_not_mistaken_for_each_other(kind):
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    surgery = fastpcgrad.GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.1), 2, made(kind, 2))
+
+    def step(block):
+        for number, layer in enumerate(model):
+            layer.requires_grad_(number == block)
+        outputs = model(torch.ones(1, 2))
+        surgery.backward([(outputs - t).square().sum() for t in range(2)])
+
+    step(0), step(0)
+    with pytest.raises(ValueError, match="or in another order"):
+        step(1)
+    surgery.method.reset()
+    step(1)
+
+
+@for_each_kind
+def test_a_copy_goes_on_with_parameters_of_its_own(kind):
+    model = torch.nn.Linear(3, 2)
+    surgery = fastpcgrad.GradientSurgery(model.parameters(), 2, made(kind, 2))
+    both = [(model, surgery)]
+    for round_ in range(3):
+        for own, rounds in both:
+            outputs = own(torch.arange(3.0) + round_)
+            rounds.backward([(outputs[t] - t).square() for t in range(2)])
+        for own, _ in both[1:]:
+            assert torch.equal(own.weight.grad, model.weight.grad)
+        both.append(copy.deepcopy((model, surgery)))
+
+
+@for_each_kind
+def test_a_state_of_other_shapes_is_refused(kind):
+    """Of as many elements, which a copy would spread or not take at all."""
+    problem, turned = (
+        fastpcgrad.GradientSurgery(torch.nn.Linear(*size, bias=False).parameters(), 2, made(kind, 2))
+        for size in ((2, 3), (3, 2))
+    )
+    for surgery, width in ((problem, 2), (turned, 3)):
+        parameter = surgery._layouts.trainable()[0]
+        losses = [(parameter @ torch.ones(width) - t).square().sum() for t in range(2)]
+        if surgery is turned:
+            surgery.load_state_dict(problem.state_dict())
+            with pytest.raises(ValueError, match="keeps something of each of 1 parameters with 6 elements"):
+                surgery.backward(losses)
+        else:
+            surgery.backward(losses)
+
+
+WRONG = {
+    "step": [True, 1.0, -1],
+    "widths": [6, "6", torch.ones(1), [3.0]],
+    "rows": [None, [1], {0: None}, {0: [1.0]}, {"0": []}, {-1: []}, torch.ones(1)],
+    "weights": [[1.0], torch.ones(2), -torch.ones(2).double(), torch.ones(1, 2).double()],
+    "baselines": [None, {0: 1.0}, {0: (1.0,)}, {0: (1.0, 0)}, {0: ("1", 1)}],
+    "times": [None, [1], {0: 0}, {0: 1.5}],
+    "pseudo": [None, [1.0], [torch.ones(2)], {0: 1}],
+    "squares": [None, torch.ones(1), [torch.ones(5)] * 2],
+}
+
+
+@for_each_kind
+def test_states_that_cannot_be_are_refused_before_anything_changes(kind):
+    method, other = made(kind, 2), made(kind, 2)
+    p = torch.nn.Parameter(torch.ones(6))
+    for own, scale in ((method, 1.0), (other, 2.0)):
+        fastpcgrad.grad([(scale * p - t).square().sum() for t in range(2)], [p], method=own)
+    before, state = method.state_dict(), other.state_dict()
+    for name in state:
+        for value in WRONG[name]:
+            with pytest.raises(ValueError, match=name):
+                method.load_state_dict({**state, name: value})
+            torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
 
 
 @for_each_kind

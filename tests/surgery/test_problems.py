@@ -177,3 +177,56 @@ def test_a_method_that_fails_changes_nothing_and_the_round_can_be_merged_by_anot
     setting.surgery.method = methods.PCGrad(FIXED)
     setting.surgery.merge()
     setting.assert_grad(setting.oracle(0, 1, 2))
+
+
+KEEPERS = {
+    "gradvac": lambda: methods.GradVac(),
+    "nash_mtl": lambda: methods.NashMTL(update_weights_every=9),
+    "metabalance": lambda: methods.MetaBalance(),
+    "pcd": lambda: methods.PCD(),
+    "averaged": lambda: methods.CRMOGM(methods.UPGrad()),
+    "two batches": lambda: methods.MoDo(1),
+}
+
+
+@pytest.mark.parametrize("granularity", ["parameter", "group", "layer", "collections"])
+@pytest.mark.parametrize("method", KEEPERS)
+def test_what_is_kept_of_a_problem_is_not_taken_for_that_of_another(method, granularity):
+    """Blocks of one shape that are frozen in turns, so that there are as many problems in every step."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    optimizer = torch.optim.SGD([{"params": layer.parameters()} for layer in model], lr=0.1)
+    surgery = fastpcgrad.GradientSurgery(
+        optimizer,
+        2,
+        KEEPERS[method](),
+        granularity=[list(layer.parameters()) for layer in model] if granularity == "collections" else granularity,
+        model=model if granularity == "layer" else None,
+        shared=list(model.parameters()),
+    )
+
+    def step(frozen):
+        for number, layer in enumerate(model):
+            layer.requires_grad_(number != frozen)
+        outputs = model(torch.ones(1, 2))
+        surgery.backward([(outputs - t).square().sum() for t in range(2)])
+
+    step(2), step(2)
+    state = surgery.method.state_dict()
+    for frozen in (1, 0, None):
+        with pytest.raises(ValueError, match=r"keeps something of each of \d problems .*; found \d problems .*reset"):
+            step(frozen)
+        torch.testing.assert_close(surgery.method.state_dict(), state, rtol=0, atol=0, equal_nan=True)
+    step(2)
+    surgery.method.reset()
+    step(0)
+
+
+def test_weights_that_are_found_anew_belong_to_no_problem():
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    surgery = fastpcgrad.GradientSurgery(model.parameters(), 2, methods.NashMTL(), granularity="layer", model=model)
+    for frozen in (2, 0, None):
+        for number, layer in enumerate(model):
+            layer.requires_grad_(number != frozen)
+        outputs = model(torch.ones(1, 2))
+        report = surgery.backward([(outputs - t).square().sum() for t in range(2)])
+        assert report.weights.shape == (3 - (frozen is not None), 2)
