@@ -322,4 +322,5 @@ def _order_for(
         check_order(order, tasks, count, grads.device)
         return order
     variants.check_generator(generator)
-    return to_device(variant.draw_orders(tasks, count, generator), grads.device, constant=not variant.draws)
+    drawn = variant.draw_orders(tasks, count, generator, kernels.permutations)
+    return to_device(drawn, grads.device, constant=not variant.draws)

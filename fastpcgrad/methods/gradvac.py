@@ -141,22 +141,19 @@ class GradVac(Method):
 
 def _draw_places(shape: torch.Size, generator: Generator | None) -> NDArray[np.int64]:
     """For each task of all problems itself, then the others in random order: ``[S·T, T]``."""
-    tasks = shape[-1]
-    places = []
-    for row in range(shape[:-1].numel()):
-        own = row % tasks
-        places.append([own] + [k + (k >= own) for k in _permutation(tasks - 1, generator)])
-    return np.array(places, dtype=np.int64).reshape(-1, tasks)
+    tasks, rows = shape[-1], shape[:-1].numel()
+    own = np.arange(rows)[:, None] % tasks
+    others = _permutations(rows, tasks - 1, generator)
+    return np.concatenate([own, others + (others >= own)], axis=1)
 
 
-def _permutation(count: int, generator: Generator | None) -> list[int]:
-    if count < 2:  # nothing is drawn for it
-        return list(range(count))
+def _permutations(count: int, size: int, generator: Generator | None) -> NDArray[np.int64]:
     if generator is None or isinstance(generator, torch.Generator):
-        return torch.randperm(count, generator=generator, device="cpu").tolist()
-    items = list(range(count))
-    generator.shuffle(items)
-    return items
+        return kernels.permutations(count, size, generator).numpy()
+    rows = [list(range(size)) for _ in range(count)]
+    for row in rows if size > 1 else ():  # of fewer nothing is drawn
+        generator.shuffle(row)
+    return np.array(rows, dtype=np.int64).reshape(count, size)
 
 
 def _vaccinated(gram: Tensor, phi: Tensor, places: Tensor, beta: float, eps: float) -> tuple[Tensor, Tensor]:

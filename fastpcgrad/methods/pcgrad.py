@@ -84,7 +84,7 @@ class PCGrad(Method):
         return Solution(weights, coefficients)
 
     def _order(self, tasks: int, count: int | None, device: torch.device) -> Tensor:
-        orders = self.variant.draw_orders(tasks, count, self.generator)
+        orders = self.variant.draw_orders(tasks, count, self.generator, kernels.permutations)
         return orders if device.type == "cpu" else to_device(orders, device, constant=not self.variant.draws)
 
     def projections(self, tasks: int, device: torch.device) -> Projections | None:
