@@ -165,9 +165,10 @@ class Variant:
             if i == 0 or self.order != "once":
                 source.shuffle(items)
             rows.append((*items, i) if self.order == "others" else tuple(items))
-        if tasks > 3 or torch.compiler.is_compiling() or _modes.is_on():
+        if torch.compiler.is_compiling() or _modes.is_on():
             return torch.tensor(rows, dtype=torch.int64, device="cpu")
-        return _small_order(tuple(rows))
+        # By NumPy in half of the time.
+        return torch.from_numpy(np.array(rows, dtype=np.int64)) if tasks > 3 else _small_order(tuple(rows))
 
     @property
     def draws(self) -> bool:

@@ -85,7 +85,8 @@ class GradVac(Method):
         known = self._known(gram, tasks)
         some = to_device(torch.tensor(tasks), gram.device) if len(tasks) < known.shape[-1] else None
         places = to_device(torch.from_numpy(_draw_places(gram.shape, self.generator)), gram.device)
-        phi = known.clone() if some is None else known[..., some[:, None], some].contiguous()
+        # A copy whose rows are dense, which a library takes: a state that was loaded need not be.
+        phi = (known if some is None else known[..., some[:, None], some]).clone(memory_format=torch.contiguous_format)
         found: Tensor | None = kernels.gradvac(gram.detach(), places, self.beta, self.eps, phi)
         if found is None:
             found, phi = _vaccinated(gram, phi, places, self.beta, self.eps)
