@@ -17,7 +17,7 @@
 
 #include <stdint.h>
 
-#define FPG_ABI_VERSION 5
+#define FPG_ABI_VERSION 6
 #define FPG_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -127,6 +127,12 @@ FPG_EXPORT int fpg_cpu_method_weights(int solver, const double* gram, int64_t ta
  * none, the coefficients are NaN and the targets stay. */
 FPG_EXPORT int fpg_cpu_gradvac(const double* gram, const int64_t* places, int64_t tasks, int64_t problems, double beta,
                                double eps, double* targets, double* coefficients, int threads);
+
+/* Rows of `permutations` [count, size], as torch.randperm makes them one after the other on a CPU: each place but the
+ * last is exchanged with itself or one behind it, by 32 random bits. A number of `bits` has two of these, the first in
+ * its upper half. One thread does it, see fpg_cpu_pcgrad_coefficients. */
+FPG_EXPORT int fpg_cpu_permutations(const uint64_t* bits, int64_t count, int64_t size, int64_t* permutations,
+                                    int threads);
 
 /* The CUDA library. It has fpg_abi_version and what follows; all pointers to data are the device's, of the device that
  * is current in the calling thread. Work is queued on `stream` (a cudaStream_t) and never waited for, nothing is

@@ -1,4 +1,4 @@
-"""Who else looks at a call (autograd, transforms, modes, tracers), and which tensors have no memory behind them."""
+"""Who else looks at a call (autograd, transforms, modes, tracers, CUDA graphs), and which tensors have no memory."""
 
 from __future__ import annotations
 
@@ -62,6 +62,16 @@ def is_faking() -> bool:
 def is_batched(tensor: Tensor) -> bool:
     """Whether it is one of many under ``torch.func.vmap``, which has no numbers to look at."""
     return transforms_active() and _torch.is_batched(tensor)
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether what is queued on that device now goes into a CUDA graph: each device has a current stream of its own."""
+    if device.type != "cuda":
+        return False
+    if device.index in (None, torch.cuda.current_device()):
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def refuse_tracers(tensor: Tensor | None) -> None:

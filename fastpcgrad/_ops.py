@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_arguments
-from ._modes import is_fake
+from ._modes import is_captured, is_fake
 
 LIBRARY = torch.library.Library("fastpcgrad", "DEF")
 
@@ -88,11 +88,6 @@ def to_device(tensor: Tensor, device: torch.device, constant: bool = False) -> T
     if device.type != "cuda":
         return tensor.to(device)
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
-
-
-def is_captured(device: torch.device) -> bool:
-    """Whether what is queued on that device now goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(device: torch.device) -> None:

@@ -322,4 +322,4 @@ def _order_for(
         check_order(order, tasks, count, grads.device)
         return order
     variants.check_generator(generator)
-    return to_device(variant.draw_orders(tasks, count, generator), grads.device, constant=not variant.draws)
+    return kernels.orders(variant, tasks, count, generator, grads.device)

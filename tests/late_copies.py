@@ -8,13 +8,15 @@ import torch
 class LateCopies:
     """In order, as a stream does it, but as late as it can be: what is read too early or overwritten shows.
 
-    Host memory is poisoned with NaN when it is made. A source is held until its copy is through.
+    Host memory is poisoned with NaN when it is made. A source is held until its copy is through. ``read``: what goes to
+    the device, since the last time that somebody waited for that.
     """
 
     def __init__(self):
         self.waiting = deque()
         self.locked = []
         self.begun = self.through = 0
+        self.read = []
 
     def lock(self, memory):
         memory.fill_(torch.nan)
@@ -31,7 +33,12 @@ class LateCopies:
 
     def to_device(self, source):
         self.join()
+        self.read.append(source)
         return source.clone()
+
+    def settle(self):
+        self.join()
+        self.read.clear()
 
     def join(self):
         self.run(self.begun)

@@ -215,6 +215,19 @@ def test_memory_is_locked_for_as_long_as_it_lives(recorded):
     assert recorded[1:] == ["the host waits for side", ("unlock", address)]
 
 
+def test_a_row_from_elsewhere_is_not_written_while_the_device_reads_its_place():
+    rows, copies, (g,) = rows_of([Kind((4,))])
+    rows.fetch(rows.copy(0, 0, g))
+    assert copies.read
+    (place,) = rows.place(0, [g * 2])
+    assert not copies.read and torch.equal(place, g * 2)
+
+
+def test_the_host_waits_for_copies_in_both_directions(recorded):
+    CudaCopies(CPU).settle()
+    assert recorded == ["the host waits for side"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_blocks_begin_at_multiples_of_64_bytes(dtype):
     for width in (0, 1, 7, 8, 16, 33):

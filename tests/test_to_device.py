@@ -5,7 +5,8 @@ Without a GPU: fake tensors have a device that is not there, and a mode sees the
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import random
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastpcgrad
 from fastpcgrad import _ops, methods
+from fastpcgrad._modes import is_captured
 from fastpcgrad._ops import to_device
 from fastpcgrad.methods import _task_vector
 from fastpcgrad.methods._task_vector import Preference
@@ -24,6 +26,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _no_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
 class Copies(TorchFunctionMode):
@@ -109,9 +112,28 @@ def test_what_is_drawn_is_refused_in_a_capture_and_what_is_not_is_kept(call, dra
     monkeypatch.setattr(_ops, "_kept_by_graph", kept_by_graph)
     with FakeTensorMode() as fake:
         J = torch.empty(3, 5, device="cuda")
+    states = random.getstate(), torch.get_rng_state()
     with pytest.raises(RuntimeError, match="cannot be captured") if drawn else nullcontext():
         call(J)
     assert kept == ([] if drawn else [J.device])
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_what_counts_is_the_stream_of_the_tensors_device(monkeypatch):
+    """Each device has a current stream; torch tells of that of the current device."""
+    current, captured = [0], {0: False, 1: True}
+
+    @contextmanager
+    def switched(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured[current[-1]])
+    assert not is_captured(CUDA) and not is_captured(torch.device("cuda")) and not is_captured(torch.device("cpu"))
+    assert is_captured(torch.device("cuda", 1)) and current == [0]
 
 
 def test_a_preference_that_a_graph_keeps_is_not_taken_by_others(monkeypatch):

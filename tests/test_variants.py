@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fastpcgrad
-from fastpcgrad import reference, variants
+from fastpcgrad import methods, reference, variants
+from fastpcgrad.backends import cpu, kernels
 
 VARIANTS = list(variants.VARIANTS)
 
@@ -102,6 +103,78 @@ def test_many_problems_draw_one_after_the_other(name):
     assert torch.equal(found, torch.stack([variant.draw_order(4, one_by_one) for _ in range(3)]))
     assert mine.getstate() == one_by_one.getstate()
     assert variant.draw_orders(4, None, mine).shape == (4, 4)
+
+
+SIZES = [(0, 4), (1, 1), (3, 0), (1, 2), (1, 3), (3, 4), (4, 4), (5, 8), (40, 33), (7, 300)]
+"""Of permutations: how many, of what; some with an odd number of draws, of which torch gives two at a time."""
+
+
+@pytest.mark.skipif(cpu.why_unavailable("cpu") is not None, reason="needs the CPU library")
+@pytest.mark.parametrize(("count", "size"), SIZES)
+@pytest.mark.parametrize("given", [True, False])
+def test_the_library_draws_what_torch_draws_and_leaves_its_generator_in_the_same_state(count, size, given):
+    assert cpu.draws_as_torch()
+    mine, torchs = (torch.Generator().manual_seed(7) if given else None for _ in range(2))
+    torch.manual_seed(7)
+    expected = [variants.permutations(count, size, torchs) for _ in range(2)], torch.rand(3, generator=torchs)
+    torch.manual_seed(7)
+    found = [kernels.permutations(count, size, mine) for _ in range(2)], torch.rand(3, generator=mine)
+    assert all(map(torch.equal, found[0], expected[0])) and torch.equal(found[1], expected[1])
+    assert found[0][0].dtype == torch.int64 and found[0][0].shape == (count, size)
+
+
+@pytest.mark.skipif(cpu.why_unavailable("cpu") is not None, reason="needs the CPU library")
+def test_torch_draws_no_permutation_where_the_library_does(monkeypatch):
+    assert cpu.draws_as_torch()
+
+    def refuse(*given, **named):
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "randperm", refuse)
+    gram = torch.eye(4, dtype=torch.float64)
+    for call in (lambda: fastpcgrad.pcgrad(torch.ones(4, 5)), lambda: methods.PCGrad().weights(gram)):
+        call()
+    methods.GradVac().weights(torch.eye(6, dtype=torch.float64))
+
+
+def test_another_version_of_torch_may_draw_otherwise(monkeypatch):
+    """Then its own numbers are taken."""
+    drawn = lambda size, generator=None, device=None: torch.arange(size).roll(1)  # noqa: E731
+    monkeypatch.setattr(torch, "randperm", drawn)
+    cpu.draws_as_torch.cache_clear()
+    try:
+        assert torch.equal(kernels.permutations(2, 4, None), torch.tensor([[3, 0, 1, 2]] * 2))
+    finally:
+        cpu.draws_as_torch.cache_clear()
+
+
+@pytest.mark.parametrize("order", ["once", "fresh", "cumulative", "others"])
+@pytest.mark.parametrize("count", [None, 0, 1, 3])
+def test_orders_of_many_problems_are_those_drawn_one_by_one(order, count):
+    variant = variants.get("paper").ordered(order)
+    mine, one_by_one = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+    found = variant.draw_orders(5, count, mine, kernels.permutations)
+    single = count is None or order == "once"
+    expected = [reference_order(order, 5, one_by_one) for _ in range(1 if single else count)]
+    assert found.tolist() == (expected[0] if single else expected)
+    assert torch.equal(mine.get_state(), one_by_one.get_state())
+
+
+def reference_order(order, tasks, generator):
+    """By ``torch.randperm``, one row after the other."""
+    permuted = lambda items: [items[k] for k in torch.randperm(len(items), generator=generator).tolist()]  # noqa: E731
+    items, rows = list(range(tasks)), []
+    if order == "once":
+        return [permuted(items)] * tasks
+    for i in range(tasks):
+        if order == "others":
+            others = list(range(tasks))
+            others[i] = others[-1]
+            rows.append([*permuted(others[:-1]), i])
+        else:
+            items = permuted(items if order == "cumulative" else list(range(tasks)))
+            rows.append(items)
+    return rows
 
 
 def generators(kind, seed):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _ops
+from .. import _ops, variants
 from .._blocks import Blocks
 from ..variants import Guards
 from . import abi, eager, native
@@ -33,6 +33,7 @@ _ARGUMENTS = {
     "fpg_cpu_trimmed_mean": (POINTER, I64, I64, INT, POINTER, I64, I64, POINTER, INT),
     "fpg_cpu_method_weights": (INT, POINTER, I64, I64, POINTER, POINTER, POINTER, INT),
     "fpg_cpu_gradvac": (POINTER, POINTER, I64, I64, F64, F64, POINTER, POINTER, INT),
+    "fpg_cpu_permutations": (POINTER, I64, I64, POINTER, INT),
     "fpg_cpu_use_isa": (ctypes.c_char_p,),
     "fpg_cpu_isa": (),
 }
@@ -247,6 +248,29 @@ def gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tens
     gram, coefficients = gram.contiguous(), gram.new_empty(gram.shape)
     _call("fpg_cpu_gradvac", *abi.gradvac(gram, places, beta, eps, targets), coefficients.data_ptr())
     return coefficients
+
+
+def permutations(count: int, size: int, generator: torch.Generator | None) -> Tensor:
+    """As ``variants.permutations`` where ``draws_as_torch``; the random bits of all in one call of the generator."""
+    if size < 2:  # nothing is drawn
+        return torch.zeros((count, size), dtype=torch.int64, device="cpu")
+    found = torch.empty((count, size), dtype=torch.int64, device="cpu")
+    here = count - count * (size - 1) % 2  # 32 bits a place, of which the generator gives two at a time
+    if here:
+        bits = torch.empty(here * (size - 1) // 2, dtype=torch.int64, device="cpu")
+        bits.random_(-(2**63), None, generator=generator)
+        _call("fpg_cpu_permutations", bits.data_ptr(), here, size, found.data_ptr())
+    if here < count:
+        found[here:] = variants.permutations(count - here, size, generator)
+    return found
+
+
+@cache
+def draws_as_torch() -> bool:
+    """Whether this torch draws permutations as the library does, and leaves its generator in the same state."""
+    one, other = (torch.Generator("cpu").manual_seed(1) for _ in range(2))
+    drawn = permutations(5, 8, one), variants.permutations(5, 8, other)
+    return torch.equal(*drawn) and torch.equal(one.get_state(), other.get_state())
 
 
 def _are_dense(rows: Sequence[Tensor | None]) -> bool:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import _modes
+from .. import _modes, variants
 from .._blocks import Blocks, first_of
 from .._checks import check_apart, check_out
 from .._memory import prefer_huge_pages
 from .._ops import LIBRARY, Later, checked, op_named, refuse_capture, to_device
-from ..variants import Guards
+from ..variants import Generator, Guards, Variant
 from . import cpu, eager, for_tasks, forced, select, select_for, shapes
 from .protocol import BlockFunctions
 
@@ -252,6 +252,24 @@ def gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tens
     if gram.is_cpu:
         return cpu.gradvac(gram, places, beta, eps, targets) if _solves_on_host() else None
     return for_tasks(select(gram.device.type), gram.shape[-1]).gradvac(gram, places, beta, eps, targets)
+
+
+def orders(
+    variant: Variant, tasks: int, count: int | None, generator: Generator | None, device: torch.device
+) -> Tensor:
+    """The orders that a variant draws, on ``device``; RuntimeError, before one is drawn, while a graph is captured."""
+    if variant.draws and not torch.compiler.is_compiling():
+        refuse_capture(device)
+    drawn = variant.draw_orders(tasks, count, generator, permutations)
+    return drawn if device.type == "cpu" else to_device(drawn, device, constant=not variant.draws)
+
+
+def permutations(count: int, size: int, generator: torch.Generator | None) -> Tensor:
+    """The numbers of ``variants.permutations``, in a fraction of the time where the host's library makes them."""
+    traced = torch.compiler.is_compiling() or _modes.is_on()
+    if traced or not _solves_on_host() or not cpu.draws_as_torch():
+        return variants.permutations(count, size, generator)
+    return cpu.permutations(count, size, generator)
 
 
 def sign_sums(rows: Sequence[Tensor | None], weights: Sequence[float] | None, sums: Tensor) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._modes import is_fake
+from .._modes import is_captured, is_fake
 
 Describe = Callable[[int, list[float]], str]
 """The task and its values, in words for the user."""
@@ -63,7 +63,7 @@ def _sent(found: Tensor) -> tuple[torch.cuda.Event, Tensor] | None:
 
     None while a graph is captured: its replay runs no Python that could look.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if is_captured(found.device):
         return None
     copy = found.to("cpu", non_blocking=True)
     event = torch.cuda.Event()

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._modes import is_faking
-from .._ops import is_captured, to_device
+from .._modes import is_captured, is_faking
+from .._ops import to_device
 
 TaskVector = Tensor | Sequence[float]
 

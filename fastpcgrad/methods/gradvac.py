@@ -85,7 +85,8 @@ class GradVac(Method):
         known = self._known(gram, tasks)
         some = to_device(torch.tensor(tasks), gram.device) if len(tasks) < known.shape[-1] else None
         places = to_device(torch.from_numpy(_draw_places(gram.shape, self.generator)), gram.device)
-        phi = known.clone() if some is None else known[..., some[:, None], some].contiguous()
+        # A copy whose rows are dense, which a library takes: a state that was loaded need not be.
+        phi = (known if some is None else known[..., some[:, None], some]).clone(memory_format=torch.contiguous_format)
         found: Tensor | None = kernels.gradvac(gram.detach(), places, self.beta, self.eps, phi)
         if found is None:
             found, phi = _vaccinated(gram, phi, places, self.beta, self.eps)
@@ -141,22 +142,19 @@ class GradVac(Method):
 
 def _draw_places(shape: torch.Size, generator: Generator | None) -> NDArray[np.int64]:
     """For each task of all problems itself, then the others in random order: ``[S·T, T]``."""
-    tasks = shape[-1]
-    places = []
-    for row in range(shape[:-1].numel()):
-        own = row % tasks
-        places.append([own] + [k + (k >= own) for k in _permutation(tasks - 1, generator)])
-    return np.array(places, dtype=np.int64).reshape(-1, tasks)
+    tasks, rows = shape[-1], shape[:-1].numel()
+    own = np.arange(rows)[:, None] % tasks
+    others = _permutations(rows, tasks - 1, generator)
+    return np.concatenate([own, others + (others >= own)], axis=1)
 
 
-def _permutation(count: int, generator: Generator | None) -> list[int]:
-    if count < 2:  # nothing is drawn for it
-        return list(range(count))
+def _permutations(count: int, size: int, generator: Generator | None) -> NDArray[np.int64]:
     if generator is None or isinstance(generator, torch.Generator):
-        return torch.randperm(count, generator=generator, device="cpu").tolist()
-    items = list(range(count))
-    generator.shuffle(items)
-    return items
+        return kernels.permutations(count, size, generator).numpy()
+    rows = [list(range(size)) for _ in range(count)]
+    for row in rows if size > 1 else ():  # of fewer nothing is drawn
+        generator.shuffle(row)
+    return np.array(rows, dtype=np.int64).reshape(count, size)
 
 
 def _vaccinated(gram: Tensor, phi: Tensor, places: Tensor, beta: float, eps: float) -> tuple[Tensor, Tensor]:

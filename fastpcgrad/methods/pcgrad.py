@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import variants
-from .._ops import to_device
 from ..backends import kernels
 from ..variants import Generator
 from .base import Method, Projections, Solution
@@ -72,7 +71,7 @@ class PCGrad(Method):
         """
         check_gram(gram)
         count = gram.shape[0] if gram.dim() == 3 else None
-        order = self._order(gram.shape[-1], count, gram.device)
+        order = kernels.orders(self.variant, gram.shape[-1], count, self.generator, gram.device)
         # Not through functional, which would look whether the order is one.
         return kernels.pcgrad_coefficients(self.variant.denominators(gram), order, *self.variant.guards)
 
@@ -83,15 +82,11 @@ class PCGrad(Method):
             weights /= gram.shape[-1]
         return Solution(weights, coefficients)
 
-    def _order(self, tasks: int, count: int | None, device: torch.device) -> Tensor:
-        orders = self.variant.draw_orders(tasks, count, self.generator)
-        return orders if device.type == "cpu" else to_device(orders, device, constant=not self.variant.draws)
-
     def projections(self, tasks: int, device: torch.device) -> Projections | None:
         variant = self.variant
         if variant.norm_eps:  # the kernel makes G itself
             return None
-        order = self._order(tasks, None, device)
+        order = kernels.orders(variant, tasks, None, self.generator, device)
         return Projections(order, variant.guards, 1.0 / tasks if self.reduction == "mean" else 1.0)
 
     def partial_weights(self, weights: Tensor) -> Tensor:

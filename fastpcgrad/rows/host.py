@@ -45,6 +45,9 @@ class Copies(Protocol):
     def join(self) -> None:
         """Let the device compute on only when all copies to the host are through."""
 
+    def settle(self) -> None:
+        """Wait until all copies are through, those to the device too: the host may write where they read."""
+
 
 class CudaCopies:
     """Copies between a GPU and page-locked host memory, on a stream of their own."""
@@ -80,6 +83,9 @@ class CudaCopies:
 
     def join(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def settle(self) -> None:
+        self._stream.synchronize()
 
 
 def _unlock(address: int, stream: torch.cuda.Stream) -> None:
@@ -170,6 +176,7 @@ class HostRows:
     def place(self, task: int, row: Sequence[Tensor | None]) -> list[Tensor | None]:
         """A task's row, which lies elsewhere in the host's memory, in its place."""
         self.wait()
+        self._copies.settle()
         return [None if own is None else self._place(task, index).copy_(own) for index, own in enumerate(row)]
 
     def add(self, target: Tensor, grad: Tensor) -> None:

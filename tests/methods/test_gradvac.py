@@ -205,6 +205,13 @@ def test_the_state_is_a_copy_and_reset_forgets_it():
     method.load_state_dict({"phi": None})
 
 
+def test_a_state_may_have_any_strides():
+    matrix, phi = gram(jacobian("conflicting", 4, seed=0)), torch.rand(4, 4, dtype=torch.float64)
+    found = [with_targets(given, generator=torch.Generator().manual_seed(4)) for given in (phi, phi.T.contiguous().T)]
+    assert torch.equal(*(method.weights(matrix) for method in found))
+    assert torch.equal(*(method.state_dict()["phi"] for method in found))
+
+
 @pytest.mark.parametrize("module", [np, torch], ids=["numpy", "torch"])
 def test_in_a_surgery_each_pair_of_tasks_has_a_target_of_its_own(module, monkeypatch):
     """Two of four tasks at a time, so that no order is drawn; the first steps do not know the last task."""
