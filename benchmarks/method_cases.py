@@ -52,6 +52,8 @@ _THEIRS: dict[str, Callable[[int], Arguments]] = {
     "NashMTL": lambda tasks: {"n_tasks": tasks},
 }
 _THEIR_NAMES = {"RandomWeights": "Random"}
+_WEIGH_ROWS = ("NashMTL",)
+"""TorchJD's that make weights of J, not of G."""
 OF_MORE_THAN_ONE_J = (BatchesMethod, methods.Tracking)
 """Kinds of methods for which one J is not enough."""
 _FEWEST_TASKS = {"Krum": 3}
@@ -128,10 +130,13 @@ def peer_call(name: str, op: str, grads: Tensor) -> Call:
     aggregator = theirs(name, len(grads), grads.dtype, grads.device)
     if op == "aggregation":
         return lambda: aggregator(grads)
+    if name in _WEIGH_ROWS:
+        rows = torch.linalg.qr(grads.mT, mode="r").R.mT  # as few columns as have the same products
+        return lambda: aggregator.weighting(rows)
+    gram = grads @ grads.mT
     # Others that have a ``weighting`` have that of their preferences.
     of_shape = issubclass(getattr(methods, name), FixedWeights)
     weighting = aggregator.weighting if of_shape else aggregator.gramian_weighting
-    gram = grads @ grads.mT
     return lambda: weighting(gram)
 
 

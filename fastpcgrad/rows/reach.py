@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .._modes import is_fake
-from .._ops import is_captured
+from .._modes import is_captured, is_fake
 from .._warnings import warn
 
 AUTO = "auto"

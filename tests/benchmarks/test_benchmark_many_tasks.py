@@ -42,7 +42,7 @@ def test_both_take_turns_and_the_largest_has_a_peak(run, monkeypatch):
         assert (own.peak_bytes is not None) == (tasks == 16) and theirs.peak_bytes is None
     assert seconds["MGDA"] > 0
     own, theirs = many_tasks.rows(run, Case("MGDA", 16), {"MGDA": many_tasks.ONE_CALL})
-    assert own.ok and theirs.status.startswith("skipped: budget (one call: 480 s predicted")
+    assert own.ok and theirs.status.startswith("skipped: budget (one call: 160 s predicted")
 
 
 def test_what_has_no_counterpart_is_missing(run, monkeypatch):

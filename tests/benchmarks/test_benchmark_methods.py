@@ -49,3 +49,13 @@ def test_both_sides_weights_are_those_of_the_same_rows():
         torch.testing.assert_close(side("Mean", "weights", grads)(), torch.full((3,), 1 / 3, dtype=torch.float64))
     with pytest.raises(AttributeError):
         method_cases.peer_call("TrimmedMean", "weights", grads)
+
+
+@pytest.mark.filterwarnings("ignore:You are solving a parameterized problem")  # TorchJD's, of cvxpy
+@pytest.mark.parametrize("name", ["NashMTL", "MGDA", "UPGrad", "IMTLG"])
+def test_both_sides_weigh_the_same(name):
+    pytest.importorskip("torchjd")
+    pytest.importorskip({"NashMTL": "cvxpy", "UPGrad": "quadprog"}.get(name, "torchjd"))
+    grads = method_cases.task_gradients(3, 40, torch.float64)
+    own, theirs = (make(name, "weights", grads)() for make in (method_cases.library_call, method_cases.peer_call))
+    torch.testing.assert_close(own, theirs.double(), rtol=1e-3, atol=1e-6)
