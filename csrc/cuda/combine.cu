@@ -4,8 +4,12 @@
 
 namespace fpg {
 
+// Blocks for whose registers a multiprocessor is to have room: of float64 rows two, for with three some spill.
+template <class Row>
+constexpr int kCombineBlocks = kIsDouble<Row> ? 2 : 3;
 template <class Row, int R, class J>
-__global__ void __launch_bounds__(kThreads, 3) combine_kernel(const __grid_constant__ CombineJob<J> job) {
+__global__ void __launch_bounds__(kThreads, kCombineBlocks<Row>)
+    combine_kernel(const __grid_constant__ CombineJob<J> job) {
   combine_all<Row, vectors_of(R), R>(job, reinterpret_cast<Accumulator<Row>*>(shared_memory()));
 }
 

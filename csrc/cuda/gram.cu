@@ -11,8 +11,19 @@ constexpr bool kIsStreamed = R > 2;
 template <int R>
 constexpr int kGramColumnsBytes =
     column_sums_bytes(R, 0) + (kIsStreamed<R> ? Ring<column_vectors(R, 0, vectors_of(R))>::kBytes : 0);
+// Blocks for whose registers a multiprocessor is to have room. Two rings of 8 rows fit into the shared memory of sm_90
+// and sm_100 alone; elsewhere one block of float64 rows may have all registers, for with half of them some spill.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr bool kTwoRingsFit = false;
+#else
+constexpr bool kTwoRingsFit = true;
+#endif
+template <class Row, int R>
+constexpr int kGramBlocks = !kIsStreamed<R>                             ? 4
+                            : kIsDouble<Row> && R == 8 && !kTwoRingsFit ? 1
+                                                                        : 2;
 template <class Row, int R, class J>
-__global__ void __launch_bounds__(kThreads, kIsStreamed<R> ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, kGramBlocks<Row, R>)
     gram_columns_kernel(const __grid_constant__ GramJob<J> job) {
   Packed* vectors = reinterpret_cast<Packed*>(shared_memory() + column_sums_bytes(R, 0));
   gram_columns<Row, R, 0, vectors_of(R), kIsStreamed<R>>(job, block_index(), 0, 0,

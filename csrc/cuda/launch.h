@@ -79,6 +79,7 @@ inline int run(const Device& device, int64_t block_count, int64_t shared_bytes, 
     if (block_count > most) block_count = most;
   }
   if (block_count < 1) block_count = 1;
+  if (block_count > INT32_MAX) return too_many_blocks();  // the runtime takes the lower half of such a number
   int error = start(kKernel, block_count, kThreads, shared_bytes, cooperative, stream, job);
   while (are_too_many_blocks(error) && block_count > 1) {
     forget_error();

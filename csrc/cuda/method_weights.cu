@@ -13,8 +13,9 @@ struct WeightsJob {
   double* scratch;
 };
 
+// One block a multiprocessor, by registers: there are few, and for the sake of many some registers would be spilled.
 template <class Method>
-__global__ void __launch_bounds__(kSolverThreads) weights_kernel(const __grid_constant__ WeightsJob<Method> given) {
+__global__ void __launch_bounds__(kSolverThreads, 1) weights_kernel(const __grid_constant__ WeightsJob<Method> given) {
   const int64_t each = scratch_doubles(given.method, given.job.tasks);
   const WarpGroup group = {thread_index() % 32};
   double* scratch = given.scratch + solver_warp() * each;

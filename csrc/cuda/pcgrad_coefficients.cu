@@ -3,7 +3,8 @@
 
 namespace fpg {
 
-__global__ void __launch_bounds__(kThreads) solve_kernel(const __grid_constant__ SolveJob job) { solve(job); }
+// Two blocks a multiprocessor, by registers: for the sake of more some would be spilled.
+__global__ void __launch_bounds__(kThreads, 2) solve_kernel(const __grid_constant__ SolveJob job) { solve(job); }
 
 }  // namespace fpg
 

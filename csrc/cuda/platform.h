@@ -159,6 +159,7 @@ inline int start(void (*kernel)(Job), int64_t block_count, int threads, int64_t 
   config.numAttrs = cooperative ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, job);
 }
+inline int too_many_blocks() { return cudaErrorInvalidConfiguration; }
 inline bool are_too_many_blocks(int error) { return error == cudaErrorCooperativeLaunchTooLarge; }
 inline const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 // The first error stays until it is asked for: a launch's must not be found by somebody else.

@@ -334,7 +334,13 @@ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_
 
 constexpr int kMostParameterBytes = 8192;
 inline int shared_of_block = 227 * 1024;  // a kilobyte less than a multiprocessor has
-enum EmulatedError { kNoError = 0, kInvalidValue = 1, kInvalidHandle = 400, kTooManyBlocks = 720 };
+enum EmulatedError {
+  kNoError = 0,
+  kInvalidValue = 1,
+  kInvalidConfiguration = 9,
+  kInvalidHandle = 400,
+  kTooManyBlocks = 720
+};
 
 inline int find_device(int* index) {
   *index = device;
@@ -394,11 +400,13 @@ inline int start(void (*kernel)(Job), int64_t block_count, int threads, int64_t 
   }
   return kNoError;
 }
+inline int too_many_blocks() { return kInvalidConfiguration; }
 inline bool are_too_many_blocks(int error) { return error == kTooManyBlocks; }
 inline const char* error_text(int error) {
-  return error == kInvalidHandle   ? "invalid resource handle"
-         : error == kTooManyBlocks ? "too many blocks in cooperative launch"
-                                   : "invalid argument";
+  return error == kInvalidHandle          ? "invalid resource handle"
+         : error == kTooManyBlocks        ? "too many blocks in cooperative launch"
+         : error == kInvalidConfiguration ? "invalid configuration argument"
+                                          : "invalid argument";
 }
 inline void forget_error() {}
 

@@ -320,6 +320,16 @@ def test_a_green_context_has_a_part_of_the_device(library, tasks, launches, mult
     assert all(torch.equal(a, b) for a, b in zip(surgery(), expected, strict=True))
 
 
+@pytest.mark.parametrize("segments", [2**31, 2**32 + 1])
+def test_more_blocks_than_a_grid_has_are_refused(library, segments):
+    """The runtime would take the lower half of their number, and launch so few."""
+    if library is None:
+        pytest.skip("a GPU would read so many offsets")
+    rows = (None, 2, 10, 10, 0, None, segments)
+    for status in (library.fpg_cuda_combine(*rows, *[None] * 3), library.fpg_cuda_gram(*rows, *[None] * 3)):
+        assert library.fpg_cuda_error(status) == b"invalid configuration argument"
+
+
 GUARDS = [(False, 0.0, 0.0), (True, 0.0, 0.0), (True, 1e-8, 0.0), (False, 0.0, 4.0)]
 
 

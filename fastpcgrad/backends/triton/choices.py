@@ -30,19 +30,29 @@ _MAX_ROWS_OTHER = 8
 _MAX_MIX_ROWS = 16
 # One warp's tile of rows: what its registers hold beside the accumulators.
 _TILE_BYTES = 4096
+# Of a thread, where a kernel needs no more: four programs of four warps take all that a multiprocessor has. Of how many
+# rows in blocks that holds.
+_REGISTERS = 128
+_MAX_ROWS_BOUNDED = 6
 # Three tf32 passes keep fp32's 24 bits to within 2^-21; a single pass would keep 11.
 _FP32_PRECISION = "tf32x3"
 
 
 class Choice(NamedTuple):
-    """A kernel with its compile-time constants."""
+    """A kernel with its compile-time constants.
+
+    Attributes:
+        registers: that a thread may have. None: few enough for many threads at a time, for which the assembler spills
+            some even where there are more.
+    """
 
     kernel: Any
     constants: dict[str, Any]
     warps: int = _WARPS
+    registers: int | None = None
 
     def run(self, grid: tuple[int, ...], *args: Any) -> None:
-        self.kernel[grid](*args, **self.constants, num_warps=self.warps)
+        self.kernel[grid](*args, **self.constants, num_warps=self.warps, maxnreg=self.registers)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -117,9 +127,9 @@ def is_guarded(dtype: torch.dtype) -> bool:
 
 def rescue_choice(tasks: int, unit: int, segmented: bool, block: int) -> Choice:
     """The kernel that redoes rows whose squares fp32 cannot hold."""
-    columns = 64 if tasks > 16 else 32  # the other way round registers spill: of 16 tasks on sm_80, of 32 on sm_100
-    sizes = {"PAD": triton.next_power_of_2(tasks), "BLOCK": block, "ROWS": 8, "COLUMNS": columns}
-    return Choice(kernels.gram_rescue, {"T": tasks, "UNIT": unit, "SEGMENTED": segmented} | sizes)
+    sizes = {"PAD": triton.next_power_of_2(tasks), "BLOCK": block, "ROWS": 8, "COLUMNS": 64}
+    constants = {"T": tasks, "UNIT": unit, "SEGMENTED": segmented} | sizes
+    return Choice(kernels.gram_rescue, constants, registers=_REGISTERS)
 
 
 def reduce_choice(tasks: int, segmented: bool, block: int, guard: bool, again: bool, listed: bool = False) -> Choice:
@@ -179,7 +189,9 @@ _OF_BLOCKS = {
 def of_blocks(choice: Choice, dtype: torch.dtype) -> Choice:
     """The kernel that does the same on rows that lie in blocks, with the same sizes."""
     kept = {name: value for name, value in choice.constants.items() if name not in ("UNIT", "SEGMENTED")}
-    return Choice(_OF_BLOCKS[choice.kernel], kept | {"D": _DTYPES[dtype]}, choice.warps)
+    constants = kept | {"D": _DTYPES[dtype]}
+    few = choice.kernel is kernels.gram_rows and choice.constants["T"] <= _MAX_ROWS_BOUNDED
+    return Choice(_OF_BLOCKS[choice.kernel], constants, choice.warps, _REGISTERS if few else choice.registers)
 
 
 def tile_pairs(choice: Choice) -> int:

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from ...variants import Guards
+from .. import abi
 from . import kernels
 from .choices import (
     BLOCKS_A_SLOT,
@@ -59,6 +60,7 @@ def interpreted() -> bool:
 
 
 def _rows(grads: Tensor, segments: Tensor | None, out: Tensor | None = None) -> _Rows:
+    """``segments`` as the kernels take them: dense."""
     tasks, width = grads.shape
     stride = grads.stride(0) if tasks > 1 else 0
     addresses = [grads.data_ptr(), stride * grads.element_size()]
@@ -66,7 +68,7 @@ def _rows(grads: Tensor, segments: Tensor | None, out: Tensor | None = None) -> 
         addresses.append(out.data_ptr())
     unit = 1 if any(address % 16 for address in addresses) else 16 // grads.element_size()
     problems = 1 if segments is None else segments.shape[0] - 1
-    return _Rows(tasks, width, stride // unit, unit, segments, problems)
+    return _Rows(tasks, width, stride // unit, unit, abi.dense(segments), problems)
 
 
 def _shares(rows: _Rows, choice: Choice) -> tuple[int, int]:
@@ -109,14 +111,14 @@ def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     def reduce(again: bool) -> None:
         kernel = reduce_choice(rows.tasks, rows.segmented, block_of(choice), guard and not again, again)
         groups = triton.cdiv(pairs, kernel.constants["ENTRIES"])
-        kernel.run((rows.problems * groups,), partials, flags, segments, result, *geometry)
+        kernel.run((rows.problems * groups,), partials, flags, rows.segments, result, *geometry)
 
     with on(grads.device):
-        choice.run((items, tile_pairs(choice)), grads, partials, segments, *columns)
+        choice.run((items, tile_pairs(choice)), grads, partials, rows.segments, *columns)
         reduce(again=False)
         if guard:
             rescue = rescue_choice(rows.tasks, rows.unit, rows.segmented, block_of(choice))
-            rescue.run((items,), grads, partials, flags, segments, *columns)
+            rescue.run((items,), grads, partials, flags, rows.segments, *columns)
             reduce(again=True)
     return result
 
@@ -164,7 +166,7 @@ def combine(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor
     with on(grads.device):
         choice.run(
             (items,),
-            *(grads, weights.contiguous(), segments, out, rows.width, rows.stride, rows.problems, items),
+            *(grads, weights.contiguous(), rows.segments, out, rows.width, rows.stride, rows.problems, items),
         )
 
 
@@ -181,7 +183,7 @@ def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
     with on(grads.device):
         choice.run(
             (items,),
-            *(grads, coefficients, narrow, segments, rows.width, rows.stride, rows.problems, items),
+            *(grads, coefficients, narrow, rows.segments, rows.width, rows.stride, rows.problems, items),
         )
 
 

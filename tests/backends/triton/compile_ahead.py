@@ -48,6 +48,7 @@ class Case(NamedTuple):
     arch: int
     constants: dict[str, Any]
     warps: int
+    registers: int | None
     sizes: Any = None
 
 
@@ -124,7 +125,7 @@ def compile_case(case: Case) -> Outcome:
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", case.arch, 32),
-        options={"num_warps": case.warps},
+        options={"num_warps": case.warps, "maxnreg": case.registers},
     )
     ptx = compiled.asm["ptx"]
     registers, spilled = ptxas_report(ptx, case.arch)
@@ -141,8 +142,8 @@ def all_cases(tasks: list[int], dtypes: list[str], archs: list[int]) -> list[Cas
                     for choice in choices(count, DTYPES[dtype], segmented):
                         name = choice.kernel.__name__
                         over_rows = name in STREAMING or name.startswith("gram_rescue")
-                        constants, warps = choice.constants, choice.warps
-                        case = Case(name, count, dtype if over_rows else "-", segmented, arch, constants, warps)
+                        of_rows, constants = dtype if over_rows else "-", choice.constants
+                        case = Case(name, count, of_rows, segmented, arch, constants, choice.warps, choice.registers)
                         # Reductions of one T differ in the rows' block alone, a divisor.
                         key = (name, count, segmented, arch, constants.get("AGAIN"), case.dtype)
                         if over_rows or count in (tasks[0], tasks[-1]):
@@ -164,7 +165,8 @@ def candidate_cases(archs: list[int]) -> list[Case]:
             of_blocks = [] if each.op == "mix_" else [of.of_blocks(choice, each.dtype)]
             for made in (choice, *of_blocks):
                 name, dtype = made.kernel.__name__, names[each.dtype]
-                cases.append(Case(name, each.tasks, dtype, False, arch, made.constants, made.warps, sizes))
+                held = made.warps, made.registers
+                cases.append(Case(name, each.tasks, dtype, False, arch, made.constants, *held, sizes))
     return cases
 
 
@@ -185,7 +187,7 @@ def use_cache(folder: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tasks", default="2,8,16,32")
+    parser.add_argument("--tasks", default="2,3,6,8,12,16,32,64")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--archs", default="80,90,100")
     parser.add_argument("--candidates", action="store_true")

@@ -69,10 +69,11 @@ def test_no_columns() -> None:
 SEGMENTS = [0, 0, 5, 6, 700, 700, 1536, 2048, 2600, 2600]
 
 
+@pytest.mark.parametrize("apart", [1, 2], ids=["dense", "every other offset"])
 @pytest.mark.parametrize(("tasks", "dtype", "offset"), [(2, FP32, 0), (3, BF16, 1), (13, FP32, 0), (9, FP64, 1)])
-def test_segments(tasks: int, dtype: torch.dtype, offset: int) -> None:
+def test_segments(tasks: int, dtype: torch.dtype, offset: int, apart: int) -> None:
     offsets = SEGMENTS if tasks <= 3 else [0, 0, 3, 140, 200, 200]
-    segments = torch.tensor(offsets, device=DEVICE)
+    segments = torch.tensor(offsets, device=DEVICE).repeat_interleave(apart)[::apart]
     grads = random_rows(tasks, offsets[-1] + offset, dtype)[:, offset:]
     count = len(offsets) - 1
     gram = backend.gram(grads, segments)

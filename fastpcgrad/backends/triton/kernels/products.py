@@ -170,15 +170,16 @@ def gram_tiles(
             y = _load_tile(grads, others, b * BLOCK, stride, lo, hi, T, WARPS, K, False)
         total += tile_products(x, y, PRECISION)
     left, right, edges = partial_blocks(lo, hi, BLOCK)
-    # Partial blocks go by narrow tiles: fewer registers, so that they do not push the loop above into spilling.
-    for e in tl.range(0, edges, num_stages=1):
-        start = tl.where(e == 0, left, right) * BLOCK
-        for column in tl.range(start, start + BLOCK, WARPS * EDGE, num_stages=1):
-            x = _load_tile(grads, rows, column, stride, lo, hi, T, WARPS, EDGE, True)
-            y = x
-            if T > ROWS:
-                y = _load_tile(grads, others, column, stride, lo, hi, T, WARPS, EDGE, True)
-            total += tile_products(x, y, PRECISION)
+    # Partial blocks go by narrow tiles, in one loop over both: fewer registers, so that they do not push the loop above
+    # into spilling.
+    PIECES: tl.constexpr = BLOCK // (WARPS * EDGE)
+    for piece in tl.range(0, edges * PIECES, num_stages=1):
+        column = tl.where(piece < PIECES, left, right) * BLOCK + piece % PIECES * (WARPS * EDGE)
+        x = _load_tile(grads, rows, column, stride, lo, hi, T, WARPS, EDGE, True)
+        y = x
+        if T > ROWS:
+            y = _load_tile(grads, others, column, stride, lo, hi, T, WARPS, EDGE, True)
+        total += tile_products(x, y, PRECISION)
     store_tile(partials, tl.sum(total, axis=0), k, rows, others, T)
 
 
