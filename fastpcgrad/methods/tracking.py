@@ -98,8 +98,8 @@ class Tracking(Method):
             rows: the gradients of each task.
             widths: the elements of each parameter.
         """
-        if not self._widths:  # nothing was kept yet, or of no parameter
-            self._widths, self._kept = None, {}
+        if all(own is None for row in self._kept.values() for own in row):  # of no parameter yet
+            self._widths, self._kept, self._parameters = None, {}, []
         kept = [row for row in self._kept.values() if len(row) == len(widths)]
         fits = self._widths in (None, list(widths)) and all(
             own is None or grad is None or own.shape == grad.shape

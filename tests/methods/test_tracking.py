@@ -465,6 +465,16 @@ def test_a_task_that_reaches_nothing_of_the_trunk_has_a_row_of_zeros(kind):
 
 
 @for_each_kind
+def test_a_step_that_keeps_nothing_is_of_no_parameters(kind):
+    first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    method = made(kind, 2)
+    fastpcgrad.backward([(first * torch.inf).sum(), first.sum()], [first], method=method)
+    assert first.grad.isnan().all()
+    fastpcgrad.backward([second.square().sum(), second.sum()], [second], method=method)
+    assert second.grad.isfinite().all()
+
+
+@for_each_kind
 def test_rows_in_several_processes_are_refused(kind):
     with pytest.raises(NotImplementedError, match=rf"{kind.__name__} keeps .*process_group='local'"):
         by_tracking.check_one_process(made(kind, 2), Exchange([]))
