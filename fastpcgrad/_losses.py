@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +39,7 @@ def present_losses(losses: Sequence[Tensor | None] | Tensor, *, may_be_none: boo
             if losses.dim() not in (1, 2) or losses.shape[1:] not in ((), (1,)):
                 raise ValueError(f"losses must be scalars, or one tensor [T]; found a tensor {list(losses.shape)}")
             losses = losses.flatten().unbind()
-        if not isinstance(losses, Iterable):
+        if not isinstance(losses, Iterable) or isinstance(losses, Set):  # which would have them in any order
             raise TypeError(f"losses must be a sequence of scalar tensors; found {type(losses).__name__}")
     found = list(losses)
     if not found:
@@ -103,7 +103,7 @@ def check_round(
         present = present_losses(losses)
         _check_count(losses.numel(), tasks)
         return present, {}
-    if not isinstance(losses, Iterable):
+    if not isinstance(losses, Iterable) or isinstance(losses, Set):
         raise TypeError(f"losses must be a sequence of functions or scalar tensors; found {type(losses).__name__}")
     given: list[Any] = list(losses)
     _check_count(len(given), tasks)

@@ -71,3 +71,18 @@ def test_a_method_that_is_none_is_named(call):
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(TypeError, match=r"method.*paper"):
         call([x.sum()], [x], method="paper")
+
+
+def test_losses_without_an_order_are_refused():
+    x = torch.ones(2, requires_grad=True)
+    losses = {x.sum(), x.square().sum()}
+    surgery = fastpcgrad.GradientSurgery([x], 2)
+    for call in (
+        fastpcgrad.backward,
+        surgery.backward,
+        fastpcgrad.PCGrad(torch.optim.SGD([x], lr=0.1)).pc_backward,
+        lambda given: surgery.backward({(lambda: x.sum()), (lambda: x.prod())}),
+    ):
+        with pytest.raises(TypeError, match=r"losses must be a sequence of .*; found set"):
+            call(losses)
+    assert x.grad is None

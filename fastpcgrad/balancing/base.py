@@ -264,7 +264,7 @@ def all_finite(*values: Tensor) -> Tensor:
 
 
 def task_values(name: str, values: Iterable[float] | Tensor, num_tasks: int) -> Tensor:
-    """One finite number a task, given at construction, as ``[T]``.
+    """One finite number a task, as ``[T]``.
 
     Raises:
         ValueError: not T, or not finite.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class COSMOS(Scalarization):
             the data ask.
         preference: r, T numbers >= 0, of which one is > 0; None: 1/T each.
     Attributes:
-        preference: r, a buffer.
+        preference: r, a buffer; whatever is assigned is looked at as the argument is.
         weights: those of the last call whose losses were finite; r before it.
     Raises:
         ValueError: ``lambda_`` or a preference out of range, or not T numbers. From a call with λ > 0: losses that are
@@ -42,6 +43,7 @@ class COSMOS(Scalarization):
     """
 
     preference: Tensor
+    given = MappingProxyType({"preference": preferences})
 
     def __init__(
         self,

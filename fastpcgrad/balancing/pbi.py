@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ class PBI(Scalarization):
             ``COSMOS``.
         ideal: z, T numbers: the best loss that each task could reach; None: zeros.
     Attributes:
-        preference, ideal: r and z, buffers.
+        preference, ideal: r and z, buffers; whatever is assigned is looked at as the arguments are.
         weights: those of the last call whose losses were finite; r̂ before it.
     Raises:
         ValueError: ``theta`` or a preference out of range, or not T numbers.
@@ -39,6 +41,7 @@ class PBI(Scalarization):
 
     preference: Tensor
     ideal: Tensor
+    given = MappingProxyType({"preference": preferences, "ideal": partial(task_values, "ideal")})
 
     def __init__(
         self,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,14 @@ class Scalarization(Balancer):
     A subclass gives ``slopes``, and the weights before any call. A call with a loss that is not finite weighs by the
     weights of the call before it.
     """
+
+    given: Mapping[str, Callable[[Any, int], Tensor]] = MappingProxyType({})
+    """Buffers that may be set anew, each with what makes it ``[T]`` of what was given, or refuses that."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.given and name in self._buffers:
+            value = self.given[name](value, self.num_tasks).to(self._buffers[name])
+        super().__setattr__(name, value)
 
     def _begin_with(self, weights: Tensor) -> None:
         # Those of the last call: made anew by every call, so no part of the state.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ class STCH(Scalarization):
         preference: λ, T numbers > 0; None: 1/T each.
         ideal: z, T numbers: the best loss that each task could reach; None: zeros.
     Attributes:
+        preference, ideal: λ and z, buffers; whatever is assigned is looked at as the arguments are.
         weights: those of the last call whose losses were finite; λ/T before it.
     Raises:
         ValueError: ``mu`` not > 0, a preference not > 0, or not T numbers.
@@ -37,6 +40,9 @@ class STCH(Scalarization):
 
     preference: Tensor
     ideal: Tensor
+    given = MappingProxyType(
+        {"preference": partial(preferences, positive=True), "ideal": partial(task_values, "ideal")}
+    )
 
     def __init__(
         self,

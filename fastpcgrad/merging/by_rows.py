@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from itertools import compress
 from operator import attrgetter
 
@@ -166,10 +167,9 @@ def _merge_by_weights(
     for index, (_, own) in factors.items():
         if problems.in_gram[index] != SUMMED:
             grams[problems.in_gram[index]] += own.to(grams.device)
-    if problems.are_many:
-        method.check_problems(problems.known_by)
     gram = grams if problems.are_many else grams[0]
-    solution = columns.solve(method, gram, tasks)
+    with method.solving(problems.known_by) if problems.are_many else nullcontext():
+        solution = columns.solve(method, gram, tasks)
     table = solution.weights[None] if is_one and not factors else weights_table(method, solution.weights)
     columns.combine(table, row_of_each if len(table) > 1 else None, rest)
     each = table.unbind() if factors else ()

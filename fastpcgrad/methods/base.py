@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -107,20 +108,26 @@ class Method(ABC):
             )
         return solution
 
-    def check_problems(self, known_by: Sequence[int | str]) -> None:
-        """Before several problems are solved: ValueError where what it keeps is of others, as where parameters were
+    @contextmanager
+    def solving(self, known_by: Sequence[int | str]) -> Iterator[None]:
+        """Within, several problems are solved; ValueError where what it keeps is of others, as where parameters were
         frozen or added since.
 
         Args:
             known_by: the names of the problems, or numbers that stay, in their order.
         """
         before = self._problems
-        if before not in (None, known_by) and any(isinstance(kept, Tensor) for kept in self.state_dict().values()):
+        if before not in (None, known_by) and self._reuses_state():
             raise ValueError(
                 f"{type(self).__name__} keeps something of each of {_shown(before or ())}; found {_shown(known_by)}: "
                 "train the same parameters in every step, or call reset() when they change"
             )
+        yield
         self._problems = known_by
+
+    def _reuses_state(self) -> bool:
+        """Whether there is something of earlier steps that the next one depends on."""
+        return any(isinstance(kept, Tensor) for kept in self.state_dict().values())
 
     def weights(self, gram: Tensor) -> Tensor:
         """w such that the merged gradient is w J: ``[T]``, or ``[S, T]``, float64. See ``solve``."""

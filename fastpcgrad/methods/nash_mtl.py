@@ -66,11 +66,8 @@ class NashMTL(Method):
     def known_tasks(self) -> int:
         return 0 if self._weights is None else self._weights.shape[1]
 
-    def check_problems(self, known_by: Sequence[int | str]) -> None:
-        if self._due:  # nothing is reused
-            self._problems = known_by
-        else:
-            super().check_problems(known_by)
+    def _reuses_state(self) -> bool:
+        return not self._due and super()._reuses_state()
 
     def solve(self, gram: Tensor) -> Solution:
         check_gram(gram)

@@ -101,6 +101,8 @@ class Tracking(Method):
             rows: the gradients of each task.
             widths: the elements of each parameter.
         """
+        if all(own is None for row in self._kept.values() for own in row):  # of no parameter yet
+            self._widths, self._kept, self._parameters = None, {}, []
         kept = [row for row in self._kept.values() if len(row) == len(widths)]
         fits = self._widths in (None, list(widths)) and all(
             own is None or grad is None or own.shape == grad.shape
@@ -132,7 +134,8 @@ class Tracking(Method):
         result = []
         for task, row, gain in zip(tasks, rows, gains, strict=True):
             kept = self.kept(task, row)
-            torch._foreach_mul_([own for own in kept if own is not None], decay)
+            if there := [own for own in kept if own is not None]:
+                torch._foreach_mul_(there, decay)
             pairs = [(own, grad) for own, grad in zip(kept, row, strict=True) if own is not None and grad is not None]
             for own, grad in pairs:
                 own.add_(grad, alpha=gain)

@@ -108,7 +108,10 @@ class Reach:
             raise ValueError(f"reach must hold tasks and reached; found {sorted(state)}")
         found = list(state["reached"])
         if len(found) != len(parameters):
-            raise ValueError(f"reach must be of {len(parameters)} parameters; found it of {len(found)}")
+            raise ValueError(
+                f"reach, which 'auto' has learned, must be of the {len(parameters)} parameters that there are; found "
+                f"it of {len(found)}"
+            )
         if bad := [tasks for tasks in (state["tasks"], *found) if not isinstance(tasks, int) or tasks < 0]:
             raise ValueError(f"reach must hold integers, with a bit for each task; found {bad[0]!r}")
 

@@ -1,12 +1,14 @@
 """Balancers whose weights are the gradient of a scalarization: against its oracle by autograd, and TorchJD's."""
 
+import copy
 import math
 
+import numpy
 import pytest
 import torch
 
 from fastpcgrad import reference
-from fastpcgrad.balancing import COSMOS, PBI, GeometricMean
+from fastpcgrad.balancing import COSMOS, PBI, STCH, GeometricMean
 
 
 def problems(count):
@@ -161,3 +163,25 @@ def test_bad_arguments_are_named(make, words):
     with pytest.raises(ValueError) as caught:
         make()
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("make", [COSMOS, PBI, STCH])
+def test_what_is_set_anew_is_looked_at_as_an_argument_is(make):
+    balancer, losses = make(2), torch.tensor([1.0, 3.0])
+    before = balancer(losses)
+    for value in ([1.0], torch.ones(3), torch.tensor([1.0, float("nan")]), [-1.0, 2.0], torch.zeros(2)):
+        with pytest.raises(ValueError, match=r"preference must be .* found"):
+            balancer.preference = value
+    if make is not COSMOS:
+        with pytest.raises(ValueError, match=r"ideal must be 2 finite numbers, one a task; found \[0.5\]"):
+            balancer.ideal = torch.tensor([0.5])
+        balancer.ideal = [0.5, 0.25]
+    assert torch.equal(make(2)(losses), before)
+    anew = [0.3, 0.7]
+    expected = make(2, preference=anew, **({} if make is COSMOS else {"ideal": [0.5, 0.25]}))(losses)
+    for value in (anew, torch.tensor(anew), torch.tensor(anew, dtype=torch.float64), numpy.array(anew)):
+        balancer.preference = value
+        assert balancer.preference.dtype == torch.float32
+        assert torch.equal(balancer(losses), expected)
+    assert "preference" in dict(balancer.named_buffers())
+    torch.testing.assert_close(copy.deepcopy(balancer).double()(losses.double()).float(), expected)

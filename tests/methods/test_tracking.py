@@ -444,6 +444,52 @@ def test_states_that_cannot_be_are_refused_before_anything_changes(kind):
 
 
 @for_each_kind
+def test_a_first_step_without_a_trunk_is_no_ground_for_a_refusal(kind):
+    """Of two tasks one has zeros at first, so that 'auto' finds what both reach in the second step."""
+    trunk = torch.nn.Parameter(torch.ones(3))
+    surgery = fastpcgrad.GradientSurgery([trunk], 2, made(kind, 2), shared="auto")
+    surgery.backward([trunk.sum(), (0 * trunk).sum()])
+    assert trunk.grad.tolist() == [1.0] * 3
+    right = fastpcgrad.GradientSurgery([trunk], 2, made(kind, 2))
+    with pytest.warns(fastpcgrad.FastPCGradWarning, match="one task alone has reached so far"):
+        surgery.backward([trunk.sum(), trunk.square().sum()])
+    assert trunk.grad.isfinite().all()
+    assert sorted(surgery.method.state_dict()["rows"]) == [0, 1]
+    right.backward([trunk.sum(), trunk.square().sum()])
+    found, expected = surgery.method.state_dict()["rows"], right.method.state_dict()["rows"]
+    for task in (0, 1):
+        direction = found[task][0] / expected[task][0]
+        assert float(direction.std()) == pytest.approx(0, abs=1e-6)
+
+
+@for_each_kind
+def test_a_task_that_reaches_nothing_of_the_trunk_has_a_row_of_zeros(kind):
+    """Its head alone, as where the trunk is detached for it, in one step or in all."""
+    found = []
+    for zero in (True, False):
+        trunk, head = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+        surgery = fastpcgrad.GradientSurgery([trunk, head], 3, made(kind, 3), shared=[trunk])
+        for step in range(3):
+            last = head.square().sum() + (trunk.prod() if step == 1 else 0 * trunk.sum() if zero else 0)
+            surgery.backward([(trunk * (step + 1)).sum(), (trunk - 2).square().sum() * 3, last])
+            assert head.grad.tolist() == [2.0] * 2
+            found.append(trunk.grad)
+    for with_zeros, without in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(with_zeros, without, rtol=0, atol=0)
+        assert with_zeros.isfinite().all()
+
+
+@for_each_kind
+def test_a_step_that_keeps_nothing_is_of_no_parameters(kind):
+    first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    method = made(kind, 2)
+    fastpcgrad.backward([(first * torch.inf).sum(), first.sum()], [first], method=method)
+    assert first.grad.isnan().all()
+    fastpcgrad.backward([second.square().sum(), second.sum()], [second], method=method)
+    assert second.grad.isfinite().all()
+
+
+@for_each_kind
 def test_rows_in_several_processes_are_refused(kind):
     with pytest.raises(NotImplementedError, match=rf"{kind.__name__} keeps .*process_group='local'"):
         by_tracking.check_one_process(made(kind, 2), Exchange([]))

@@ -178,7 +178,7 @@ def test_copies_and_checkpoints_know_what_was_learned():
     copied = copy.deepcopy(setting)
     assert_same_bits(copied.run(0, 2), right.run(0, 2))
     fewer = fastpcgrad.GradientSurgery(setting.all[:2], 3, methods.UPGrad(), shared="auto")
-    with pytest.raises(ValueError, match="must be of 2 parameters; found it of 4"):
+    with pytest.raises(ValueError, match="must be of the 2 parameters that there are; found it of 4"):
         fewer.load_state_dict(setting.surgery.state_dict())
 
 
@@ -421,7 +421,7 @@ def test_parameters_that_are_gone_are_forgotten():
     ("reach", "message"),
     [
         ({"tasks": 7}, r"must hold tasks and reached; found \['tasks'\]"),
-        ({"tasks": 7, "reached": [3]}, "of 4 parameters; found it of 1"),
+        ({"tasks": 7, "reached": [3]}, "must be of the 4 parameters that there are; found it of 1"),
         ({"tasks": 7, "reached": [3, 3, None, 3]}, "integers, with a bit for each task; found None"),
         ({"tasks": -1, "reached": [3] * 4}, "found -1"),
     ],

@@ -230,3 +230,28 @@ def test_weights_that_are_found_anew_belong_to_no_problem():
         outputs = model(torch.ones(1, 2))
         report = surgery.backward([(outputs - t).square().sum() for t in range(2)])
         assert report.weights.shape == (3 - (frozen is not None), 2)
+
+
+@pytest.mark.parametrize("method", ["gradvac", "metabalance", "pcd", "averaged"])
+def test_a_refused_step_does_not_change_whose_state_it_is(method):
+    """After a checkpoint was taken up with a block frozen that was not, and with it no longer frozen."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+
+    def surgery():
+        shared = list(model.parameters())
+        return fastpcgrad.GradientSurgery(shared, 2, KEEPERS[method](), granularity="layer", model=model, shared=shared)
+
+    def step(rounds, frozen=None):
+        for number, layer in enumerate(model):
+            layer.requires_grad_(number != frozen)
+        outputs = model(torch.ones(1, 2))
+        rounds.backward([(outputs - t).square().sum() for t in range(2)])
+
+    first, resumed = surgery(), surgery()
+    step(first)
+    resumed.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match=r"call reset\(\)"):
+        step(resumed, frozen=0)
+    step(resumed)
+    step(first)
+    torch.testing.assert_close(resumed.method.state_dict(), first.method.state_dict(), rtol=0, atol=0, equal_nan=True)
