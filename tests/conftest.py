@@ -21,6 +21,12 @@ from fastpcgrad.backends import cpu
 BACKENDS = ("eager", "cpu-baseline", "cpu-avx2", "cpu-avx512")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: processes that share the files, in this order, end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _seeds():
     torch.default_generator.manual_seed(0)  # torch.manual_seed takes milliseconds: it records a stack for CUDA
