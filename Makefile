@@ -31,7 +31,7 @@ CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(EVERYTHING) $(VENV)/native ## install into .venv what all other targets need
+venv: $(EVERYTHING) $(VENV)/extra-docs $(VENV)/native ## install into .venv what all other targets need
 
 demo: $(VENV)/extra-examples $(VENV)/native ## where gradient surgery helps, where it does not, and what a step costs
 	$(RUN) -m fastpcgrad demo $(ARGS)
