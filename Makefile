@@ -20,7 +20,6 @@ PYTEST := $(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfi
 # What a change of the algorithms breaks first: no peers, no compilers, no other processes.
 CORE := $(addprefix tests/,ops reference methods optimizer surgery test_autograd.py test_checks.py test_functional.py test_merging.py \
 	test_small_round.py test_task_gradients.py test_variants.py)
-SLOW := $(shell grep -rl 'mark[.]slow' tests)
 CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format
 
 .DEFAULT_GOAL := help
@@ -40,7 +39,7 @@ test: $(EVERYTHING) $(VENV)/native ## run the tests that need no GPU, but the sl
 	$(PYTEST) -m 'not slow' $(ARGS)
 
 test-slow: $(EVERYTHING) $(VENV)/native ## run the slow tests: compilers, packages, small memory
-	$(PYTEST) -m slow $(SLOW) $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 test-all: $(EVERYTHING) $(VENV)/native ## run both at once, which is faster than one after the other
 	$(PYTEST) $(ARGS)
