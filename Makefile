@@ -14,8 +14,9 @@ NATIVE_SOURCES := setup.py $(shell find csrc)
 WARNINGS := -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized
 # nvcc takes minutes: without a GPU the tests compile the CUDA library by themselves, once, and nothing else needs it
 export FASTPCGRAD_BUILD ?= $(if $(shell command -v nvidia-smi),auto,cpu)
-# The tests of a file stay together: some share what is slow to set up, such as processes or a compiled library.
-PYTEST := $(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+# The tests of a file stay together: some share what is slow to set up, such as processes or a compiled library. Files
+# come in the order of tests/conftest.py, the longest first, so that no process ends long after the others.
+PYTEST := $(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # What a change of the algorithms breaks first: no peers, no compilers, no other processes.
 CORE := $(addprefix tests/,ops reference methods optimizer surgery test_autograd.py test_checks.py test_functional.py test_merging.py \
 	test_small_round.py test_task_gradients.py test_variants.py)
@@ -24,12 +25,12 @@ CLANG_FORMAT := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would collide
-.PHONY: help venv demo test test-slow test-core check format docs wheel bench plot gpu nccl clean
+.PHONY: help venv demo test test-slow test-all test-core check format docs wheel bench plot gpu nccl clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(EVERYTHING) $(VENV)/native ## install into .venv what all other targets need
+venv: $(EVERYTHING) $(VENV)/extra-docs $(VENV)/native ## install into .venv what all other targets need
 
 demo: $(VENV)/extra-examples $(VENV)/native ## where gradient surgery helps, where it does not, and what a step costs
 	$(RUN) -m fastpcgrad demo $(ARGS)
@@ -39,6 +40,9 @@ test: $(EVERYTHING) $(VENV)/native ## run the tests that need no GPU, but the sl
 
 test-slow: $(EVERYTHING) $(VENV)/native ## run the slow tests: compilers, packages, small memory
 	$(PYTEST) -m slow $(ARGS)
+
+test-all: $(EVERYTHING) $(VENV)/native ## run both at once, which is faster than one after the other
+	$(PYTEST) $(ARGS)
 
 test-core: $(VENV)/extra-test-core $(VENV)/native ## in two minutes, with torch and pytest alone: ops, methods, surgery
 	$(PYTEST) -m 'not slow' $(CORE) $(ARGS)
@@ -63,7 +67,7 @@ wheel: $(VENV)/extra-test-core,wheel ## build sdist and manylinux wheel with bot
 	FASTPCGRAD_WHEEL=$$(ls dist/*manylinux*.whl) $(PYTEST) tests/test_wheel.py $(ARGS)
 
 bench: $(EVERYTHING) $(VENV)/native ## measure, after the tests have passed
-	@$(MAKE) --no-print-directory test test-slow ARGS= || { echo "Red tests mean no numbers." >&2; exit 1; }
+	@$(MAKE) --no-print-directory test-all ARGS= || { echo "Red tests mean no numbers." >&2; exit 1; }
 	$(RUN) -m benchmarks.run $(ARGS)
 
 plot: $(EVERYTHING) ## draw the benchmark results

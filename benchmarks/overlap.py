@@ -9,9 +9,9 @@ a bucket then takes at least as long as its bytes do at 0.2 GB/s, one after the 
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
+import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpcgrad
+from benchmarks.tables import markdown
+from benchmarks.timing import Plan, in_turn, paired_ratio
 
 CHOICES = {"overlapped": True, "in turn": False}
 
@@ -74,19 +76,16 @@ def measure(options: argparse.Namespace) -> str:
     found = [rounds(surgery) for _ in range(2) for surgery in surgeries.values()][-2:]
     if not all(map(torch.equal, *found)):
         raise RuntimeError("the two do not give the same bits")
-    seconds: dict[str, list[float]] = {name: [] for name in CHOICES}
-    turns = random.Random(0)  # alike in all processes
-    for _ in range(options.rounds):
-        for name in turns.sample(list(CHOICES), len(CHOICES)):
-            dist.barrier()
-            begin = time.perf_counter()
-            rounds(surgeries[name])
-            seconds[name].append(time.perf_counter() - begin)
-    lines = [f"| {name} | {1e3 * statistics.median(found):.0f} ms |" for name, found in seconds.items()]
-    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
+    every = Plan(0.0, least=options.rounds, most=options.rounds, slow=math.inf, cold=math.inf)
+    phases = {name: {"wait": dist.barrier, "round": partial(rounds, surgery)} for name, surgery in surgeries.items()}
+    times, failures = in_turn({name: partial(dict, of) for name, of in phases.items()}, every)  # alike in all processes
+    if failures:
+        raise RuntimeError(f"a round failed: {failures}")
+    taken = {name: found["round"] for name, found in times.items()}
+    lines = [(name, f"{found.median:.0f} ms") for name, found in taken.items()]
     elements = sum(p.numel() for p in net.parameters())
     head = f"{dist.get_world_size()} processes, {options.tasks} tasks, {elements / 1e6:.1f} M elements"
-    return "\n".join([f"| {head} | a round |", "| --- | --- |", *lines, f"| ratio | {ratio:.2f} |"])
+    return markdown((head, "a round"), [*lines, ("ratio", f"{paired_ratio(*taken.values()):.2f}")])
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ matrices are first compared with that of the samples' gradients, one backward pa
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable
@@ -23,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 import fastpcgrad
-from benchmarks import check, kernels
+from benchmarks import check, kernels, steps
 from benchmarks.modes import BACKWARDS, FORWARD
 from benchmarks.rows import LIBRARY, SKIPPED_LATE, Row
 from benchmarks.session import Run
-from benchmarks.timing import Clock, Phases, Plan, in_turn, ratios, total, with_times
+from benchmarks.timing import Clock, Phases, Plan, in_turn
 
 PLAIN, GRAM, WHOLE, ENGINE = "plain", "gramian", "backward", "torchjd"
 
@@ -150,8 +149,6 @@ def rows(run: Run, case: Case, plan: Plan) -> list[Row]:
         refused |= {name: check.objection(functools.partial(gram_error, name)) for name in GRAMS}
     builders = {name: functools.partial(phases, case, name) for name in SUBJECTS if not refused[name]}
     times, failures = in_turn(builders, plan)
-    merges = {name: found[BACKWARDS] for name, found in times.items()}
-    wholes = {name: total(found.values()) for name, found in times.items()}
     width = sum(p.numel() for p in Setting(case).parameters)
     found = []
     for name in SUBJECTS:
@@ -161,12 +158,5 @@ def rows(run: Run, case: Case, plan: Plan) -> list[Row]:
             "step", case.label, "samples", name, subject_version=kernels.version(distribution), T=case.batch, N=width,
             status=status, note=Clock.note,
         )  # fmt: skip
-        if row.ok:
-            row = dataclasses.replace(
-                with_times(row, merges[name]),
-                ratios=ratios(name, merges),
-                whole_p50_ms=wholes[name].median,
-                whole_ratios=ratios(name, wholes),
-            )
-        found.append(row)
+        found.append(steps.with_numbers(row, times) if row.ok else row)
     return found

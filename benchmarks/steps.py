@@ -98,11 +98,12 @@ def timed(run: Run, case: StepCase, chosen: list[Mode], refused: dict[str, str],
             backend=mode.backend(run.device), status=(refused | failures).get(mode.name) or "ok",
             note=", ".join(filter(None, (how, Clock.note))),
         )  # fmt: skip
-        found.append(_with_numbers(row, times) if row.ok else row)
+        found.append(with_numbers(row, times) if row.ok else row)
     return found
 
 
-def _with_numbers(row: Row, times: Times) -> Row:
+def with_numbers(row: Row, times: Times) -> Row:
+    """The row with the times of its subject's phases, and their ratios to those of the others."""
     wholes = {name: total(phases.values()) for name, phases in times.items()}
     own = wholes[row.subject]
     if row.op != "large":

@@ -1,5 +1,6 @@
 """What all tests share: the Triton interpreter, seeds, and the choice of a backend."""
 
+import importlib
 import importlib.metadata
 import os
 import random
@@ -21,6 +22,12 @@ from fastpcgrad.backends import cpu
 BACKENDS = ("eager", "cpu-baseline", "cpu-avx2", "cpu-avx512")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: processes that share the files, in this order, end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _seeds():
     torch.default_generator.manual_seed(0)  # torch.manual_seed takes milliseconds: it records a stack for CUDA
@@ -35,6 +42,7 @@ def why_not_interpreted():
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or backends.why_unavailable("triton", "cpu"):
         return ""
+    _patch_language_once_a_launch()
     from fastpcgrad.backends import triton
 
     try:
@@ -45,6 +53,27 @@ def why_not_interpreted():
         versions = [f"{name} {importlib.metadata.version(name)}" for name in ("triton", "numpy")]
         return f"the interpreter of {versions[0]} runs no loops with {versions[1]}: {error}"
     return ""
+
+
+def _patch_language_once_a_launch():
+    """The interpreter patches triton.language at each call of a function within a kernel: a quarter of its time.
+
+    What it patches stays until the launch ends, so that once for each module with kernels is enough.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        if function.__module__ in patched:
+            return None
+        patched.add(function.__module__)
+        return patch(function)
+
+    def launch_anew(*arguments, **options):
+        patched.clear()
+        return launch(*arguments, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
 
 
 @pytest.fixture(params=BACKENDS)

@@ -5,6 +5,7 @@ Places are where CPython looks for signals: when a function begins, after a call
 
 import opcode
 import sys
+from functools import cache
 from pathlib import Path
 
 import fastpcgrad
@@ -13,30 +14,38 @@ PACKAGE = str(Path(fastpcgrad.__file__).parent)
 _LOOKS = ("RESUME", "CALL", "JUMP_BACKWARD", "JUMP_ABSOLUTE")
 
 
+@cache
+def _looks(code):
+    """For each offset in a function's code whether CPython looks for signals right after the instruction there."""
+    return [opcode.opname[instruction].startswith(_LOOKS) for instruction in code.co_code]
+
+
 class _Countdown:
     """A trace function: the interrupt comes at the place with that number, counted from 0."""
 
     def __init__(self, number):
         self.number = number
         self.seen = 0
-        self._last = {}
 
     def __call__(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
-        if event == "return":
-            self._last.pop(frame, None)
-        if event == "opcode":
-            name = opcode.opname[frame.f_code.co_code[frame.f_lasti]]
-            looked = self._last.get(frame, "RESUME").startswith(_LOOKS)
-            self._last[frame] = name
-            if looked:
-                self.seen += 1
-                if self.seen == self.number + 1:
-                    raise KeyboardInterrupt
-        return self
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        looks, looked = _looks(frame.f_code), True
+
+        def trace(frame, event, argument):
+            nonlocal looked
+            if event == "opcode":
+                if looked:
+                    self.seen += 1
+                    if self.seen == self.number + 1:
+                        raise KeyboardInterrupt
+                looked = looks[frame.f_lasti]
+            elif event == "return":  # or a generator's yield: what goes on there looks at once
+                looked = True
+            return trace
+
+        return trace
 
 
 def run(action, number):

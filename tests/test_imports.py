@@ -184,30 +184,31 @@ def _looked_up(node):
 
 
 def modules():
-    """(dotted name, file, whether it is a package's own file) of everything in the package."""
+    """(dotted name, source, whether it is a package's own file) of everything in the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = ["fastpcgrad", *path.relative_to(PACKAGE).with_suffix("").parts]
         is_package = parts[-1] == "__init__"
         name = ".".join(parts[:-1] if is_package else parts)
-        yield pytest.param(name, path, is_package, id=name)
+        yield name, path.read_text(encoding="utf-8"), is_package
 
 
-@pytest.mark.parametrize(("module", "path", "is_package"), list(modules()))
-def test_each_module_imports_only_lower_rooms(module, path, is_package):
-    assert violations(module, path.read_text(encoding="utf-8"), is_package) == []
+def test_each_module_imports_only_lower_rooms():
+    assert not [reason for module in modules() for reason in violations(*module)]
 
 
-@pytest.mark.parametrize(("module", "path", "is_package"), list(modules()))
-def test_private_names_of_torch_are_looked_for_in_one_module(module, path, is_package):
-    found = private_names_of_torch(path.read_text(encoding="utf-8"))
-    assert (module == "fastpcgrad._torch") == bool(found), found
+def test_private_names_of_torch_are_looked_for_in_one_module():
+    found = {name: private_names_of_torch(source) for name, source, _ in modules()}
+    assert [name for name, private in found.items() if private] == ["fastpcgrad._torch"], found
 
 
-@pytest.mark.parametrize(("module", "path", "is_package"), list(modules()))
-def test_torch_distributed_is_not_needed_to_import_a_module(module, path, is_package):
+def test_torch_distributed_is_not_needed_to_import_a_module():
     """A torch need not have it, and its parts are slow to import."""
-    found = imports(module, path.read_text(encoding="utf-8"), is_package)
-    assert not [name for name, at_module_level in found if at_module_level and name.startswith("torch.distributed")]
+    assert not [
+        (module[0], name)
+        for module in modules()
+        for name, at_module_level in imports(*module)
+        if at_module_level and name.startswith("torch.distributed")
+    ]
 
 
 def test_every_room_exists():

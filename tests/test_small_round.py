@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ class Trunk(nn.Module):
 @pytest.fixture
 def runs(monkeypatch):
     """What rounds of this kind returned; None: the rows were left to ``merge``."""
+    monkeypatch.delitem(sys.modules, "torch._inductor.compile_fx", raising=False)  # of other tests of this process
     returned, run = [], small_round.SmallRound.run
 
     def counted(*arguments):

@@ -1,5 +1,9 @@
 """The CUDA library for the tests of its backend: the real one on a GPU, else its sources on a CPU."""
 
+import ctypes
+import fcntl
+import os
+
 import pytest
 
 from fastpcgrad.backends import cuda
@@ -8,8 +12,17 @@ from tests.backends import cuda_emulated
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
-    path = tmp_path_factory.mktemp("emulated") / "libfastpcgrad_cuda.so"
-    return None if cuda_emulated.GPU else cuda.declare(cuda_emulated.compile_library(path))
+    """Compiled once for all processes that share the tests: it takes half a minute."""
+    if cuda_emulated.GPU:
+        return None
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    path = folder / "libfastpcgrad_cuda.so"
+    with (folder / "emulated.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            cuda_emulated.compile_library(path)
+    return cuda.declare(ctypes.CDLL(str(path)))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import shutil
@@ -32,7 +31,7 @@ extern "C" FPG_EXPORT void emulated_shared_memory(int kilobytes) {
 """
 
 
-def compile_library(path: Path) -> ctypes.CDLL:
+def compile_library(path: Path) -> None:
     """One translation unit of all sources; ``emulated_multiprocessors`` sets how many blocks run at a time,
     ``emulated_green_context`` how many of these multiprocessors a stream has (0: all), ``emulated_shared_memory`` the
     kilobytes that a block may have."""
@@ -41,4 +40,3 @@ def compile_library(path: Path) -> ctypes.CDLL:
     command = [*CXX, *_FLAGS, *_WARNINGS, *_SLOTS, *emulation, "-xc++", "-", "-o", str(path)]
     compiled = subprocess.run(command, input=source, text=True, capture_output=True)
     assert compiled.returncode == 0, compiled.stderr
-    return ctypes.CDLL(str(path))

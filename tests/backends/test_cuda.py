@@ -279,7 +279,8 @@ def test_a_device_with_less_shared_memory(library, tasks, dtype, monkeypatch):
     case = cases.Case(tasks, 600 if tasks == 70 else 1300, dtype)  # several tiles of columns
     test_gram(case)
     test_mix(case)
-    test_pcgrad_is_the_same_in_one_launch_and_in_several(case, monkeypatch)
+    if GPU or tasks < 70 or dtype == torch.float32:  # the projections of 70 tasks take fibers a second
+        test_pcgrad_is_the_same_in_one_launch_and_in_several(case, monkeypatch)
 
 
 @pytest.mark.parametrize("kilobytes", [99, 227])
@@ -336,11 +337,12 @@ GUARDS = [(False, 0.0, 0.0), (True, 0.0, 0.0), (True, 1e-8, 0.0), (False, 0.0, 4
 @pytest.mark.parametrize("guards", GUARDS, ids=str)
 @pytest.mark.parametrize("tasks", [1, 2, 8, 33])
 def test_coefficients(tasks, guards):
-    rows = torch.randn(3, tasks, 5, dtype=torch.float64)
-    grams, orders = rows @ rows.mT, torch.rand(3, tasks, tasks).argsort(dim=-1)
+    problems = 3 if tasks < 33 else 1  # more than a warp has lanes; fibers take half a second for each
+    rows = torch.randn(problems, tasks, 5, dtype=torch.float64)
+    grams, orders = rows @ rows.mT, torch.rand(problems, tasks, tasks).argsort(dim=-1)
     for order in (orders, orders[0]):
         found = cuda.pcgrad_coefficients(grams.to(DEVICE), order.to(DEVICE), Guards(*guards)).cpu()
-        for s in range(3):
+        for s in range(problems):
             expected = reference.coefficients(grams[s], order if order.dim() == 2 else order[s], *guards)
             torch.testing.assert_close(found[s], expected, rtol=1e-10, atol=1e-12)
 

@@ -107,6 +107,21 @@ def on_each_backend(some, triton=()):
     return pytest.mark.parametrize(("backend", "case"), pairs, indirect=["backend"], ids=ids)
 
 
+def on_each_backend_by_tasks(some, triton=()):
+    """As above, but with all cases of a number of tasks at once: hundreds of tests take longer than what they do."""
+    given = dict.fromkeys(BACKENDS, some) | {"triton": triton}
+    groups = [
+        pytest.param(backend, list(group), id=f"{backend}-{tasks}")
+        for backend, found in given.items()
+        for tasks, group in itertools.groupby(sorted(found, key=_tasks), key=_tasks)
+    ]
+    return pytest.mark.parametrize(("backend", "group"), groups, indirect=["backend"])
+
+
+def _tasks(case):
+    return case.tasks
+
+
 @cache
 def _correlated(tasks: int, width: int) -> torch.Tensor:
     """Rows with common directions of either sign, so that many pairs conflict."""

@@ -14,12 +14,13 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-@cases.on_each_backend(cases.ALL, triton=cases.TINY)
-def test_is_the_oracles_within_tolerance(backend, case):
-    packed, weights = cases.Packed(case), cases.weights_of(case)
-    found = fastpcgrad.combine(packed.grads, weights, segments=case.segments)
-    assert found.dtype == case.dtype
-    assert cases.error(found, packed.rows, weights, case.segments) <= cases.ROW_TOLERANCE[case.dtype]
+@cases.on_each_backend_by_tasks(cases.ALL, triton=cases.TINY)
+def test_is_the_oracles_within_tolerance(backend, group):
+    for case in group:
+        packed, weights = cases.Packed(case), cases.weights_of(case)
+        found = fastpcgrad.combine(packed.grads, weights, segments=case.segments)
+        assert found.dtype == case.dtype
+        assert cases.error(found, packed.rows, weights, case.segments) <= cases.ROW_TOLERANCE[case.dtype]
 
 
 @cases.on_each_backend(cases.SOME)

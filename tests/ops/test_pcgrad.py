@@ -36,21 +36,23 @@ def fused(packed, case, scale=1.0):
     return torch.ops.fastpcgrad.pcgrad(packed.grads, cases.order_of(case), False, 0.0, 0.0, scale, segments)
 
 
-@cases.on_each_backend(cases.ALL, triton=cases.TINY)
-def test_merged_is_the_oracles_within_tolerance(backend, case):
-    packed, weights = cases.Packed(case), cases.exact_coefficients(case).sum(dim=-2)
-    found = fastpcgrad.pcgrad(packed.grads, reduction="sum", **options(case))
-    assert found.dtype == case.dtype
-    assert cases.error(found, packed.rows, weights, case.segments) <= cases.ROW_TOLERANCE[case.dtype]
-    assert packed.is_untouched()
+@cases.on_each_backend_by_tasks(cases.ALL, triton=cases.TINY)
+def test_merged_is_the_oracles_within_tolerance(backend, group):
+    for case in group:
+        packed, weights = cases.Packed(case), cases.exact_coefficients(case).sum(dim=-2)
+        found = fastpcgrad.pcgrad(packed.grads, reduction="sum", **options(case))
+        assert found.dtype == case.dtype
+        assert cases.error(found, packed.rows, weights, case.segments) <= cases.ROW_TOLERANCE[case.dtype]
+        assert packed.is_untouched(), case
 
 
-@cases.on_each_backend(cases.ALL, triton=cases.TINY)
-def test_projected_in_place_are_the_oracles_within_tolerance(backend, case):
-    packed, matrix = cases.Packed(case), cases.exact_coefficients(case)
-    assert fastpcgrad.pcgrad_(packed.grads, **options(case)) is packed.grads
-    assert cases.error(packed.grads, packed.rows, matrix, case.segments) <= cases.ROW_TOLERANCE[case.dtype]
-    assert packed.padding_is_untouched()
+@cases.on_each_backend_by_tasks(cases.ALL, triton=cases.TINY)
+def test_projected_in_place_are_the_oracles_within_tolerance(backend, group):
+    for case in group:
+        packed, matrix = cases.Packed(case), cases.exact_coefficients(case)
+        assert fastpcgrad.pcgrad_(packed.grads, **options(case)) is packed.grads
+        assert cases.error(packed.grads, packed.rows, matrix, case.segments) <= cases.ROW_TOLERANCE[case.dtype]
+        assert packed.padding_is_untouched(), case
 
 
 @pytest.mark.parametrize("variant", [name for name in variants.VARIANTS if name != "paper"])
@@ -119,7 +121,7 @@ def test_into_memory_that_is_given(backend, case, where):
     assert fastpcgrad.pcgrad(packed.grads, reduction="mean", out=out, **options(case)) is out
     assert torch.equal(out, expected) and out._version > version
     if where is None:
-        assert packed.is_untouched()
+        assert packed.is_untouched(), case
     else:
         rows[where] = expected
         assert torch.equal(packed.grads, rows) and packed.padding_is_untouched()

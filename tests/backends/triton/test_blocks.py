@@ -82,9 +82,9 @@ def test_a_surgery_of_aligned_and_other_rows(tasks: int, dtype: torch.dtype, off
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_several_tiles_of_rows(offset: int) -> None:
-    tasks = 33
-    rows, weights = random_rows(tasks, sum(FEW)), random_weights(1, tasks)
-    blocks, rows = without(scattered(rows, FEW, offset), rows, [(0, 1), (32, 0)])
+    tasks, widths = 33, (66, 5)
+    rows, weights = random_rows(tasks, sum(widths)), random_weights(1, tasks)
+    blocks, rows = without(scattered(rows, widths, offset), rows, [(0, 1), (32, 0)])
     check_gram(backend.gram_blocks(blocks, None, 1)[0], rows)
     out = new_out(blocks, offset)
     backend.combine_blocks(blocks, weights, None, out)

@@ -188,8 +188,10 @@ def test_a_weight_that_fp32_cannot_hold_in_the_last_tile_of_coefficients() -> No
     check_rows(grads, reference.mix(before, coefficients), coefficients, before)
 
 
-@pytest.mark.parametrize(("tasks", "dtype"), [(3, FP32), (3, BF16), (17, FP32)])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("tasks", "dtype", "bad"),
+    [*[(3, dtype, bad) for dtype in (FP32, BF16) for bad in (torch.nan, torch.inf)], (17, FP32, torch.inf)],
+)
 def test_a_bad_value_reaches_its_column_and_no_other(tasks: int, dtype: torch.dtype, bad: float) -> None:
     width = 700 if tasks == 3 else 70
     clean = random_rows(tasks, width, dtype)
@@ -237,10 +239,11 @@ def test_a_columns_bits_do_not_depend_on_where_it_lies(tasks: int) -> None:
 
 @pytest.mark.parametrize(("tasks", "dtype"), [(4, FP32), (13, FP32), (9, BF16)])
 def test_same_bits_every_time(tasks: int, dtype: torch.dtype) -> None:
-    grads, order = random_rows(tasks, 1500, dtype), random_order(tasks)
+    width = 1500 if tasks < 9 else 600  # of several blocks
+    grads, order = random_rows(tasks, width, dtype), random_order(tasks)
     runs = []
     for _ in range(2):
-        out = torch.empty(1500, dtype=dtype, device=DEVICE)
+        out = torch.empty(width, dtype=dtype, device=DEVICE)
         gram, coefficients, _ = backend.pcgrad(grads, order, Guards(), 1.0, None, out)
         runs.append((out, gram, coefficients))
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
