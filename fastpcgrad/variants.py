@@ -85,6 +85,15 @@ class Variant:
 
     def draw_order(self, tasks: int, generator: Generator | None = None) -> Tensor:
         """The order of j for each i, ``[T, T]`` int64 on the CPU; advances the generator as the original does."""
+        drawn = self.draw(tasks, generator)
+        if not isinstance(drawn, list):
+            return drawn
+        if tasks > 3 or torch.compiler.is_compiling() or _modes.is_on():
+            return torch.tensor(drawn, dtype=torch.int64, device="cpu")
+        return _small_order(tuple(drawn))
+
+    def draw(self, tasks: int, generator: Generator | None = None) -> Tensor | list[tuple[int, ...]]:
+        """The same as the generator gives it: numbers where that is none of torch's."""
         if self.order == "fixed":
             return torch.arange(tasks, device="cpu").repeat(tasks, 1)
         if isinstance(generator, torch.Generator) or (generator is None and self.source == "torch"):
@@ -92,7 +101,17 @@ class Variant:
         source: Any = generator  # NumPy's shuffle whatever is a sequence
         if generator is None:
             source = _unseeded() if self.source == "numpy" else random
-        return self._draw_with_shuffle(tasks, source)
+        rows: list[tuple[int, ...]] = []
+        items = list(range(tasks))
+        for i in range(tasks):
+            if self.order == "fresh":
+                items = list(range(tasks))
+            elif self.order == "others":
+                items = _others(tasks, i)
+            if i == 0 or self.order != "once":
+                source.shuffle(items)
+            rows.append((*items, i) if self.order == "others" else tuple(items))
+        return rows
 
     def ordered(self, order: Order) -> Variant:
         """The same with another order; where the original draws nothing, from Python's global generator.
@@ -147,21 +166,6 @@ class Variant:
             for i in range(1, tasks):
                 rows[i] = rows[i - 1][rows[i]]
         return torch.stack(rows)
-
-    def _draw_with_shuffle(self, tasks: int, source: Shuffler) -> Tensor:
-        rows: list[tuple[int, ...]] = []
-        items = list(range(tasks))
-        for i in range(tasks):
-            if self.order == "fresh":
-                items = list(range(tasks))
-            elif self.order == "others":
-                items = _others(tasks, i)
-            if i == 0 or self.order != "once":
-                source.shuffle(items)
-            rows.append((*items, i) if self.order == "others" else tuple(items))
-        if tasks > 3 or torch.compiler.is_compiling() or _modes.is_on():
-            return torch.tensor(rows, dtype=torch.int64, device="cpu")
-        return _small_order(tuple(rows))
 
     @property
     def draws(self) -> bool:

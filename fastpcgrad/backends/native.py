@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LibraryName = Literal["cpu", "cuda"]
 
 

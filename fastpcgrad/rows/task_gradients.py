@@ -7,7 +7,6 @@ from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain, compress
 from operator import attrgetter
-from types import NoneType
 from typing import Any
 
 import torch
@@ -117,7 +116,7 @@ class TaskGradients:
 
     def may_keep(self, row: Sequence[Any]) -> bool:
         """Whether a row that was taken from ``.grad`` has no gaps, and is as rows are and nobody else's."""
-        return NoneType not in map(type, row) and self._may_stay(row, self._sizes, self._strides, self.dtypes, True)
+        return self._may_stay(row, self._sizes, self._strides, self.dtypes, True)
 
     def row(self, task: int) -> Row:
         """A task's row, to look at."""
@@ -317,11 +316,11 @@ class TaskGradients:
         dtypes: Sequence[torch.dtype],
         alone: bool,
     ) -> bool:
-        """Whether all are strided, of those dtypes, without a graph, each fills a storage of so many bytes with
+        """Whether all are there, strided, of those dtypes, without a graph, each fills a storage of so many bytes with
         those strides, and if asked nobody else holds any."""
         try:
             storages = list(map(Tensor.untyped_storage, grads))
-        except NotImplementedError:  # what is not strided has no storage
+        except (NotImplementedError, TypeError):  # what is not strided has no storage, nor has None
             return False
         return (
             list(map(UntypedStorage.nbytes, storages)) == sizes
