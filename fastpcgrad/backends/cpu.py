@@ -217,7 +217,7 @@ class SmallPCGrad:
     """``pcgrad_blocks`` of T rows of the same widths again and again, without gaps, merged into the first of them."""
 
     def __init__(self, tasks: int, widths: array[int], dtype: torch.dtype) -> None:
-        self.tasks, self._widths = tasks, widths
+        self._tasks, self._widths = tasks, widths
         self._shape = abi.address(widths), len(widths), tasks, abi.DTYPES[dtype]
         self._pack = struct.Struct(f"P5q3dP{tasks * tasks}q{tasks * len(widths)}P").pack
         self._empty = bytes(abi.figures_nbytes(tasks, 1))
@@ -226,7 +226,7 @@ class SmallPCGrad:
     def __call__(
         self, rows: Sequence[Sequence[Tensor]], order: Iterable[Iterable[int]], guards: Guards, scale: float
     ) -> _ops.Later:
-        figures, tasks = array("d", self._empty), self.tasks
+        figures, tasks = array("d", self._empty), self._tasks
         self_projection, eps, least = guards
         call = self._pack(
             *self._shape, self_projection, torch.get_num_threads(), eps, least, scale, figures.buffer_info()[0],

@@ -49,18 +49,20 @@ class SmallRound:
         self._stays, self._stay = stays, Stay(stays)
         self._layout: Layout | None = None
         self._looks: frozenset[tuple[Any, ...]] = frozenset()
-        self._project: cpu.SmallPCGrad | None = None
+        self._by_tasks: dict[int, cpu.SmallPCGrad] = {}
 
     def note(self, losses: Mapping[int, Tensor]) -> None:
         """After a round of the others, whose losses were checked: those to come may be of this kind if theirs look the
         same."""
         layouts = self._stays.layouts
         if layouts.current is not self._layout:
-            self._layout, self._is_served, self._project = layouts.current, _serves(layouts.current), None
+            self._layout, self._is_served = layouts.current, _serves(layouts.current)
             self._stay.prepare(self._layout.capture)
+            self._by_tasks = {}
         self._looks = frozenset(map(_LOOKS, losses.values()))
         if self._is_served and all(kind is Tensor for kind, *_ in self._looks):
             self._parameters, self._seen = layouts.seen()
+            self._merging(len(losses))
         else:
             self._looks = frozenset()
 
@@ -122,18 +124,22 @@ class SmallRound:
             if stays.open is stay:
                 stay.leave()
         stays.is_clear = True
-        project, tasks = self._project, len(rows)
-        if project is None or project.tasks != tasks:
-            widths, (dtype, *_) = capture.rows.widths, capture.rows.dtypes
-            project = self._project = cpu.SmallPCGrad(tasks, widths, dtype)
-        variant = method.variant
+        variant, tasks = method.variant, len(rows)
+        merge = self._by_tasks.get(tasks) or self._merging(tasks)
         order = variant.draw(tasks, method.generator)
         numbers = order if isinstance(order, list) else order.tolist()
-        figures = project(rows, numbers, variant.guards, method.scale(tasks))
+        figures = merge(rows, numbers, variant.guards, method.scale(tasks))
         capture.give(rows[0])
         report = ConflictReport(tuple(losses), figures)
         report.rows, report.names = SMALL, names
         return report
+
+    def _merging(self, tasks: int) -> cpu.SmallPCGrad:
+        """Of so many rows."""
+        assert self._layout is not None
+        rows = self._layout.capture.rows
+        made = self._by_tasks[tasks] = cpu.SmallPCGrad(tasks, rows.widths, rows.dtypes[0])
+        return made
 
 
 def _serves(layout: Layout) -> bool:
