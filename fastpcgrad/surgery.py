@@ -325,11 +325,7 @@ class GradientSurgery:
         self.__dict__.update(state)
 
     def _round(self, losses: Mapping[int, Tensor], retain_graph: bool, is_small: bool = False) -> ConflictReport:
-        """Each loss backward inside its task, and the merge.
-
-        Args:
-            is_small: whether it is known to be a ``SmallRound``.
-        """
+        """Each loss backward inside its task, and the merge; it may be known to be a ``SmallRound``."""
         small = self._small
         if not (is_small or small.takes(losses.values(), self.method, self.rows)):
             self._run(losses, retain_graph)

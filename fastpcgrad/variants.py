@@ -96,11 +96,13 @@ class Variant:
         """The same as the generator gives it: numbers where that is none of torch's."""
         if self.order == "fixed":
             return torch.arange(tasks, device="cpu").repeat(tasks, 1)
-        if isinstance(generator, torch.Generator) or (generator is None and self.source == "torch"):
-            return self._draw_with_randperm(tasks, generator)
         source: Any = generator  # NumPy's shuffle whatever is a sequence
         if generator is None:
+            if self.source == "torch":
+                return self._draw_with_randperm(tasks, None)
             source = _unseeded() if self.source == "numpy" else random
+        elif isinstance(generator, torch.Generator):
+            return self._draw_with_randperm(tasks, generator)
         rows: list[tuple[int, ...]] = []
         items = list(range(tasks))
         for i in range(tasks):
