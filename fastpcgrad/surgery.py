@@ -329,7 +329,7 @@ class GradientSurgery:
         small = self._small
         if not (is_small or small.takes(losses.values(), self.method, self.rows)):
             self._run(losses, retain_graph)
-            small.note(losses)
+            small.note(losses, self.method)
         elif (report := small.run(losses, retain_graph, self.method, self.tasks)) is not None:
             return report
         return self.merge()

@@ -51,23 +51,26 @@ class SmallRound:
         self._looks: frozenset[tuple[Any, ...]] = frozenset()
         self._by_tasks: dict[int, cpu.SmallPCGrad] = {}
 
-    def note(self, losses: Mapping[int, Tensor]) -> None:
+    def note(self, losses: Mapping[int, Tensor], method: Method) -> None:
         """After a round of the others, whose losses were checked: those to come may be of this kind if theirs look the
         same."""
+        if type(method) is not PCGrad:
+            return
         layouts = self._stays.layouts
         if layouts.current is not self._layout:
             self._layout, self._is_served = layouts.current, _serves(layouts.current)
             self._stay.prepare(self._layout.capture)
             self._by_tasks = {}
-        self._looks = frozenset(map(_LOOKS, losses.values()))
-        if self._is_served and all(kind is Tensor for kind, *_ in self._looks):
+        self._looks = frozenset()
+        if self._is_served and all(type(loss) is Tensor for loss in losses.values()):
+            self._looks = frozenset(map(_LOOKS, losses.values()))
             self._parameters, self._seen = layouts.seen()
             self._merging(len(losses))
-        else:
-            self._looks = frozenset()
 
     def takes(self, losses: Iterable[Any], method: Method, rows: Choice) -> bool:
         """Whether the round to come is of this kind, which no loss prevents that is to be refused."""
+        if type(method) is not PCGrad:
+            return False
         try:
             look_alike = self._looks.issuperset(map(_LOOKS, losses))
         except AttributeError:  # what is no tensor
@@ -75,7 +78,7 @@ class SmallRound:
         if not (
             look_alike
             and self._stays.is_clear
-            and type(method) is PCGrad
+            and self._stays.layouts.current is self._layout
             and rows != "factored"
             and method.scope != "parameter"
             and not method.variant.norm_eps
