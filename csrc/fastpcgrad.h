@@ -87,6 +87,18 @@ FPG_EXPORT int fpg_cpu_pcgrad_blocks(const void* const* rows, const int64_t* wid
                                      double min_squared_norm, double scale, double* gram, double* coefficients,
                                      double* weights, void* const* out, int threads);
 
+/* The same of rows without gaps, merged to the first of them, with all arguments in one piece of memory: where J is
+ * small, the caller takes longer to pass each than the surgery does. Behind the struct lie the order, [T, T], and then
+ * the rows. `figures`: G, C and w, one behind the other. */
+typedef struct {
+  const int64_t* widths;
+  int64_t blocks, tasks, dtype, self_projection, threads;
+  double eps, min_squared_norm, scale;
+  double* figures;
+} fpg_small_pcgrad;
+
+FPG_EXPORT int fpg_cpu_small_pcgrad(const fpg_small_pcgrad* call);
+
 /* What needs the rows themselves. rows[t] is where the `width` columns of row t lie, null where they are all zero. */
 
 /* In each column the sums of the positive and of the negative entries times their row's weight (1 where `weights` [T]

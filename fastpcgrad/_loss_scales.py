@@ -19,7 +19,7 @@ def refuse_unscaled(wrapper: Any) -> None:
     Args:
         wrapper: the optimizer as the caller has it, what a trainer has made of it included.
     """
-    if trainer := _who_scales(wrapper):
+    if ("_strategy" in wrapper.__dict__ or "accelerate.state" in sys.modules) and (trainer := _who_scales(wrapper)):
         raise RuntimeError(
             f"{trainer} multiplies losses by a scale (fp16), which pc_backward would pass by: {_REMEDIES[trainer]}"
         )

@@ -17,7 +17,7 @@ from .merging.by_factors import planned
 from .merging.by_rows import merge
 from .merging.problems import check_scopes
 from .merging.report import ConflictReport
-from .merging.small_round import SmallRounds
+from .merging.small_round import SmallRound
 from .merging.two_phase import check_no_rows, check_one_problem, merge_in_two_phases
 from .methods import Method, PCGrad, check_method
 from .rows.capture import Capture, MovedCapture
@@ -150,7 +150,7 @@ class GradientSurgery:
         kept = RowChoice(row_dtype, row_device, accumulate_dtype, processes.by_task, check_overlap(overlap))
         self._layouts = Layouts(source, scopes, self.granularity, kept)
         self._stays = Stays(self._layouts, processes)
-        self._small = SmallRounds(self._stays)
+        self._small = SmallRound(self._stays)
 
     @property
     def nbytes(self) -> int:
@@ -322,17 +322,16 @@ class GradientSurgery:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._layouts = Layouts.restored(state.pop("layouts"))
         self._stays = Stays(self._layouts, state.pop("processes"))
-        self._small = SmallRounds(self._stays)
+        self._small = SmallRound(self._stays)
         self.__dict__.update(state)
 
-    def _round(self, losses: Mapping[int, Tensor], retain_graph: bool) -> ConflictReport:
-        """Each loss backward inside its task, and the merge."""
-        small = self._small.taking(losses, self.method, self.rows)
-        if small is None:
+    def _round(self, losses: Mapping[int, Tensor], retain_graph: bool, is_small: bool = False) -> ConflictReport:
+        """Each loss backward inside its task, and the merge; it may be known to be a ``SmallRound``."""
+        small = self._small
+        if not (is_small or small.takes(losses.values(), self.method, self.rows)):
             self._run(losses, retain_graph)
-            self._small.look()
-        elif (report := small.run(losses, retain_graph, self.method)) is not None:
-            report.names = self.tasks
+            small.note(losses, self.method)
+        elif (report := small.run(losses, retain_graph, self.method, self.tasks)) is not None:
             return report
         return self.merge()
 

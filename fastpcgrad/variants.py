@@ -98,6 +98,16 @@ class Variant:
         """The order of j for each i, ``[T, T]`` int64 on the CPU; advances the generator as the original does."""
         return self.draw_orders(tasks, None, generator)
 
+    def draw(
+        self, tasks: int, generator: Generator | None = None, permute: Permute = permutations
+    ) -> list[tuple[int, ...]]:
+        """The same as numbers: without a tensor where no generator of torch's draws it. For ``permute`` see
+        ``draw_orders``."""
+        source = self._shuffler(generator)
+        if source is not None:
+            return self._shuffled(tasks, source)
+        return list(map(tuple, self.draw_orders(tasks, None, generator, permute).tolist()))
+
     def ordered(self, order: Order) -> Variant:
         """The same with another order; where the original draws nothing, from Python's global generator.
 
@@ -154,7 +164,18 @@ class Variant:
                 orders[:, i] = orders[:, i - 1].gather(1, orders[:, i])
         return orders
 
-    def _by_shuffle(self, tasks: int, source: Shuffler) -> Tensor:
+    def _shuffler(self, generator: Generator | None) -> Shuffler | None:
+        """What shuffles lists; None where torch draws the order, or nobody."""
+        if self.order == "fixed" or isinstance(generator, torch.Generator):
+            return None
+        if generator is not None:
+            shuffler: Any = generator  # NumPy's shuffle whatever is a sequence
+            return shuffler
+        if self.source == "torch":
+            return None
+        return _unseeded() if self.source == "numpy" else random
+
+    def _shuffled(self, tasks: int, source: Shuffler) -> list[tuple[int, ...]]:
         rows: list[tuple[int, ...]] = []
         items = list(range(tasks))
         for i in range(tasks):
@@ -165,6 +186,10 @@ class Variant:
             if i == 0 or self.order != "once":
                 source.shuffle(items)
             rows.append((*items, i) if self.order == "others" else tuple(items))
+        return rows
+
+    def _by_shuffle(self, tasks: int, source: Shuffler) -> Tensor:
+        rows = self._shuffled(tasks, source)
         if torch.compiler.is_compiling() or _modes.is_on():
             return torch.tensor(rows, dtype=torch.int64, device="cpu")
         # By NumPy in half of the time.
@@ -187,14 +212,13 @@ class Variant:
             return torch.arange(tasks, device="cpu").repeat(tasks, 1)
         if self.order == "once":
             count = None
-        if isinstance(generator, torch.Generator) or (generator is None and self.source == "torch"):
+        source = self._shuffler(generator)
+        if source is None:
+            drawn_from: Any = generator
             if count is None and self.order == "fresh":  # what most draw: without the views below
-                return permute(tasks, tasks, generator)
-            orders = self._by_randperm(tasks, 1 if count is None else count, generator, permute)
+                return permute(tasks, tasks, drawn_from)
+            orders = self._by_randperm(tasks, 1 if count is None else count, drawn_from, permute)
             return orders[0] if count is None else orders
-        source: Any = generator  # NumPy's shuffle whatever is a sequence
-        if generator is None:
-            source = _unseeded() if self.source == "numpy" else random
         if count is None:
             return self._by_shuffle(tasks, source)
         drawn = [self._by_shuffle(tasks, source) for _ in range(count)]

@@ -218,3 +218,107 @@ def test_what_changes_between_rounds_is_seen(runs, way):
     torch.testing.assert_close(report.gram, j @ j.T, rtol=1e-5, atol=1e-6)
     assert all(p.grad is None for p in parameters if not p.requires_grad)
     assert len(runs) == (2 if way == "method" else 1)
+
+
+@pytest.mark.parametrize("kind", ["shape", "dtype", "no grad", "absent", "number", "fewer", "dict"])
+def test_losses_that_look_otherwise_are_checked_anew(runs, kind):
+    net = Trunk(heads=False)
+    optimizer = fastpcgrad.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1), variant="tensorflow")
+    trained(net, optimizer, steps=3)
+    assert len(runs) == 2
+    losses = net(torch.randn(5, 6))
+    before = [p.grad for p in net.parameters()]
+    refused = {
+        "shape": (ValueError, torch.stack([losses[0], losses[0]])),
+        "no grad": (ValueError, losses[0].detach()),
+        "number": (TypeError, 1.0),
+    }
+    if kind in refused:
+        error, losses[1] = refused[kind]
+        with pytest.raises(error, match=r"losses\[1\]"):
+            optimizer.pc_backward(losses)
+        assert all(p.grad is grad for p, grad in zip(net.parameters(), before, strict=True))
+        return
+    rows = [torch.autograd.grad(loss, list(net.parameters()), retain_graph=True) for loss in losses]
+    tasks = {"fewer": (0, 1), "absent": (0, 2)}.get(kind, (0, 1, 2))
+    given = {
+        "dtype": lambda: [losses[0].double(), *losses[1:]],
+        "absent": lambda: [losses[0], None, losses[2]],
+        "fewer": lambda: losses[:2],
+        "dict": lambda: dict(enumerate(losses)),
+    }
+    optimizer.zero_grad()
+    if kind == "dict":  # of tasks without names
+        with pytest.raises(TypeError):
+            optimizer.pc_backward({"left": losses[0]})
+    optimizer.pc_backward(given[kind]())
+    assert tuple(optimizer.report.tasks) == tasks
+    j = torch.stack([torch.cat([g.flatten() for g in rows[t]]) for t in tasks]).double()
+    merged = torch.cat([p.grad.flatten() for p in net.parameters()]).double()
+    torch.testing.assert_close(merged, optimizer.report.weights @ j, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["dtype", "shape", "another", "unfrozen", "group"])
+def test_parameters_that_change_between_rounds_are_seen_by_the_drop_in(runs, way):
+    net = Trunk(heads=False)
+    frozen = net.trunk[0].bias.requires_grad_(way != "unfrozen")
+    optimizer = fastpcgrad.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1), variant="tensorflow")
+    trained(net, optimizer, steps=3)
+    assert len(runs) == 2
+    x = torch.randn(5, 6)
+    if way == "dtype":
+        net, x = net.double(), x.double()
+    elif way == "shape":  # as many elements as before
+        net.trunk[2].weight.data = torch.randn(16, 8)
+        net.trunk[2].bias.data, net.heads[0].weight.data = torch.randn(16), torch.randn(1, 16)
+        net.trunk[0].weight.data, net.trunk[0].bias.data = torch.randn(8, 6), torch.randn(8)
+    elif way == "another":
+        net.trunk[2].weight = nn.Parameter(torch.randn(8, 16))
+        optimizer.param_groups[0]["params"][2] = net.trunk[2].weight
+    elif way == "unfrozen":
+        frozen.requires_grad_(True)
+    else:
+        extra = nn.Parameter(torch.zeros(()))
+        optimizer.add_param_group({"params": [extra]})
+    optimizer.zero_grad()
+    parameters, losses = list(net.parameters()), net(x)
+    if way == "group":
+        parameters, losses = [*parameters, extra], [loss + extra for loss in losses]
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    optimizer.pc_backward(losses)
+    assert len(runs) == 2, "a layout that is new is not one of a small round yet"
+    j = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).double()
+    merged = torch.cat([p.grad.flatten() for p in parameters]).double()
+    torch.testing.assert_close(merged, optimizer.report.weights @ j, rtol=1e-5, atol=1e-6)
+    assert all(p.grad.dtype == p.dtype for p in parameters)
+
+
+def test_rows_that_wait_for_a_merge_are_in_no_small_round(runs):
+    net = Trunk(heads=False)
+    surgery = fastpcgrad.GradientSurgery(net.parameters(), TASKS, methods.PCGrad("tensorflow"))
+    for _ in range(2):
+        surgery.backward(net(torch.randn(5, 6)))
+    with surgery.task(0):
+        net(torch.randn(5, 6))[0].backward()
+    with pytest.raises(RuntimeError, match="filled"):
+        surgery.backward(net(torch.randn(5, 6)))
+    surgery.discard()
+    surgery.backward(net(torch.randn(5, 6)))
+    assert len(runs) == 2 and all(runs)
+    optimizer = fastpcgrad.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1), variant="tensorflow")
+    trained(net, optimizer, steps=2)
+    with optimizer._surgery.task(0):
+        net(torch.randn(5, 6))[0].backward()
+    optimizer.pc_backward(net(torch.randn(5, 6)))
+    with pytest.raises(RuntimeError, match="no task"):
+        optimizer._surgery.merge()
+
+
+def test_gradients_that_no_step_has_used_are_noticed(runs):
+    net = Trunk(heads=False)
+    optimizer = fastpcgrad.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1), variant="tensorflow")
+    trained(net, optimizer, steps=3)
+    optimizer.pc_backward(net(torch.randn(5, 6)))
+    with pytest.warns(fastpcgrad.FastPCGradWarning, match="replaced"):
+        optimizer.pc_backward(net(torch.randn(5, 6)))
+    assert len(runs) == 4 and all(runs)

@@ -83,7 +83,8 @@ def select(device_type: str, name: str | None = None) -> Backend:
         RuntimeError: the forced backend cannot run there; says why.
         ValueError: there is no backend of that name.
     """
-    name = name or forced()
+    if name is None and (_variables is None or _KEY in _variables):
+        name = forced()
     module = _chosen.get((name, device_type))
     if module is None:
         module = _chosen[name, device_type] = _choose(name, device_type)

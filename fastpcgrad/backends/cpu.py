@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ _ARGUMENTS = {
     "fpg_cpu_gram_blocks": (*BLOCKS, POINTER, I64, POINTER, INT),
     "fpg_cpu_combine_blocks": (*BLOCKS, POINTER, I64, POINTER, POINTER, INT),
     "fpg_cpu_pcgrad_blocks": (*BLOCKS, POINTER, INT, F64, F64, F64, POINTER, POINTER, POINTER, POINTER, INT),
+    "fpg_cpu_small_pcgrad": (POINTER,),
     "fpg_cpu_workspace_blocks": (POINTER, I64, I64, INT),
     "fpg_cpu_sign_sums": (POINTER, I64, I64, INT, POINTER, POINTER, INT),
     "fpg_cpu_trimmed_mean": (POINTER, I64, I64, INT, POINTER, I64, I64, POINTER, INT),
@@ -84,7 +87,11 @@ def _entry(name: str) -> Any:
 def _call(name: str, *arguments: object) -> None:
     status = _entry(name)(*arguments, torch.get_num_threads())
     if status:
-        raise _ERRORS.get(status, RuntimeError)(f"{name} returned status {status}")
+        raise _error(name, status)
+
+
+def _error(name: str, status: int) -> Exception:
+    return _ERRORS.get(status, RuntimeError)(f"{name} returned status {status}")
 
 
 def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
@@ -205,6 +212,30 @@ def pcgrad_blocks(
         abi.places(out),
     )
     return lambda: abi.read_figures(torch.frombuffer(result, dtype=torch.float64).view(-1, tasks))
+
+
+class SmallPCGrad:
+    """``pcgrad_blocks`` of T rows of the same widths again and again, without gaps, merged into the first of them."""
+
+    def __init__(self, tasks: int, widths: array[int], dtype: torch.dtype) -> None:
+        self._tasks, self._widths = tasks, widths
+        self._shape = abi.address(widths), len(widths), tasks, abi.DTYPES[dtype]
+        self._pack = struct.Struct(f"P5q3dP{tasks * tasks}q{tasks * len(widths)}P").pack
+        self._empty = bytes(abi.figures_nbytes(tasks, 1))
+        self._run = _entry("fpg_cpu_small_pcgrad")
+
+    def __call__(
+        self, rows: Sequence[Sequence[Tensor]], order: Iterable[Iterable[int]], guards: Guards, scale: float
+    ) -> _ops.Later:
+        figures, tasks = array("d", self._empty), self._tasks
+        self_projection, eps, least = guards
+        call = self._pack(
+            *self._shape, self_projection, torch.get_num_threads(), eps, least, scale, figures.buffer_info()[0],
+            *chain.from_iterable(order), *map(Tensor.data_ptr, chain.from_iterable(rows)),
+        )  # fmt: skip
+        if status := self._run(call):
+            raise _error("fpg_cpu_small_pcgrad", status)
+        return lambda: abi.read_figures(torch.frombuffer(figures, dtype=torch.float64).view(-1, tasks))
 
 
 def workspace_nbytes(tasks: int, widths: Sequence[int], dtype: torch.dtype, problems: int) -> int:

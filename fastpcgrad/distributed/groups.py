@@ -37,7 +37,7 @@ from .quiet import Silence, is_armed
 
 _known: weakref.WeakSet[Any] = weakref.WeakSet()
 """Modules that were there after a collection."""
-_NOBODY = Silence(())
+NOBODY = Silence(())
 
 
 class Processes:
@@ -121,7 +121,7 @@ class Processes:
     def silence(self) -> Silence:
         """Of the modules that average, for a stay in which no other process need run a backward pass."""
         if not self.by_task:
-            return _NOBODY
+            return NOBODY
         modules = [reference() for reference in self._replicas]
         return Silence([module for module in modules if module is not None and averages(module)])
 

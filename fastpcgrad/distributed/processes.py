@@ -175,9 +175,8 @@ def _found_behind(features: Sequence[Tensor]) -> Replicas:
     return replicas
 
 
-def is_initialized() -> bool:
-    """Whether this process has others beside it."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+is_initialized: Callable[[], bool] = torch.distributed.is_initialized if torch.distributed.is_available() else bool
+"""Whether this process has others beside it."""
 
 
 def refuse_sharded(tensors: Iterable[Tensor]) -> None:

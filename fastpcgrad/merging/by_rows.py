@@ -156,7 +156,8 @@ def _merge_by_weights(
     dtypes = columns.dtypes
     if factors:
         inside = [index not in factors for index in range(len(out))]
-        columns, rest = columns.only(inside), list(compress(out, inside))
+        rest = list(compress(out, inside))
+        columns = columns.only(inside) if rest else columns
         in_gram, row_of_each = list(compress(problems.in_gram, inside)), list(compress(problems.row_of_each, inside))
     else:
         rest, in_gram, row_of_each = out, problems.in_gram, [] if is_one else problems.row_of_each
@@ -171,7 +172,8 @@ def _merge_by_weights(
     with method.solving(problems.known_by) if problems.are_many else nullcontext():
         solution = columns.solve(method, gram, tasks)
     table = solution.weights[None] if is_one and not factors else weights_table(method, solution.weights)
-    columns.combine(table, row_of_each if len(table) > 1 else None, rest)
+    if rest:
+        columns.combine(table, row_of_each if len(table) > 1 else None, rest)
     each = table.unbind() if factors else ()
     for index, (weight, _) in factors.items():
         out[index] = weight.merged(each[problems.row_of_each[index]], dtypes[index])

@@ -1,23 +1,26 @@
 """A whole round of a small model in one function.
 
 Right after a backward pass Python finds the caches cold, so that with few elements the way through the rooms takes
-longer than what is done there. This is that way for what is plain and most common: a model on the CPU whose gradients
-stay where autograd left them, losses that are there, PCGrad as one problem. Nothing is decided here that is not decided
-there, and what turns out to be less plain is left to them in the middle of the round.
+longer than what is done there: what counts is how many functions there are on the way. This is that way for what is
+plain and most common: a model on the CPU whose gradients stay where autograd left them, losses that look like those of
+a round before, PCGrad as one problem. Nothing is decided here that is not decided there, and what turns out to be less
+plain is left to them in the middle of the round.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from operator import attrgetter, is_
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
 
 from .. import _modes
-from .._blocks import Blocks, addresses
-from .._graph import explain
-from ..backends import cpu, select
+from .._graph import explain, run_backward
+from .._tasks import TaskNames
+from ..backends import cpu, kernels, select
 from ..distributed.processes import is_initialized
 from ..methods import Method, PCGrad
 from ..rows.capture import Capture
@@ -25,127 +28,146 @@ from ..rows.choice import SMALL, Choice
 from ..rows.layout import Layout
 from ..rows.parameters import UNDIVIDED
 from ..rows.stays import Stay, Stays
-from ..rows.task_gradients import Row
 from .report import ConflictReport
 
 LARGEST = 1 << 17
 """Elements of a row; above, a round takes as long one way or the other."""
+_LOOKS = attrgetter("__class__", "dtype", "shape", "device", "requires_grad")
+"""All that ``check_loss`` looks at."""
+_GRAD = attrgetter("grad")
+_NOTHING = {NoneType}
 
 
 class SmallRound:
-    """Rounds of one layout.
-
-    Args:
-        layout: one that is served.
-        stays: of the surgery.
-    """
-
-    def __init__(self, layout: Layout, stays: Stays) -> None:
-        self._capture, self._stays = layout.capture, stays
-        rows = layout.capture.rows
-        self._kind = rows.widths, rows.dtypes[0], rows.devices[0]
-
-    @staticmethod
-    def serves(layout: Layout) -> bool:
-        """Whether rounds of a layout are of this kind, as far as that does not change from one to the next."""
-        capture = layout.capture
-        rows = capture.rows
-        return (
-            type(capture) is Capture
-            and not (capture.forms or layout.lazy or layout.is_large or layout.exchange)
-            and layout.division == UNDIVIDED
-            and 0 < sum(rows.widths) <= LARGEST
-            and len(set(rows.dtypes)) == 1
-            and all(device.type == "cpu" for device in rows.devices)
-        )
-
-    def takes(self, losses: Mapping[int, Tensor], method: Method, rows: Choice) -> bool:
-        """Whether the round to come is of this kind."""
-        return (
-            type(method) is PCGrad
-            and rows != "factored"
-            and self._stays.layouts.is_current()
-            and method.scope != "parameter"
-            and not method.variant.norm_eps
-            and not is_initialized()
-            and "torch._inductor.compile_fx" not in sys.modules
-            and not _modes.is_on()
-            and all(type(loss) is Tensor for loss in losses.values())
-            and select("cpu") is cpu
-        )
-
-    def run(self, losses: Mapping[int, Tensor], retain_graph: bool, method: Method) -> ConflictReport | None:
-        """Each loss backward, and the merge; None where that is still to be done, with the rows that are kept.
-
-        Raises:
-            Whatever a backward pass or the method raises; the stay has ended by then.
-        """
-        capture = self._capture
-        rows: list[Any] = []
-        left, plain = len(losses), True
-        stay = Stay(self._stays)
-        stay.begin(capture)
-        try:
-            for index, loss in losses.items():
-                left -= 1
-                if plain:
-                    capture.task = index
-                else:
-                    capture.open(index)
-                capture.run(loss, retain_graph or left > 0)
-                if not plain:
-                    capture.close()
-                    continue
-                row = capture.taken()
-                if capture.rows.may_keep(row):
-                    rows.append(row)
-                    continue
-                plain = False
-                rows.append(row)
-                for task in list(losses)[: len(rows)]:
-                    capture.rows.take(task)
-                    capture.rows.keep(task, rows.pop(0))
-                capture.task = -1
-            capture.task = -1
-        except BaseException as error:
-            explain(error)
-            raise
-        finally:
-            if self._stays.open is stay:
-                stay.leave()
-        return self._merged(tuple(losses), rows, method) if plain else None
-
-    def _merged(self, tasks: tuple[int, ...], rows: list[Row], method: Method) -> ConflictReport:
-        projections = method.projections(len(rows), self._kind[-1])
-        assert projections is not None
-        order, guards, scale = projections
-        pointers = list(map(addresses, rows))
-        figures = cpu.pcgrad_blocks(Blocks(rows, pointers, *self._kind), order, guards, scale, rows[0])
-        self._capture.give(rows[0])
-        report = ConflictReport(tasks, figures)
-        report.rows = SMALL
-        return report
-
-
-class SmallRounds:
-    """Those of one surgery. Whether a layout is served is looked up after its first round, which is one of the others.
+    """The rounds of one surgery that are of this kind.
 
     Args:
         stays: of the surgery.
     """
 
     def __init__(self, stays: Stays) -> None:
-        self._stays = stays
-        self._known: tuple[Layout | None, SmallRound | None] = None, None
+        self._stays, self._stay = stays, Stay(stays)
+        self._layout: Layout | None = None
+        self._looks: frozenset[tuple[Any, ...]] = frozenset()
+        self._by_tasks: dict[int, cpu.SmallPCGrad] = {}
 
-    def taking(self, losses: Mapping[int, Tensor], method: Method, rows: Choice) -> SmallRound | None:
-        """The round to come, if it is of this kind."""
-        layout, small = self._known
-        is_taken = small is not None and layout is self._stays.layouts.current and small.takes(losses, method, rows)
-        return small if is_taken else None
+    def note(self, losses: Mapping[int, Tensor], method: Method) -> None:
+        """After a round of the others, whose losses were checked: those to come may be of this kind if theirs look the
+        same."""
+        if type(method) is not PCGrad:
+            return
+        layouts = self._stays.layouts
+        if layouts.current is not self._layout:
+            self._layout, self._is_served = layouts.current, _serves(layouts.current)
+            self._stay.prepare(self._layout.capture)
+            self._by_tasks = {}
+        self._looks = frozenset()
+        if self._is_served and all(type(loss) is Tensor for loss in losses.values()):
+            self._looks = frozenset(map(_LOOKS, losses.values()))
+            self._parameters, self._seen = layouts.seen()
+            self._merging(len(losses))
 
-    def look(self) -> None:
-        """After a round of the others."""
-        layout = self._stays.layouts.current
-        if layout is not self._known[0]:
-            self._known = layout, SmallRound(layout, self._stays) if SmallRound.serves(layout) else None
+    def takes(self, losses: Iterable[Any], method: Method, rows: Choice) -> bool:
+        """Whether the round to come is of this kind, which no loss prevents that is to be refused."""
+        if type(method) is not PCGrad:
+            return False
+        try:
+            look_alike = self._looks.issuperset(map(_LOOKS, losses))
+        except AttributeError:  # what is no tensor
+            return False
+        if not (
+            look_alike
+            and self._stays.is_clear
+            and self._stays.layouts.current is self._layout
+            and rows != "factored"
+            and method.scope != "parameter"
+            and not method.variant.norm_eps
+            and not is_initialized()
+            and "torch._inductor.compile_fx" not in sys.modules
+            and not _modes.is_on()
+            and select("cpu") is cpu
+        ):
+            return False
+        found, seen = self._stays.layouts.seen()
+        return len(found) == len(self._parameters) and all(map(is_, found, self._parameters)) and seen == self._seen
+
+    def run(
+        self, losses: Mapping[int, Tensor], retain_graph: bool, method: Method, names: TaskNames
+    ) -> ConflictReport | None:
+        """Each loss backward, and the merge; None where that is still to be done, with the rows that are kept.
+
+        Raises:
+            Whatever a backward pass or the method raises; the stay has ended by then.
+        """
+        assert self._layout is not None and isinstance(method, PCGrad)
+        stays, capture, rows, left = self._stays, self._layout.capture, [], len(losses)
+        parameters, may_keep = capture.parameters, capture.rows.may_keep
+        stay, is_bare = self._stay, set(map(type, map(_GRAD, parameters))) == _NOTHING
+        if is_bare:
+            stays.open = stay
+        else:
+            stay.begin(capture)
+        try:
+            for capture.task, loss in losses.items():
+                left -= 1
+                run_backward(loss, retain_graph or left > 0)
+                rows.append(list(map(_GRAD, parameters)))
+                for p in parameters:
+                    p.grad = None
+                if not may_keep(rows[-1]):
+                    _leave_to_the_others(capture, losses, rows, retain_graph)
+                    return None
+            capture.task = -1
+            if is_bare:
+                stays.open = None
+        except BaseException as error:
+            explain(error)
+            raise
+        finally:
+            if stays.open is stay:
+                stay.leave()
+        stays.is_clear = True
+        variant, tasks = method.variant, len(rows)
+        merge = self._by_tasks.get(tasks) or self._merging(tasks)
+        order = variant.draw(tasks, method.generator, kernels.permutations)
+        figures = merge(rows, order, variant.guards, method.scale(tasks))
+        capture.give(rows[0])
+        report = ConflictReport(tuple(losses), figures)
+        report.rows, report.names = SMALL, names
+        return report
+
+    def _merging(self, tasks: int) -> cpu.SmallPCGrad:
+        """Of so many rows."""
+        assert self._layout is not None
+        rows = self._layout.capture.rows
+        made = self._by_tasks[tasks] = cpu.SmallPCGrad(tasks, rows.widths, rows.dtypes[0])
+        return made
+
+
+def _serves(layout: Layout) -> bool:
+    """Whether rounds of a layout are of this kind, as far as that does not change from one to the next."""
+    capture = layout.capture
+    rows = capture.rows
+    return (
+        type(capture) is Capture
+        and not (capture.forms or layout.lazy or layout.is_large or layout.exchange)
+        and layout.division == UNDIVIDED
+        and 0 < sum(rows.widths) <= LARGEST
+        and len(set(rows.dtypes)) == 1
+        and all(device.type == "cpu" for device in rows.devices)
+        and cpu.why_unavailable("cpu") is None
+    )
+
+
+def _leave_to_the_others(capture: Capture, losses: Mapping[int, Tensor], rows: list[Any], retain_graph: bool) -> None:
+    """Keep the rows that are there, in copies where somebody else holds them, and make those that are to come."""
+    left, capture.task = len(losses), -1
+    for task, loss in losses.items():
+        left -= 1
+        if rows:
+            capture.rows.take(task)
+            capture.rows.keep(task, rows.pop(0))
+            continue
+        capture.open(task)
+        capture.run(loss, retain_graph or left > 0)
+        capture.close()

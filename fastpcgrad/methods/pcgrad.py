@@ -87,7 +87,11 @@ class PCGrad(Method):
         if variant.norm_eps:  # the kernel makes G itself
             return None
         order = kernels.orders(variant, tasks, None, self.generator, device)
-        return Projections(order, variant.guards, 1.0 / tasks if self.reduction == "mean" else 1.0)
+        return Projections(order, variant.guards, self.scale(tasks))
+
+    def scale(self, tasks: int) -> float:
+        """Of the sum of the projected gradients."""
+        return 1.0 / tasks if self.reduction == "mean" else 1.0
 
     def partial_weights(self, weights: Tensor) -> Tensor:
         averaged = self.reduction == "mean" and self.variant.partial_sum

@@ -59,7 +59,7 @@ class Capture:
         self.task = task
         row = self.rows.take(task)
         if row is not None:  # autograd adds to what is there
-            for p, grad in zip(self.parameters, self._as_they_are(row), strict=True):
+            for p, grad in zip(self.parameters, self._as_they_are(row) if self.forms else row, strict=True):
                 p.grad = grad
 
     def watch(self, averages: Callable[[], bool]) -> None:
@@ -109,7 +109,7 @@ class Capture:
 
     def give(self, merged: Row) -> None:
         """The merged gradient, made of the rows' memory, into ``.grad``."""
-        self._merged = self._as_they_are(merged)
+        self._merged = self._as_they_are(merged) if self.forms else merged
         for p, own in zip(self.parameters, self._merged, strict=True):
             p.grad = own
 
@@ -123,7 +123,7 @@ class Capture:
 
     def _as_they_are(self, row: Row) -> Row:
         """The row with the gradients that parameters have, in the same memory."""
-        return [self._as_it_is(index, grad) for index, grad in enumerate(row)] if self.forms else row
+        return [self._as_it_is(index, grad) for index, grad in enumerate(row)]
 
     def _as_it_is(self, index: int, own: Tensor | None) -> Tensor | None:
         return self.forms[index].out_of_row(own) if own is not None and index in self.forms else own

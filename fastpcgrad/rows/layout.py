@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter, is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,9 @@ from .sharded import ShardedGradients
 from .sharded_capture import ShardedCapture
 from .task_gradients import TaskGradients
 
-_KIND = attrgetter(*("dtype", "device", "shape"), *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
+_PARAMETERS = itemgetter("params")
+_LOOKED_AT = ("dtype", "device", "shape", *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
+_KIND, _SEEN = attrgetter(*_LOOKED_AT), attrgetter("requires_grad", *_LOOKED_AT)
 
 
 class Layout(NamedTuple):
@@ -144,10 +147,10 @@ class Layouts:
         self.current = self._laid_out(found)
         return self.current
 
-    def is_current(self) -> bool:
-        """Whether the trainable parameters are those of the layout, as they were then."""
-        found, layout = self.trainable(), self.current
-        return _are_same(found, layout.found) and _kinds(found) == layout.kinds
+    def seen(self) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
+        """What ``resolve`` looks at, of parameters that have a shape; as long as it is the same, so is the layout."""
+        found = list(chain.from_iterable(map(_PARAMETERS, self._source.param_groups)))
+        return found, list(map(_SEEN, found))
 
     def over(self, group: Any) -> Layout:
         """The same, but with rows that are means over a process group, of which this process has its part; None: with

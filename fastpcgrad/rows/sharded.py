@@ -94,7 +94,7 @@ class ShardedGradients(TaskGradients):
             ends = list(map(vector.buckets.before, vector.begins))
             for index, begin, end in zip(vector.indexes, ends, ends[1:], strict=False):
                 self.widths[index] = end - begin
-        self._sizes = [width * own.itemsize for width, own in zip(self.widths, self.dtypes, strict=True)]
+        self._sizes[:] = [width * own.itemsize for width, own in zip(self.widths, self.dtypes, strict=True)]
         turns = [
             _Turn(place, number, vector.within(number))
             for place, vector in enumerate(self._vectors)

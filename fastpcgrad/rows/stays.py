@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._graph import check_kept, explain
 from ..distributed.exchange import OutOfStep
-from ..distributed.groups import Processes
+from ..distributed.groups import NOBODY, Processes
 from ..methods import Method
 from .capture import Capture, MovedCapture
 from .layout import Layout, Layouts
@@ -28,6 +28,8 @@ class Stays:
     def __init__(self, layouts: Layouts, processes: Processes) -> None:
         self.layouts, self.processes = layouts, processes
         self.open: Stay | None = None
+        self.is_clear = not layouts.current.capture.rows.tasks
+        """Whether no stay has begun since the last round ended."""
 
     def resolve(self) -> Layout:
         """The layout of a round that begins now.
@@ -124,7 +126,7 @@ class Stays:
 
     def end_round(self) -> None:
         """Forget the rows."""
-        layout = self.layouts.current
+        layout, self.is_clear = self.layouts.current, True
         layout.capture.rows.clear()
         if layout.exchange is not None:
             layout.exchange.rounds.restart()
@@ -157,12 +159,16 @@ class Stay:
 
     def begin(self, capture: Capture) -> None:
         """What is there comes aside. Without a look at whether the round may begin."""
-        self._capture = capture
+        self.prepare(capture)
         self._aside = capture.aside()
         self._silence = self._stays.processes.silence()
-        self._stays.open = self
+        self._stays.open, self._stays.is_clear = self, False
         self._silence.begin()
         capture.enter()
+
+    def prepare(self, capture: Capture) -> None:
+        """For stays that begin when ``Stays.open`` says so: nothing need come aside, and nobody be silent."""
+        self._capture, self._aside, self._silence = capture, [], NOBODY
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -181,7 +187,7 @@ class Stay:
         """End it. A task that is open is absent unless it is opened again: what there is is no whole gradient."""
         self._capture.leave(self._aside)
         self._silence.end()
-        self._stays.open = None
+        self._stays.open, self._aside = None, []
 
 
 class Task(Stay):

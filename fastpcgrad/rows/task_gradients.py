@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain, compress
 from operator import attrgetter
-from types import NoneType
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ class TaskGradients:
         self.widths = array("q", (p.numel() for p in parameters))
         self._strides = [_gradient_stride(p) for p in parameters]
         self._sizes = [width * own.itemsize for width, own in zip(self.widths, self.dtypes, strict=True)]
+        self.may_keep = partial(_may_stay, self._sizes, self._strides, self.dtypes, True)
+        """Whether a row that was taken from ``.grad`` has no gaps, and is as rows are and nobody else's."""
         self._rows: dict[int, Row] = {}
         self._own: set[int] = set()  # tasks whose row is known to be dense and nobody else's
         self._spent: list[Row] = []
@@ -114,10 +116,6 @@ class TaskGradients:
         """
         self._rows[task] = row if self.may_keep(row) else self._settled(row, alone=True)
         self._own.add(task)
-
-    def may_keep(self, row: Sequence[Any]) -> bool:
-        """Whether a row that was taken from ``.grad`` has no gaps, and is as rows are and nobody else's."""
-        return NoneType not in map(type, row) and self._may_stay(row, self._sizes, self._strides, self.dtypes, True)
 
     def row(self, task: int) -> Row:
         """A task's row, to look at."""
@@ -274,7 +272,7 @@ class TaskGradients:
             dtypes = list(compress(dtypes, present))
         if alone:
             row.clear()
-        if not self._may_stay(there, sizes, strides, dtypes, alone):
+        if not _may_stay(sizes, strides, dtypes, alone, there):
             there = list(map(Tensor.detach, there)) if any(map(_REQUIRES_GRAD, there)) else there
             # What came out of one collective shares memory, and may go on doing so.
             views = self._views(there, strides, dtypes) if alone else set()
@@ -290,7 +288,7 @@ class TaskGradients:
     def _settled_one(
         self, one: list[Tensor], size: int, stride: tuple[int, ...], dtype: torch.dtype, alone: bool
     ) -> Tensor:
-        if self._may_stay(one, [size], [stride], [dtype], alone):
+        if _may_stay([size], [stride], [dtype], alone, one):
             return one[0]
         if stays_sparse(one[0]):
             self._some_are_sparse = True
@@ -309,27 +307,27 @@ class TaskGradients:
         ]
         return {place for place in views_alone(grads) if fit[place]}
 
-    def _may_stay(
-        self,
-        grads: Sequence[Any],
-        sizes: Sequence[int],
-        strides: Sequence[tuple[int, ...]],
-        dtypes: Sequence[torch.dtype],
-        alone: bool,
-    ) -> bool:
-        """Whether all are strided, of those dtypes, without a graph, each fills a storage of so many bytes with
-        those strides, and if asked nobody else holds any."""
-        try:
-            storages = list(map(Tensor.untyped_storage, grads))
-        except NotImplementedError:  # what is not strided has no storage
-            return False
-        return (
-            list(map(UntypedStorage.nbytes, storages)) == sizes
-            and list(map(Tensor.stride, grads)) == strides
-            and list(map(_DTYPE, grads)) == dtypes
-            and not any(map(_REQUIRES_GRAD, grads))
-            and (not alone or are_alone(grads, storages))
-        )
+
+def _may_stay(
+    sizes: Sequence[int],
+    strides: Sequence[tuple[int, ...]],
+    dtypes: Sequence[torch.dtype],
+    alone: bool,
+    grads: Sequence[Any],
+) -> bool:
+    """Whether all are there, strided, of those dtypes, without a graph, each fills a storage of so many bytes with
+    those strides, and if asked nobody else holds any."""
+    try:
+        storages = list(map(Tensor.untyped_storage, grads))
+    except (NotImplementedError, TypeError):  # what is not strided has no storage, nor has None
+        return False
+    return (
+        list(map(UntypedStorage.nbytes, storages)) == sizes
+        and list(map(Tensor.stride, grads)) == strides
+        and list(map(_DTYPE, grads)) == dtypes
+        and not any(map(_REQUIRES_GRAD, grads))
+        and (not alone or are_alone(grads, storages))
+    )
 
 
 def _detached(row: Row) -> Row:

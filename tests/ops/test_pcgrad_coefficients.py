@@ -8,7 +8,8 @@ import torch
 
 import fastpcgrad
 from fastpcgrad import reference, variants
-from fastpcgrad.backends import kernels
+from fastpcgrad.backends import cpu, kernels
+from fastpcgrad.variants import Guards
 from tests.ops import cases
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -185,3 +186,17 @@ def test_threads_change_no_bit(backend, with_threads, batch):
     gram, order = gram_and_order(133, batch)
     one, several = (with_threads(threads, lambda: raw(gram, order)) for threads in (1, 3))
     assert torch.equal(one, several)
+
+
+@pytest.mark.parametrize("guards", [Guards(), Guards(True, 1e-3, 0.0)])
+def test_instruction_sets_change_no_bit(guards):
+    if cpu.why_unavailable("cpu") is not None or cpu.isa() == "baseline":
+        pytest.skip("there is one instruction set")
+    gram, order = gram_and_order(133)
+    own = cpu.isa()
+    found = cpu.pcgrad_coefficients(gram, order, guards)
+    try:
+        cpu.use_isa("baseline")
+        assert torch.equal(cpu.pcgrad_coefficients(gram, order, guards), found)
+    finally:
+        cpu.use_isa(own)

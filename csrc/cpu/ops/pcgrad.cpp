@@ -44,3 +44,13 @@ int fpg_cpu_pcgrad_blocks(const void* const* rows, const int64_t* widths, int64_
   return fpg::with_rows([&] { return Rows::in_blocks(rows, widths, blocks, tasks, dtype, nullptr, 1, out); },
                         [&](const Rows& found) { fpg::pcgrad(found, job, gram, false, threads); });
 }
+
+int fpg_cpu_small_pcgrad(const fpg_small_pcgrad* call) {
+  const int64_t square = call->tasks * call->tasks;
+  const int64_t* order = reinterpret_cast<const int64_t*>(call + 1);
+  const void* const* rows = reinterpret_cast<const void* const*>(order + square);
+  return fpg_cpu_pcgrad_blocks(rows, call->widths, call->blocks, call->tasks, static_cast<int>(call->dtype), order,
+                               call->self_projection != 0, call->eps, call->min_squared_norm, call->scale,
+                               call->figures, call->figures + square, call->figures + 2 * square,
+                               const_cast<void* const*>(rows), static_cast<int>(call->threads));
+}
