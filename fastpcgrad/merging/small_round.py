@@ -111,6 +111,8 @@ class SmallRound:
             for capture.task, loss in losses.items():
                 left -= 1
                 run_backward(loss, retain_graph or left > 0)
+                if stays.open is not stay:
+                    stay.check_open()
                 rows.append(list(map(_GRAD, parameters)))
                 for p in parameters:
                     p.grad = None

@@ -173,6 +173,8 @@ class Stay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self.check_open()
         if self._stays.open is self:
             self.leave()
         exchange = self._stays.layouts.current.exchange
@@ -182,6 +184,14 @@ class Stay:
             self._stays.discard()
         if error is not None:
             explain(error)
+
+    def check_open(self) -> None:
+        """RuntimeError where something that ran inside has ended it."""
+        if self._stays.open is not self:
+            raise RuntimeError(
+                "another round began, or discard() was called, while losses were run backward, as in a hook: what came "
+                "later is in no row"
+            )
 
     def leave(self) -> None:
         """End it. A task that is open is absent unless it is opened again: what there is is no whole gradient."""

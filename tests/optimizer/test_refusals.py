@@ -101,3 +101,43 @@ def test_an_optimizer_without_trainable_parameters_does_nothing():
     optimizer.pc_backward([other.sum(), other.square().sum()])
     optimizer.step()
     assert frozen.grad is None and frozen.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("rows", ["auto", "dense", "factored"])
+@pytest.mark.parametrize("method", [methods.PCGrad, methods.UPGrad])
+@pytest.mark.parametrize("within", ["pc_backward", "discard"])
+def test_a_round_within_a_backward_pass_of_another_is_an_error(rows, method, within):
+    """First in the first round of an optimizer, then in one like those before; the next one is as if nothing was."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2).double()
+    x = torch.randn(3, 5, dtype=torch.float64)
+
+    def outputs(hook=None):
+        out = model(x)
+        if hook is not None:
+            out.register_hook(hook)
+        return [out[:, 0].square().mean(), (out[:, 1] - 1).square().mean()]
+
+    optimizer = fastpcgrad.PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), rows=rows, method=method())
+    for _ in range(3):
+        done = []
+
+        def hook(grad, done=done):
+            if not done:
+                done.append(True)
+                with torch.enable_grad():
+                    optimizer._surgery.discard() if within == "discard" else optimizer.pc_backward(outputs())
+
+        with pytest.raises(RuntimeError, match="another round began, or discard"):
+            optimizer.pc_backward(outputs(hook))
+        assert done
+        optimizer.zero_grad()
+        other = fastpcgrad.PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), rows=rows, method=method())
+        optimizer.pc_backward(outputs())
+        expected = [p.grad.clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        other.pc_backward(outputs())
+        for p, grad in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, grad, rtol=1e-12, atol=1e-14)
+        optimizer.step()
+        optimizer.zero_grad()
