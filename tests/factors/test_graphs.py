@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._functorch.config  # not imported with torch
+import torch._inductor.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -127,7 +128,8 @@ def test_a_reentrant_checkpoint_is_dense():
 def test_a_compiled_trunk_is_dense():
     net, x = trunk_and_heads()
     parameters = list(net.parameters())
-    with torch._functorch.config.patch(donated_buffer=False):
+    # Where inductor was imported before, its cache of graphs has to be off, too.
+    with torch._functorch.config.patch(donated_buffer=False), torch._inductor.config.patch(fx_graph_cache=False):
         compiled = torch.compile(net[0], backend="aot_eager")
         h = compiled(x)
         losses = [head(h).square().mean() for head in net[1]]

@@ -454,7 +454,7 @@ def test_a_first_step_without_a_trunk_is_no_ground_for_a_refusal(kind):
     with pytest.warns(fastpcgrad.FastPCGradWarning, match="one task alone has reached so far"):
         surgery.backward([trunk.sum(), trunk.square().sum()])
     assert trunk.grad.isfinite().all()
-    assert sorted(surgery.method.state_dict()["rows"]) == [0, 1]
+    assert sorted(surgery.method.state_dict()["rows"]) == ([0] if kind is methods.Bloop else [0, 1])
     right.backward([trunk.sum(), trunk.square().sum()])
     found, expected = surgery.method.state_dict()["rows"], right.method.state_dict()["rows"]
     for task in (0, 1):
