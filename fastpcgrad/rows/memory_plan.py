@@ -17,8 +17,8 @@ from .._warnings import FastPCGradWarning, warn
 from .host import IN_FLIGHT, row_width
 
 _MATRICES = 4
-"""Of T×T that there are of a problem: G, C, and the orders of the projections, which Python's and NumPy's generators put
-together from others."""
+"""Of T×T that there are of a problem: G, C, and the orders of the projections, which are put together from others where
+no generator of torch's draws them."""
 _GRAMS_OF_PIECE = 3
 """That two phases keep: of parameters that all tasks touch, that some do, and that are summed."""
 
