@@ -146,10 +146,14 @@ def table(latest: Sequence[Row]) -> str:
 def _cell(own: Row | None, their: Row | None) -> str:
     if own is None or own.p50_ms is None:
         return "" if own is None else own.status
-    value = f"{own.p50_ms:.3g}"
+    value = _digits(own.p50_ms)
     if their is not None and their.status.startswith(SKIPPED_BUDGET):
         return f"{value} (–)"
-    return f"{value} ({1 / own.ratios[PEER]:.3g}×)" if PEER in own.ratios else value
+    return f"{value} ({_digits(1 / own.ratios[PEER])}×)" if PEER in own.ratios else value
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def _print_peak(name: str, tasks: int) -> None:

@@ -55,9 +55,9 @@ def test_what_has_no_counterpart_is_missing(run, monkeypatch):
 
 def test_the_table(run):
     row = run.row("method", "MGDA weights T=64, rank 49", many_tasks.OP, LIBRARY, T=64, N=49)
-    large = dataclasses.replace(row, case="MGDA weights T=1024, rank 49", T=1024, p50_ms=8.0, peak_ratio=2.34)
+    large = dataclasses.replace(row, case="MGDA weights T=1024, rank 49", T=1024, p50_ms=8123.4, peak_ratio=2.34)
     skipped = dataclasses.replace(large, subject=PEER, status="skipped: budget (...)", p50_ms=None, peak_ratio=None)
     found = [dataclasses.replace(row, p50_ms=0.5, ratios={PEER: 0.25}), large, skipped]
     line = next(line for line in many_tasks.table(found).splitlines() if "MGDA" in line)
-    assert line == "| `MGDA` | 0.5 (4×) | 8 (–) | 2.3 |"
+    assert line == "| `MGDA` | 0.5 (4×) | 8,123 (–) | 2.3 |"
     assert many_tasks.table([]) == "Not yet measured."
