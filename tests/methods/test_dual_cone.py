@@ -85,8 +85,8 @@ MANY = {
 
 @pytest.mark.parametrize("kind", MANY)
 @pytest.mark.parametrize("reg_eps", [0.0, 1e-8, 1e-4])
-def test_more_tasks_than_are_solved_in_step(kind, reg_eps):
-    tasks = dual_cone.LARGE + 2
+@pytest.mark.parametrize("tasks", [40, dual_cone.LARGE + 2])
+def test_many_tasks_in_step_and_one_by_one(kind, reg_eps, tasks):
     for seed in range(3):
         torch.manual_seed(seed)
         matrix = gram(MANY[kind](tasks))
