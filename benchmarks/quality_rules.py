@@ -6,6 +6,7 @@ Methods and balancers are those of the library that need no arguments: a new one
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ EPOCH = 20
 """Steps that DWA takes for one."""
 
 
-class Rule:
+class Rule(ABC):
     """Makes gradients of the losses of S networks, each by itself.
 
     Attributes:
@@ -33,11 +34,11 @@ class Rule:
         self.networks = len(problem.generators)
         self.parameters: list[list[Tensor]] = [[] for _ in range(self.networks)]
 
+    @abstractmethod
     def backward(self, losses: Tensor) -> None:
         """From ``[T, S]`` into ``.grad``."""
-        raise NotImplementedError
 
-    def after(self, batch: tuple[Tensor, ...]) -> None:
+    def after(self, batch: tuple[Tensor, ...]) -> None:  # noqa: B027 (most rules have nothing to do then)
         """After the optimizer's step on a batch."""
 
 

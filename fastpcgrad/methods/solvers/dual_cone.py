@@ -25,7 +25,6 @@ from .problems import on_host
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
-Places = npt.NDArray[np.intp]
 
 LARGE = 128
 """Tasks above which the problems are solved here, one by one, also where there is a compiled library."""
@@ -94,7 +93,7 @@ def _solve_alone(matrix: Array, bound: Array) -> Array:
     values, inside = bound, np.zeros(len(bound), dtype=bool)
     for _ in range(_BLOCK_ROUNDS):
         gradient = matrix @ values
-        wrong = np.where(inside, values < bound, gradient < -_rounding(values[None])[0])
+        wrong = np.where(inside, values < bound, gradient < -_rounding(values))
         if not wrong.any():
             if np.abs(gradient * inside).max() <= _RESIDUAL * np.abs(bound).sum():
                 return values
@@ -111,8 +110,8 @@ def _solve_alone(matrix: Array, bound: Array) -> Array:
 
 
 def _rounding(values: Array) -> Array:
-    """How far from zero an entry of K y may be by rounding alone: ``[B, 1]``."""
-    return 8 * _EPS * np.abs(values).sum(axis=1, keepdims=True)
+    """How far from zero an entry of K y may be by rounding alone: ``[..., 1]``."""
+    return 8 * _EPS * np.abs(values).sum(axis=-1, keepdims=True)
 
 
 def _block_pivoting(matrices: Array, bound: Array) -> tuple[Array, Mask]:
@@ -173,9 +172,10 @@ def _activate(matrix: Array, bound: Array) -> Array:
             places.remove(leaving)
             continue
         pivots = matrix.diagonal() - (rows * rows).sum(axis=0)
-        reduced = gradient - whitened @ rows + _rounding(values[None])[0]
-        entering = int(np.where(~inside & (pivots > _DEPENDENT), reduced, 0.0).argmin())
-        if inside[entering] or not reduced[entering] < 0 or not pivots[entering] > _DEPENDENT:
+        reduced = gradient - whitened @ rows + _rounding(values)
+        reduced = np.where(~inside & (pivots > _DEPENDENT), reduced, 0.0)
+        entering = int(reduced.argmin())
+        if not reduced[entering] < 0:
             break
         inside[entering] = True
         places.append(entering)
