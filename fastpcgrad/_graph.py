@@ -103,17 +103,22 @@ def refuse_reentrant(node: Any) -> None:
         )
 
 
-def run_backward(loss: Tensor, retain_graph: bool, inputs: Sequence[Tensor | GradientEdge] = ()) -> None:
-    """``loss.backward(retain_graph, inputs)`` of a scalar that requires grad.
+def run_backward(
+    loss: Tensor, retain_graph: bool, inputs: Sequence[Tensor | GradientEdge] = (), one: Tensor | None = None
+) -> None:
+    """``loss.backward(one, retain_graph, inputs)`` of a scalar that requires grad.
 
     Calls the engine as torch does. What torch looks at before it takes 25 µs, as long as half of a small model's
     backward pass, and is known here.
+
+    Args:
+        one: the gradient of the loss; None: a new one.
     """
     if engine_backward is None or has_torch_function_unary(loss) or transforms_active():
-        loss.backward(retain_graph=retain_graph, inputs=inputs or None)
+        loss.backward(one, retain_graph=retain_graph, inputs=inputs or None)
         return
-    ones = torch.ones_like(loss)
-    engine_backward((loss,), (ones,), retain_graph, False, tuple(inputs), allow_unreachable=True, accumulate_grad=True)
+    begun = (torch.ones_like(loss) if one is None else one,)
+    engine_backward((loss,), begun, retain_graph, False, tuple(inputs), allow_unreachable=True, accumulate_grad=True)
 
 
 def check_kept(losses: Sequence[Tensor]) -> None:

@@ -34,7 +34,10 @@ def are_alone(grads: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bo
         and _counts(grads, storages) == _ALONE
         # Memory that NumPy, a file or another process may hold, whatever torch's counts say.
         and all(map(UntypedStorage.resizable, storages))
-        and not any(map(UntypedStorage.is_shared, compress(storages, map(_IS_CPU, grads))))
+        and not (
+            any(map(UntypedStorage.is_shared, storages))  # as all but those on a CPU say of themselves
+            and any(map(UntypedStorage.is_shared, compress(storages, map(_IS_CPU, grads))))
+        )
     )
 
 

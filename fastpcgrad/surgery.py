@@ -333,6 +333,8 @@ class GradientSurgery:
             small.note(losses, self.method)
         elif (report := small.run(losses, retain_graph, self.method, self.tasks)) is not None:
             return report
+        else:
+            self._kept = SMALL
         return self.merge()
 
     def _add(self, losses: Mapping[int, Tensor], retain_graph: bool) -> None:

@@ -10,11 +10,12 @@ plain is left to them in the middle of the round.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, is_
 from types import NoneType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _modes
@@ -28,6 +29,7 @@ from ..rows.choice import SMALL, Choice
 from ..rows.layout import Layout
 from ..rows.parameters import UNDIVIDED
 from ..rows.stays import Stay, Stays
+from ..rows.task_gradients import Row
 from .report import ConflictReport
 
 LARGEST = 1 << 17
@@ -64,6 +66,7 @@ class SmallRound:
         self._looks = frozenset()
         if self._is_served and all(type(loss) is Tensor for loss in losses.values()):
             self._looks = frozenset(map(_LOOKS, losses.values()))
+            self._one = _kept_one(losses.values())
             self._parameters, self._seen = layouts.seen()
             self._merging(len(losses))
 
@@ -100,8 +103,9 @@ class SmallRound:
             Whatever a backward pass or the method raises; the stay has ended by then.
         """
         assert self._layout is not None and isinstance(method, PCGrad)
-        stays, capture, rows, left = self._stays, self._layout.capture, [], len(losses)
-        parameters, may_keep = capture.parameters, capture.rows.may_keep
+        stays, capture, left = self._stays, self._layout.capture, len(losses)
+        rows: list[Row] = []
+        parameters, may_stay, one = capture.parameters, capture.rows.may_keep, self._one
         stay, is_bare = self._stay, set(map(type, map(_GRAD, parameters))) == _NOTHING
         if is_bare:
             stays.open = stay
@@ -110,14 +114,17 @@ class SmallRound:
         try:
             for capture.task, loss in losses.items():
                 left -= 1
-                run_backward(loss, retain_graph or left > 0)
+                run_backward(loss, retain_graph or left > 0, (), one())
                 if stays.open is not stay:
                     stay.check_open()
                 rows.append(list(map(_GRAD, parameters)))
                 for p in parameters:
                     p.grad = None
-                if not may_keep(rows[-1]):
-                    _leave_to_the_others(capture, losses, rows, retain_graph)
+                if not left:
+                    may_stay = capture.rows.may_read
+                if not may_stay(rows[-1]):
+                    stay.leave()
+                    self._leave_to_the_others(losses, rows, retain_graph)
                     return None
             capture.task = -1
             if is_bare:
@@ -138,12 +145,44 @@ class SmallRound:
         report.rows, report.names = SMALL, names
         return report
 
+    def _leave_to_the_others(self, losses: Mapping[int, Tensor], rows: list[Row], retain_graph: bool) -> None:
+        """Keep the rows that are there as if they had just been made, and make those that are to come.
+
+        Args:
+            rows: used up: nobody but ``.grad`` is to hold what is in them.
+        """
+        assert self._layout is not None
+        parameters, left = self._layout.capture.parameters, len(losses)
+        with Stay(self._stays, losses=left) as capture:
+            for task, loss in losses.items():
+                left -= 1
+                capture.open(task)
+                if rows:
+                    row = rows.pop(0)
+                    for p in reversed(parameters):
+                        p.grad = row.pop()
+                else:
+                    capture.run(loss, retain_graph or left > 0)
+                capture.close()
+
     def _merging(self, tasks: int) -> cpu.SmallPCGrad:
         """Of so many rows."""
         assert self._layout is not None
         rows = self._layout.capture.rows
         made = self._by_tasks[tasks] = cpu.SmallPCGrad(tasks, rows.widths, rows.dtypes[0])
         return made
+
+
+def _kept_one(losses: Iterable[Tensor]) -> Callable[[], Tensor | None]:
+    """Gives the gradient of each of these losses, one tensor for all passes as long as nobody writes to it; None where
+    there is none for all."""
+    (dtype, shape, device), *others = {(loss.dtype, loss.shape, loss.device.type) for loss in losses}
+    if others or dtype == torch.bfloat16 or device != "cpu":
+        return lambda: None
+    with torch.inference_mode(False):
+        one = torch.ones(shape, dtype=dtype, device="cpu")
+    number = one.numpy()  # where looking is cheap
+    return lambda: one if number.item() == 1 else None
 
 
 def _serves(layout: Layout) -> bool:
@@ -159,17 +198,3 @@ def _serves(layout: Layout) -> bool:
         and all(device.type == "cpu" for device in rows.devices)
         and cpu.why_unavailable("cpu") is None
     )
-
-
-def _leave_to_the_others(capture: Capture, losses: Mapping[int, Tensor], rows: list[Any], retain_graph: bool) -> None:
-    """Keep the rows that are there, in copies where somebody else holds them, and make those that are to come."""
-    left, capture.task = len(losses), -1
-    for task, loss in losses.items():
-        left -= 1
-        if rows:
-            capture.rows.take(task)
-            capture.rows.keep(task, rows.pop(0))
-            continue
-        capture.open(task)
-        capture.run(loss, retain_graph or left > 0)
-        capture.close()

@@ -39,7 +39,7 @@ from .task_gradients import TaskGradients
 
 _PARAMETERS = itemgetter("params")
 _LOOKED_AT = ("dtype", "device", "shape", *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
-_KIND, _SEEN = attrgetter(*_LOOKED_AT), attrgetter("requires_grad", *_LOOKED_AT)
+_KIND, _SEEN = attrgetter(*_LOOKED_AT), attrgetter("requires_grad", "device")
 
 
 class Layout(NamedTuple):
@@ -147,8 +147,11 @@ class Layouts:
         self.current = self._laid_out(found)
         return self.current
 
-    def seen(self) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
-        """What ``resolve`` looks at, of parameters that have a shape; as long as it is the same, so is the layout."""
+    def seen(self) -> tuple[list[Tensor], list[tuple[bool, torch.device]]]:
+        """All parameters that the source has, and of each whether it requires grad, and its device.
+
+        As long as that is the same, and their gradients are as the rows of the layout are, so is the layout.
+        """
         found = list(chain.from_iterable(map(_PARAMETERS, self._source.param_groups)))
         return found, list(map(_SEEN, found))
 

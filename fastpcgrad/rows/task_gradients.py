@@ -60,6 +60,8 @@ class TaskGradients:
         self._sizes = [width * own.itemsize for width, own in zip(self.widths, self.dtypes, strict=True)]
         self.may_keep = partial(_may_stay, self._sizes, self._strides, self.dtypes, True)
         """Whether a row that was taken from ``.grad`` has no gaps, and is as rows are and nobody else's."""
+        self.may_read = partial(_may_stay, self._sizes, self._strides, self.dtypes, False)
+        """The same of one that is read before anything else runs and not written: whoever may hold it."""
         self._rows: dict[int, Row] = {}
         self._own: set[int] = set()  # tasks whose row is known to be dense and nobody else's
         self._spent: list[Row] = []
