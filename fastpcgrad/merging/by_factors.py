@@ -16,7 +16,7 @@ from ..distributed.processes import is_initialized
 from ..methods import Method, Tracking
 from ..rows.choice import LEAST_ELEMENTS, Choice, RowsReport, in_force, is_large
 from ..rows.factors import Factors, all_dense, plan
-from ..rows.samples import find_samples
+from ..rows.samples import find_samples, grams
 from ..rows.task_gradients import TaskGradients
 
 
@@ -87,7 +87,8 @@ def sampled(losses: Tensor, parameters: Sequence[Tensor], method: Method, retain
     """
     if in_force(rows) == "dense" or _why_not([losses], parameters, method, "factored"):
         return NOTHING
-    return {index: (found, found.gram()) for index, found in find_samples(losses, parameters, retain_graph).items()}
+    found = find_samples(losses, parameters, retain_graph)
+    return {index: (found[index], gram) for index, gram in grams(found).items()}
 
 
 def settled(grads: TaskGradients, method: Method) -> Settled:

@@ -104,7 +104,7 @@ class SmallRound:
         """
         assert self._layout is not None and isinstance(method, PCGrad)
         stays, capture, left = self._stays, self._layout.capture, len(losses)
-        rows: list[Row] = []
+        rows: list[list[Any]] = []
         parameters, may_stay, one = capture.parameters, capture.rows.may_keep, self._one
         stay, is_bare = self._stay, set(map(type, map(_GRAD, parameters))) == _NOTHING
         if is_bare:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,11 +40,6 @@ class Deltas:
         self.tensor = tensor
         self._weights: Tensor | None = None
 
-    @cached_property
-    def pairs(self) -> Tensor:
-        """See ``_pairs``, for S = 1; float64."""
-        return _pairs(self.tensor[:, 0]).double()
-
     def weighted(self, weights: Tensor) -> Tensor:
         """w_s δ_s; kept for the other parameter of the same products."""
         if self._weights is not weights:
@@ -54,16 +48,25 @@ class Deltas:
         return self._weighted
 
 
-def _pairs(rows: Tensor) -> Tensor:
-    """x xᵀ; of rows whose squares may leave the range of fp32, by way of scaled ones, float64."""
-    with exact_dtypes(rows.device):
-        pairs = rows @ rows.T
-        least, most = map(float, torch.aminmax(pairs.diagonal()))
+def _pairs(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+    """x xᵀ of each, float64: those that are alike at once, for with few samples calls are what takes time."""
+    if len({(x.dtype, x.device, len(x)) for x in matrices}) > 1:
+        return [pairs for x in matrices for pairs in _pairs([x])]
+    pairs = matrices[0].new_empty(len(matrices), len(matrices[0]), len(matrices[0]))
+    with exact_dtypes(pairs.device):
+        for x, out in zip(matrices, pairs, strict=True):
+            torch.mm(x, x.T, out=out)
+        least, most = map(float, torch.aminmax(pairs.diagonal(dim1=1, dim2=2)))
         if least >= _LEAST_SQUARE and most <= 1 / _LEAST_SQUARE:
-            return pairs
-        largest = rows.abs().amax(dim=1, keepdim=True)
-        scaled = rows / torch.where(largest == 0, 1, largest)
-        return (scaled @ scaled.T).double().mul_(largest.double()).mul_(largest.T.double())
+            return pairs.double().unbind()
+        return list(map(_scaled_pairs, matrices))
+
+
+def _scaled_pairs(x: Tensor) -> Tensor:
+    """The same where squares may leave the range of fp32."""
+    largest = x.abs().amax(dim=1, keepdim=True)
+    scaled = x / torch.where(largest == 0, 1, largest)
+    return (scaled @ scaled.T).double().mul_(largest.double()).mul_(largest.T.double())
 
 
 class Samples:
@@ -84,12 +87,15 @@ class Samples:
         """Those of what is added to the same products."""
         return Samples(self._factored, None, self.delta)
 
+    @property
+    def rows(self) -> int:
+        """S."""
+        return self.delta.tensor.shape[1]
+
     def gram(self) -> Tensor:
-        """G, ``[B, B]`` float64: of a aᵀ and δ δᵀ, or where these take longer or are not exact, of gradients."""
+        """G, ``[B, B]`` float64, of several rows a sample: of a aᵀ and δ δᵀ, or where these take longer or are not
+        exact, of gradients."""
         samples, rows, outer = self.delta.tensor.shape
-        if rows == 1:
-            gram = self.delta.pairs
-            return gram if self.left is None else gram * _pairs(self.left[:, 0].to(self.delta.tensor.dtype))
         if self.left is None:
             return kernels.gram(self.delta.tensor.sum(dim=1))
         inner = self.left.shape[2]
@@ -135,6 +141,25 @@ class Samples:
         return (delta.sum(dim=0) if self.left is None else self._factored.product(delta, self.left.flatten(0, 1))).to(
             dtype
         )
+
+
+def grams(found: Mapping[int, Samples]) -> dict[int, Tensor]:
+    """G of each, ``[B, B]`` float64. Of one row a sample it is a aᵀ times δ δᵀ, element by element."""
+    single = {index: samples for index, samples in found.items() if samples.rows == 1}
+    others = {index: samples.gram() for index, samples in found.items() if index not in single}
+    if not single:
+        return others
+    deltas = {samples.delta: samples.delta.tensor[:, 0] for samples in single.values()}
+    lefts = {
+        index: samples.left[:, 0].to(samples.delta.tensor.dtype)
+        for index, samples in single.items()
+        if samples.left is not None
+    }
+    pairs = dict(zip([*deltas, *lefts], _pairs([*deltas.values(), *lefts.values()]), strict=True))
+    return others | {
+        index: pairs[samples.delta] * pairs[index] if index in lefts else pairs[samples.delta]
+        for index, samples in single.items()
+    }
 
 
 class _Bias(Multiplied):
