@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.overrides import has_torch_function_unary
+from torch.overrides import has_torch_function, has_torch_function_unary
 
 from ._torch import engine_backward, may_write_kept_graphs, transforms_active
 
@@ -24,6 +24,9 @@ _REMEDY = (
     "torch._functorch.config.donated_buffer = False and torch._inductor.config.fx_graph_cache = False before the model "
     "is compiled (one alone is not enough: what an earlier run compiled is in that cache)"
 )
+
+REENTRANT = "CheckpointFunctionBackward"
+"""The name of a checkpoint's node that runs a graph of its own."""
 
 
 def nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
@@ -48,7 +51,7 @@ def leaves(outputs: Sequence[Tensor], *, hidden: bool = False) -> Iterator[Tenso
     yield from (output for output in outputs if output.is_leaf)
     for node in nodes(outputs):
         if not hidden:
-            refuse_reentrant(node)
+            refuse_reentrant(node.name())
         leaf = leaf_of(node)
         if leaf is not None:
             yield leaf
@@ -92,12 +95,12 @@ def leaf_of(node: Any) -> Tensor | None:
     return node.variable if type(node).__name__ == "AccumulateGrad" else None
 
 
-def refuse_reentrant(node: Any) -> None:
-    """RuntimeError at a checkpoint behind which the graph does not show what it depends on.
+def refuse_reentrant(name: str) -> None:
+    """RuntimeError at a checkpoint, by the name of its node: behind it the graph does not show what it depends on.
 
     Autograd itself would give None for what lies there, without a word.
     """
-    if node.name() == "CheckpointFunctionBackward":
+    if name == REENTRANT:
         raise RuntimeError(
             "a reentrant checkpoint hides its parameters from the graph; use checkpoint(..., use_reentrant=False)"
         )
@@ -119,6 +122,22 @@ def run_backward(
         return
     begun = (torch.ones_like(loss) if one is None else one,)
     engine_backward((loss,), begun, retain_graph, False, tuple(inputs), allow_unreachable=True, accumulate_grad=True)
+
+
+def run_grad(
+    loss: Tensor, inputs: Sequence[Any], retain_graph: bool, begun: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad(loss, inputs, begun, retain_graph, allow_unused=True)``, as ``run_backward`` does it.
+
+    Args:
+        inputs: tensors and ``GradientEdge``.
+        begun: the gradient of the loss; None, for a scalar: one.
+    """
+    if engine_backward is None or has_torch_function((loss, *inputs)) or transforms_active():
+        return torch.autograd.grad(loss, inputs, begun, retain_graph, allow_unused=True)
+    begun = torch.ones_like(loss) if begun is None else begun
+    found: Any = engine_backward((loss,), (begun,), retain_graph, False, tuple(inputs), True, accumulate_grad=False)
+    return tuple(found)
 
 
 def check_kept(losses: Sequence[Tensor]) -> None:

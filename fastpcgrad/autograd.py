@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import methods
 from ._gradients import added
-from ._graph import check_kept, explain, leaves, unreached
+from ._graph import check_kept, explain, leaves, refuse_reentrant, run_grad, unreached
 from ._losses import check_losses_of_samples, check_tensors, present_losses
 from ._warnings import warn_of_fewer_losses, warn_of_one_loss
 from .distributed.exchange import Exchange, OutOfStep, Rounds
@@ -24,6 +25,7 @@ from .rows.choice import Choice, check_rows
 from .rows.columns import Columns
 from .rows.factors import Factors
 from .rows.parameters import Division, Learning, Scope, Scopes, divide
+from .rows.products import Graph
 from .rows.reach import Reach
 from .rows.sharded import ShardedGradients
 from .rows.task_gradients import Row, TaskGradients
@@ -189,8 +191,22 @@ class _Losses:
         """By the index of the task."""
         return self.tensors if self.of_samples is None else dict(enumerate(self.of_samples.unbind()))
 
+    @cached_property
+    def graph(self) -> Graph:
+        """Of one loss a sample."""
+        assert self.of_samples is not None
+        return Graph([self.of_samples])
+
     def leaves(self) -> list[Tensor]:
-        """Each leaf that the losses depend on, once."""
+        """Each leaf that the losses depend on, once.
+
+        Raises:
+            RuntimeError: see ``refuse_reentrant``.
+        """
+        if self.of_samples is not None and not self.of_samples.is_leaf:
+            for name in self.graph.names:
+                refuse_reentrant(name)
+            return list(self.graph.leaves.values())
         return list({id(leaf): leaf for leaf in leaves(list(self.tensors.values()))}.values())
 
 
@@ -314,7 +330,7 @@ def _filled_of_samples(
     rows: Choice,
 ) -> tuple[Columns, Settled]:
     assert losses.of_samples is not None
-    samples = sampled(losses.of_samples, inputs, method, retain_graph, rows)
+    samples = sampled(losses.graph, losses.of_samples, inputs, method, retain_graph, rows)
     others = [n for n in range(len(inputs)) if n not in samples]
     if not others:
         return grads.nothing(len(losses.tasks)), samples
@@ -339,7 +355,7 @@ def _fill(
     left, wanted = len(losses), [inputs[n] for n in asked]
     for t, loss in losses.items():
         left -= 1
-        found = torch.autograd.grad(loss, wanted, retain_graph=retain_graph or left > 0, allow_unused=True)
+        found = run_grad(loss, wanted, retain_graph or left > 0)
         if rounds is not None:
             rounds.arrive("loss", t)
         row = dict(zip(asked, found, strict=True))
@@ -358,7 +374,7 @@ def _fill_factored(
             factors.begin(slot)
             asked = list(filter(factors.needs, range(len(inputs))))
             wanted: Any = [*edges, *(inputs[n] for n in asked)]
-            found = torch.autograd.grad(loss, wanted, retain_graph=retain_graph or left > 0, allow_unused=True)
+            found = run_grad(loss, wanted, retain_graph or left > 0)
             factors.note_captured(found[: len(edges)])
             row = dict(zip(asked, found[len(edges) :], strict=True))
             for done in factors.compare([row[unknown] for unknown in factors.unknown]):

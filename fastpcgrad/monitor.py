@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._graph import check_kept, explain
+from ._graph import check_kept, explain, run_grad
 from ._losses import present_losses
 from ._tasks import check_tasks, in_order
 from .distributed.processes import check_graph
@@ -131,7 +131,7 @@ class ConflictMonitor:
         grads = TaskGradients(parameters)
         try:
             for t, loss in present.items():
-                grads.put(t, list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)))
+                grads.put(t, list(run_grad(loss, parameters, True)))
         except RuntimeError as error:
             explain(error)
             raise

@@ -16,6 +16,7 @@ from ..distributed.processes import is_initialized
 from ..methods import Method, Tracking
 from ..rows.choice import LEAST_ELEMENTS, Choice, RowsReport, in_force, is_large
 from ..rows.factors import Factors, all_dense, plan
+from ..rows.products import Graph
 from ..rows.samples import find_samples, grams
 from ..rows.task_gradients import TaskGradients
 
@@ -74,10 +75,13 @@ def _why_not(losses: Sequence[Tensor], parameters: Sequence[Tensor], method: Met
     return None
 
 
-def sampled(losses: Tensor, parameters: Sequence[Tensor], method: Method, retain_graph: bool, rows: Choice) -> Settled:
+def sampled(
+    graph: Graph, losses: Tensor, parameters: Sequence[Tensor], method: Method, retain_graph: bool, rows: Choice
+) -> Settled:
     """Parameters of which the gradients of one loss a sample are factors; of all others there are to be rows.
 
     Args:
+        graph: of the losses.
         losses: ``[B]``.
         retain_graph: keep their graph also where no rows are to be made.
         parameters, method, rows: see ``planned``. A backward pass a sample is what factors save, so that ``auto``
@@ -87,7 +91,7 @@ def sampled(losses: Tensor, parameters: Sequence[Tensor], method: Method, retain
     """
     if in_force(rows) == "dense" or _why_not([losses], parameters, method, "factored"):
         return NOTHING
-    found = find_samples(losses, parameters, retain_graph)
+    found = find_samples(graph, losses, parameters, retain_graph)
     return {index: (found[index], gram) for index, gram in grams(found).items()}
 
 

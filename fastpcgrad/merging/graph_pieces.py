@@ -233,7 +233,7 @@ def _walk(roots: Iterable[Node], indices: dict[int, int]) -> tuple[list[Node], d
     queue = list(seen)
     while queue:
         node = queue.pop()
-        refuse_reentrant(node)
+        refuse_reentrant(node.name())
         if node.name() == "torch::autograd::AccumulateGrad":
             index = indices.get(id(node.variable))  # type: ignore[attr-defined]
             if index is not None:

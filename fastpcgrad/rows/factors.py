@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from .._graph import REENTRANT
 from . import hooks
 from .choice import LEAST_ELEMENTS, Choice, RowsReport
 from .factored import Factored, LookedUp, Multiplied
@@ -198,7 +199,7 @@ def plan(losses: Sequence[Tensor], parameters: Sequence[Tensor], rows: Choice) -
         RuntimeError: the graph was freed, or an activation changed since.
     """
     graph = Graph(losses)
-    if "CheckpointFunctionBackward" in graph.names:
+    if REENTRANT in graph.names:
         return all_dense("a reentrant checkpoint hides what lies behind it", len(parameters))
     finder = Finder(graph, parameters, rows)
     if rows == "auto" and 0 < sum(parameters[index].numel() for index in finder.found) < LEAST_ELEMENTS:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from .._graph import run_grad
 from .._ops import to_device
 from ..backends import kernels
 from . import hooks
@@ -173,10 +174,11 @@ class _Bias(Multiplied):
         return delta.sum(dim=0)
 
 
-def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: bool) -> dict[int, Samples]:
+def find_samples(graph: Graph, losses: Tensor, parameters: Sequence[Tensor], retain_graph: bool) -> dict[int, Samples]:
     """The gradients of those parameters that are weights of matrix products alone, or added to these alone.
 
     Args:
+        graph: of the losses.
         losses: ``[B]``, one a sample.
         parameters: each once.
         retain_graph: keep the graph also where this finds all parameters.
@@ -185,7 +187,7 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: boo
     Raises:
         ValueError: a loss depends on rows of another's sample.
     """
-    graph, samples = Graph([losses]), len(losses)
+    samples = len(losses)
     finder = Finder(graph, parameters, "factored", tables=False)
     known = hooks.known(hash((graph.signature, "samples", samples, *map(id, parameters))))
     unsure = finder.look_for_hooks(known)
@@ -211,7 +213,7 @@ def find_samples(losses: Tensor, parameters: Sequence[Tensor], retain_graph: boo
             is_last = slot + 1 == count and len(weights) + len(along) == len(parameters) and not factors.unknown
             keep = retain_graph or not is_last or bool(factors.stopped)
             asked: Any = [*factors.edges, *(parameters[index] for index in factors.unknown)]
-            found = torch.autograd.grad(losses, asked, scale, retain_graph=keep, allow_unused=True)
+            found = run_grad(losses, asked, keep, scale)
             factors.note_captured(found[: len(factors.edges)])
             factors.compare(found[len(factors.edges) :])
     right = [weight for weight in weights if weight.index not in factors.stopped]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._graph import run_grad
 from ..distributed.exchange import Exchange
 from .capture import Aside, Capture
 from .departures import Departures
@@ -80,7 +81,7 @@ class ShardedCapture(Capture):
             if self._departures is not None:
                 for index, p in enumerate(self.parameters):
                     self._handles.append(register(p.register_hook, partial(_see, weakref.ref(self), index)))
-            grads = torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, allow_unused=True)
+            grads = run_grad(loss, self.parameters, retain_graph)
         finally:
             self._look_away()
         if all(grad is None for grad in grads):  # a hook of the loss may run another pass, as cached losses do

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
+from .._graph import run_grad
 from .._torch import DispatchMode
 from .choice import stacking_pays
 from .factored import Multiplied
@@ -324,7 +325,7 @@ def run_stacked(factors: Factors, trunk: Trunk, losses: Sequence[Tensor], retain
         for slot, loss in enumerate(losses):
             factors.begin(slot)
             keep = retain_graph or slot + 1 < len(losses)
-            found = iter(torch.autograd.grad(loss, asked, retain_graph=keep, allow_unused=True))
+            found = iter(run_grad(loss, asked, keep))
             seeds.append(next(found))
             factors.note_captured([None if edge is None else next(found) for edge in edges])
             rows.append(factors.row_of(zip(heads, found, strict=True)))

@@ -40,8 +40,8 @@ def factored(monkeypatch):
     shapes = []
     find = samples.find_samples
 
-    def noting(losses, parameters, retain_graph):
-        found = find(losses, parameters, retain_graph)
+    def noting(graph, losses, parameters, retain_graph):
+        found = find(graph, losses, parameters, retain_graph)
         shapes[:] = [tuple(parameters[index].shape) for index in found]
         return found
 
