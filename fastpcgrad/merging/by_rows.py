@@ -101,7 +101,7 @@ def _prepared(
         place = {index: number for number, index in enumerate(asked)}
         each = columns.gram([-1 if n in factors else place.get(n, -1) for n in range(len(whole))], len(asked))
         for index in factors.keys() & place.keys():
-            each[place[index]] += factors[index][1].to(each.device)
+            each[place[index]].add_(factors[index][1].to(each.device))
         return each.diagonal(dim1=-2, dim2=-1)
 
     return out, Problems.made(method, whole, division.settled(Found(tasks, touched, squares)))
@@ -167,7 +167,7 @@ def _merge_by_weights(
         grams = torch.zeros(problems.count, len(tasks), len(tasks), dtype=torch.float64)
     for index, (_, own) in factors.items():
         if problems.in_gram[index] != SUMMED:
-            grams[problems.in_gram[index]] += own.to(grams.device)
+            grams[problems.in_gram[index]].add_(own.to(grams.device))
     gram = grams if problems.are_many else grams[0]
     with method.solving(problems.known_by) if problems.are_many else nullcontext():
         solution = columns.solve(method, gram, tasks)

@@ -80,6 +80,8 @@ class Graph:
     @cached_property
     def tasks(self) -> dict[Node, int]:
         """For each node the tasks that reach it, a bit each."""
+        if len(self.roots) == 1:
+            return dict.fromkeys(self.order, 1)
         masks = dict.fromkeys(self.order, 0)
         for task, root in enumerate(self.roots):
             if root is not None:
@@ -126,8 +128,8 @@ class Finder:
                 self.found[index] = nodes
             else:
                 self.why[reason] += 1
-        self.why[_OTHERWISE] += len(parameters) - len(self.found) - self.why.total()
-        self.why = +self.why
+        if others := len(parameters) - len(self.found) - self.why.total():
+            self.why[_OTHERWISE] += others
 
     def _uses(self, accumulators: dict[Node, int]) -> dict[int, list[Node]]:
         """The nodes that use a parameter, of those that nothing else uses."""

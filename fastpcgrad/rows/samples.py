@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +47,7 @@ class Deltas:
         """w_s δ_s; kept for the other parameter of the same products."""
         if self._weights is not weights:
             own = to_device(weights, self.tensor.device).to(self.tensor.dtype)
-            self._weights, self._weighted = weights, self.tensor * own[:, None, None]
+            self._weights, self._weighted = weights, self.tensor * own.view(-1, 1, 1)
         return self._weighted
 
 
@@ -192,7 +194,8 @@ def find_samples(graph: Graph, losses: Tensor, parameters: Sequence[Tensor], ret
     known = hooks.known(hash((graph.signature, "samples", samples, *map(id, parameters))))
     unsure = finder.look_for_hooks(known)
     passes = [torch.ones_like(losses)]
-    if not are_apart(graph, samples) or not hooks.are_without_hooks(graph.order):
+    has_no_hooks = hooks.are_without_hooks(graph.order)
+    if not (has_no_hooks and are_apart(graph, samples)):
         passes.append(_scales(losses))
     count = len(passes)
     how = finder.how
@@ -206,7 +209,7 @@ def find_samples(graph: Graph, losses: Tensor, parameters: Sequence[Tensor], ret
     kept = {weight.index for weight in weights}
     along = {index: weight for index, weight in along.items() if weight in kept}
     factors = Factors(weights, parameters, graph, [], known, unsure & kept, Counter())
-    with factors.noting():
+    with nullcontext() if has_no_hooks else factors.noting():  # what comes in is what hooks would see
         for slot, scale in enumerate(passes):
             factors.begin(slot)
             # A parameter that was compared with its factors and is none of them needs rows after all.
@@ -254,23 +257,19 @@ def _by_sample(
     seen: dict[tuple[Any, ...], tuple[Deltas, list[Callable[[Tensor], Tensor]]]] = {}
     found = {}
     for weight in weights:
-        starts = [first for _, first in weight.nodes]
-        spans = [slice(*ends) for ends in zip(starts, [*starts[1:], weight.left.shape[0]], strict=True)]
-        if tuple(weight.nodes) not in seen:
-            own, *scaled = weight.delta
-            shape = parameters[weight.index].shape
-            views = [
-                _view_by_sample(
-                    samples, own[span], [(other[span], by) for other, by in zip(scaled, scales, strict=True)], shape
-                )
-                for span in spans
-            ]
-            deltas = [view(own[span]) for view, span in zip(views, spans, strict=True)]
-            seen[tuple(weight.nodes)] = Deltas(torch.cat(deltas, dim=1) if len(deltas) > 1 else deltas[0]), views
-        delta, views = seen[tuple(weight.nodes)]
+        uses = tuple(weight.nodes)
+        counts = [after - first for first, after in pairwise([*(first for _, first in uses), weight.delta.shape[1]])]
+        if uses not in seen:
+            views, deltas = [], []
+            for own, *scaled in weight.delta.split(counts, dim=1):
+                found_by = list(zip(scaled, scales, strict=True))
+                views.append(_view_by_sample(samples, own, found_by, parameters[weight.index].shape))
+                deltas.append(views[-1](own))
+            seen[uses] = Deltas(torch.cat(deltas, dim=1) if len(deltas) > 1 else deltas[0]), views
+        delta, views = seen[uses]
         left = None
         if not isinstance(weight, _Bias):
-            lefts = [view(weight.left[span]) for view, span in zip(views, spans, strict=True)]
+            lefts = [view(rows) for view, rows in zip(views, weight.left.split(counts), strict=True)]
             left = torch.cat(lefts, dim=1) if len(lefts) > 1 else lefts[0]
         found[weight.index] = Samples(weight, left, delta)
     return found
