@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modes import is_fake
-from .._tasks import check_tasks, in_order, index_of
+from .._tasks import check_names, check_tasks, in_order, index_of
 from ..distributed.links import Link
 from ..distributed.processes import check_groups, groups_behind
 from . import refusals
@@ -26,7 +26,8 @@ class Balancer(nn.Module, ABC):
     """Weighs task losses; calling it gives the weighted losses, to be summed or handed to gradient surgery.
 
     A subclass gives ``weigh``. State lies in parameters and buffers, so ``state_dict``, ``to(device)`` and
-    ``double()`` work as for any module. No call waits for a GPU.
+    ``double()`` work as for any module. Names of tasks are in ``state_dict``, too, and a state of other names or of
+    another order is refused. No call waits for a GPU.
 
     A step in which a loss (or norm) is NaN or infinite is skipped: weights, state and optimizer stay as they were, and
     training goes on as if the step had not been. Its weighted losses show it: a finite weight times NaN.
@@ -74,6 +75,8 @@ class Balancer(nn.Module, ABC):
         check_groups(process_group)  # the object itself is kept: what it stands for may be gone when this is loaded
         self.process_group = process_group
         self._link: Link | None = None
+        self.register_state_dict_post_hook(_with_names)
+        self.register_load_state_dict_pre_hook(_without_names)
 
     @abstractmethod
     def weigh(self, losses: Tensor) -> Tensor:
@@ -178,6 +181,18 @@ class Balancer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"tasks={list(self.tasks)}" if self.tasks else f"num_tasks={self.num_tasks}"
+
+
+_NAMES = "tasks"
+
+
+def _with_names(balancer: Balancer, state: dict[str, Any], prefix: str, _: object) -> None:
+    if balancer.tasks:
+        state[prefix + _NAMES] = list(balancer.tasks)
+
+
+def _without_names(balancer: Balancer, state: dict[str, Any], prefix: str, *_: object) -> None:
+    check_names(balancer.tasks, state.pop(prefix + _NAMES, None))
 
 
 class LearnedBalancer(Balancer):

@@ -249,3 +249,21 @@ def test_six_lines_make_a_balancer():
             return self.weights
 
     torch.testing.assert_close(Equal(2)(torch.tensor([1.0, 3.0])), torch.tensor([0.5, 1.5]))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_state_of_other_tasks_is_refused_and_changes_nothing(name, tmp_path):
+    """Also within a model, of a copy, and read from a file; one without names is taken as it is."""
+    saved, plain = NAMED[name](["seg", "depth"]), BALANCERS[name](2)
+    for balancer in (saved, plain):
+        balancer(torch.tensor([1.0, 3.0]))
+    torch.save(torch.nn.ModuleDict({"b": copy.deepcopy(saved)}).state_dict(), tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
+    swapped = torch.nn.ModuleDict({"b": NAMED[name](["depth", "seg"])})
+    before = repr(swapped.state_dict())
+    with pytest.raises(ValueError, match=r"tasks \['seg', 'depth'\], and these are \['depth', 'seg'\]"):
+        swapped.load_state_dict(state)
+    assert repr(swapped.state_dict()) == before
+    for taken, given in ((NAMED[name](["seg", "depth"]), saved), (BALANCERS[name](2), saved), (saved, plain)):
+        taken.load_state_dict(given.state_dict())
+        assert torch.equal(taken(torch.tensor([2.0, 1.0]))[0], given(torch.tensor([2.0, 1.0]))[0])
