@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from ._checks import check_tensor
+from ._graph import leaves, unreached
 
 Forward = Callable[[], Tensor | None]
 """Runs a task's forward and gives its loss; None: the task is absent."""
@@ -138,3 +140,28 @@ def check_tensors(name: str, values: Iterable[Any]) -> list[Tensor]:
     for i, value in enumerate(tensors):
         check_tensor(f"{name}[{i}]", value)
     return tensors
+
+
+def check_reached(losses: Mapping[int, Tensor], inputs: Sequence[Tensor]) -> None:
+    """ValueError for a loss without a gradient with respect to any input, before any is run."""
+    given = list(losses.values())
+    lost = unreached(given, inputs)
+    if not lost and len(given) > 1:
+        lost = _stand_ins(given, inputs)
+    if lost:
+        index = list(losses)[lost[0]]
+        raise ValueError(
+            f"losses[{index}] depends on none of the {len(inputs)} inputs: give None for it, or name inputs that it "
+            "depends on. If a hook on it runs its real backward pass, as in losses with a gradient cache, use "
+            "PCGrad.pc_backward or 'with surgery.task(t)': these take what it leaves in .grad"
+        )
+
+
+def _stand_ins(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
+    """The losses that depend on nothing but a scalar of their own with a hook, which runs the real backward pass."""
+    scalars = {id(x) for x in inputs if x.numel() == 1 and x._backward_hooks and not isinstance(x, Parameter)}
+    if not scalars:
+        return []
+    suspects = unreached(losses, [x for x in inputs if id(x) not in scalars])
+    behind = [{id(leaf) for leaf in leaves([loss])} for loss in losses]
+    return [t for t in suspects if all(behind[t].isdisjoint(other) for u, other in enumerate(behind) if u != t)]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import methods
 from ._gradients import added
-from ._graph import check_kept, explain, leaves, refuse_reentrant, run_grad, unreached
-from ._losses import check_losses_of_samples, check_tensors, present_losses
+from ._graph import check_kept, explain, leaves, refuse_reentrant, run_grad
+from ._losses import check_losses_of_samples, check_reached, check_tensors, present_losses
 from ._warnings import warn_of_fewer_losses, warn_of_one_loss
 from .distributed.exchange import Exchange, OutOfStep, Rounds
 from .distributed.groups import group_of_graph
@@ -295,7 +295,7 @@ def _check_losses(losses: Mapping[int, Tensor], inputs: Sequence[Tensor], is_kep
     Args:
         is_kept: whether graphs are kept for further passes.
     """
-    _check_reached(losses, inputs)
+    check_reached(losses, inputs)
     if is_kept:
         check_kept(list(losses.values()))
 
@@ -381,31 +381,6 @@ def _fill_factored(
                 del row[done]
             grads.put(t, [row.get(n) for n in range(len(inputs))])
     grads.factors = factors
-
-
-def _check_reached(losses: Mapping[int, Tensor], inputs: Sequence[Tensor]) -> None:
-    """ValueError for a loss without a gradient with respect to any input, before any is run."""
-    given = list(losses.values())
-    lost = unreached(given, inputs)
-    if not lost and len(given) > 1:
-        lost = _stand_ins(given, inputs)
-    if lost:
-        index = list(losses)[lost[0]]
-        raise ValueError(
-            f"losses[{index}] depends on none of the {len(inputs)} inputs: give None for it, or name inputs that it "
-            "depends on. If a hook on it runs its real backward pass, as in losses with a gradient cache, use "
-            "PCGrad.pc_backward or 'with surgery.task(t)': these take what it leaves in .grad"
-        )
-
-
-def _stand_ins(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
-    """The losses that depend on nothing but a scalar of their own with a hook, which runs the real backward pass."""
-    scalars = {id(x) for x in inputs if x.numel() == 1 and x._backward_hooks and not isinstance(x, torch.nn.Parameter)}
-    if not scalars:
-        return []
-    suspects = unreached(losses, [x for x in inputs if id(x) not in scalars])
-    behind = [{id(leaf) for leaf in leaves([loss])} for loss in losses]
-    return [t for t in suspects if all(behind[t].isdisjoint(other) for u, other in enumerate(behind) if u != t)]
 
 
 def _check_inputs(inputs: Iterable[Any]) -> list[Tensor]:

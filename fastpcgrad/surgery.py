@@ -327,11 +327,10 @@ class GradientSurgery:
 
     def _round(self, losses: Mapping[int, Tensor], retain_graph: bool, is_small: bool = False) -> ConflictReport:
         """Each loss backward inside its task, and the merge; it may be known to be a ``SmallRound``."""
-        small = self._small
-        if not (is_small or small.takes(losses.values(), self.method, self.rows)):
+        if not (is_small or self._small.takes(losses.values(), self.method, self.rows)):
             self._run(losses, retain_graph)
-            small.note(losses, self.method)
-        elif (report := small.run(losses, retain_graph, self.method, self.tasks)) is not None:
+            self._small.note(losses, self.method)
+        elif (report := self._small.run(losses, retain_graph, self.method, self.tasks)) is not None:
             return report
         else:
             self._kept = SMALL
