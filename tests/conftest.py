@@ -1,5 +1,6 @@
 """What all tests share: the Triton interpreter, seeds, and the choice of a backend."""
 
+import gc
 import importlib
 import importlib.metadata
 import os
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: processes that share the files, in this order, end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """What was imported until now is there to stay, and garbage, which many ask for, is looked for in the rest."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +65,8 @@ def why_not_interpreted():
 def _patch_language_once_a_launch():
     """The interpreter patches triton.language at each call of a function within a kernel: a quarter of its time.
 
-    What it patches stays until the launch ends, so that once for each module with kernels is enough.
+    What it patches stays until the launch ends, so that once for each module with kernels is enough. Another third goes
+    into types, which are made anew for each tensor.
     """
     interpreter = importlib.import_module("triton.runtime.interpreter")
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
@@ -74,6 +82,37 @@ def _patch_language_once_a_launch():
         return launch(*arguments, **options)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+
+    core, look_up = interpreter.tl.core, interpreter._get_np_dtype
+    interpreter._get_np_dtype = _known(look_up, lambda dtype: dtype.name)
+    _make_alike(core.block_type, lambda dtype, shape: (dtype.name, *(getattr(size, "value", size) for size in shape)))
+    _make_alike(core.tensor, lambda handle, dtype: dtype.name, handle=0)
+
+
+def _known(function, key_of):
+    known = {}
+
+    def answer(argument):
+        key = key_of(argument)
+        if key not in known:
+            known[key] = function(argument)
+        return known[key]
+
+    return answer
+
+
+def _make_alike(kind, key_of, **own):
+    """New objects have the attributes of the first one with the same key, but for their own: these arguments."""
+    make, known = kind.__init__, {}
+
+    def init(self, *arguments):
+        key = key_of(*arguments)
+        if key not in known:
+            make(self, *arguments)
+            known[key] = vars(self).copy()
+        vars(self).update(known[key], **{name: arguments[place] for name, place in own.items()})
+
+    kind.__init__ = init
 
 
 @pytest.fixture(params=BACKENDS)

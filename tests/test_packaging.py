@@ -116,9 +116,9 @@ def native_files(wheel):
 
 
 @needs_compiler
-def test_an_isolated_build_of_the_real_sources(tmp_path):
-    """As `pip install .` does it, in an environment without torch; unoptimised and without CUDA, to be quick."""
-    wheel = Project(tmp_path).wheel(FASTPCGRAD_BUILD="cpu", CXXFLAGS="-O0")
+def test_an_isolated_build(project, tmp_path):
+    """As `pip install .` does it, in an environment without torch. `test_wheel` builds the real sources."""
+    wheel = project.wheel(FASTPCGRAD_BUILD="cpu")
     assert re.fullmatch(rf"fastpcgrad-{re.escape(_version.__version__)}-py3-none-(?!any)\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

@@ -1,5 +1,6 @@
 // What lies between the two passes over J: the sum of the partial Gram matrices, rows that fp32 could not hold, the
-// T x T solve. A grid of any size does it; what a warp takes depends on nothing but its number.
+// T x T solve. A grid of any size does it; what a warp takes depends on nothing but its number. `grid.h`: one after the
+// other.
 #pragma once
 
 #include "../fp32_range.h"
@@ -110,33 +111,6 @@ __device__ inline void merge_weights(const SolveJob& job) {
   for (int64_t k = block_index() * kThreads + thread_index(); k < job.problems * tasks; k += blocks() * kThreads) {
     job.weights[k] = merged_weight(job.coefficients + k / tasks * tasks * tasks, tasks, k % tasks, job.scale);
   }
-}
-
-// Does flagged rows again and sums their problems anew, by all blocks.
-template <class Row, class J>
-__device__ FPG_RARE void redo_flagged(const GramJob<J>& job) {
-  for (int64_t item = block_index(); item < job.plan.items; item += blocks()) rescue<Row>(job, item);
-  sync_grid();
-  reduce(job, true);
-  sync_grid();
-}
-
-// From partial Gram matrices to G, by all blocks of a cooperative launch. At the end G is visible to all.
-template <class Row, class J>
-__device__ inline void finish_gram(const GramJob<J>& job) {
-  reduce(job, false);
-  sync_grid();
-  if constexpr (!kIsDouble<Row>) {
-    if (job.guarded && any_flag(job.flags, job.rows.problems * job.rows.tasks)) redo_flagged<Row>(job);
-  }
-}
-
-// From G to C and, if asked, to the weights, by all blocks.
-__device__ inline void finish_solve(const SolveJob& job) {
-  solve(job);
-  if (job.weights == nullptr) return;
-  sync_grid();
-  merge_weights(job);
 }
 
 constexpr int solve_bytes(int64_t tasks) { return kWarps * static_cast<int>(tasks * sizeof(double)); }

@@ -1,6 +1,7 @@
 // gram: partial Gram matrices, then their sum with whatever fp32 could not hold done again, in a launch of its own.
 #include "blocks.h"
 #include "gram_tensor.h"
+#include "grid.h"
 #include "launch.h"
 
 namespace fpg {

@@ -3,6 +3,7 @@
 // between them.
 #include "blocks.h"
 #include "gram_tensor.h"
+#include "grid.h"
 #include "launch.h"
 
 namespace fpg {

@@ -14,7 +14,6 @@ enum class Product { kTf32, kHalf, kBFloat };
 #include FPG_EMULATION
 #else
 
-#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 namespace fpg {
@@ -34,7 +33,6 @@ __device__ inline void sync_warp() { __syncwarp(); }
 __device__ inline void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
 }
-__device__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
 __device__ inline double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // The pointer of an address in the device's memory: a compiler that knows this loads without asking where.

@@ -5,7 +5,8 @@ import random
 
 import pytest
 import torch
-import torch._dynamo  # which compiling would otherwise import in each rank
+import torch._dynamo.backends.debugging  # which compiling would otherwise import in each rank
+import torch._functorch.aot_autograd
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import replicate
