@@ -330,6 +330,15 @@ def a_module_that_takes_the_place_of_another_is_seen():
 
 
 @scenario
+def features_are_looked_behind_where_only_some_of_them_were_before():
+    x, (before, others, averaged) = own_batch()[0], (Net().trunk for _ in range(3))
+    averaged = DistributedDataParallel(averaged)
+    assert processes.groups_behind([before(x)], "local") == []
+    for features in ([averaged(x)], [others(x), averaged(x)], [x.clone().requires_grad_() * 2, averaged(x)]):
+        assert processes.groups_behind([before(x), *features], "auto") == [dist.group.WORLD]
+
+
+@scenario
 def who_holds_a_parameter_is_looked_up_once():
     net = Net()
     wrapped = DistributedDataParallel(net)
