@@ -34,9 +34,9 @@ SOLVERS = {
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
-def rows(grads: Tensor, segments: Tensor | None) -> tuple[int, int, int, int, int, int | None, int]:
+def rows(grads: Tensor, segments: Tensor | None) -> tuple[int, int, int, int, int, int, int]:
     tasks, width = grads.shape
-    pointer, count = (None, 1) if segments is None else (segments.data_ptr(), segments.shape[0] - 1)
+    pointer, count = (0, 1) if segments is None else (segments.data_ptr(), segments.shape[0] - 1)
     return grads.data_ptr(), tasks, width, grads.stride(0), DTYPES[grads.dtype], pointer, count
 
 

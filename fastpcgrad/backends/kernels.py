@@ -19,7 +19,7 @@ from .. import _modes, variants
 from .._blocks import Blocks, first_of
 from .._checks import check_apart, check_out
 from .._memory import prefer_huge_pages
-from .._ops import LIBRARY, Later, checked, op_named, refuse_capture, to_device
+from .._ops import LIBRARY, SCHEMAS, Later, checked, op_named, refuse_capture, to_device
 from ..variants import Generator, Guards, Variant
 from . import cpu, eager, for_tasks, forced, select, select_for, shapes
 from .protocol import BlockFunctions
@@ -38,16 +38,23 @@ def _op(name: str, kernel: Callable[P, R], unwatched: Callable[P, R] | None = No
         what calls one of them or the op.
     """
     op, own = op_named(name), unwatched or kernel
+    is_ordered = "Tensor order" in SCHEMAS[name]
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, checked(name, kernel), key)
 
     def call(*arguments: P.args, **named: P.kwargs) -> R:
         if torch.compiler.is_compiling() or _modes.is_watched(arguments):
-            result: R = op(*arguments, **named)
+            together = _with_order(*arguments) if is_ordered else arguments
+            result: R = op(*together, **named)
             return result
         return own(*arguments, **named)
 
     return call
+
+
+def _with_order(first: Any, order: Any, *others: Any) -> tuple[Any, ...]:
+    """The arguments of an op, which may have an order from the host's memory (``orders``): all on one device."""
+    return first, to_device(order, first.device, constant=True), *others
 
 
 def _mark_written(tensor: Tensor) -> None:
@@ -257,11 +264,11 @@ def gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tens
 def orders(
     variant: Variant, tasks: int, count: int | None, generator: Generator | None, device: torch.device
 ) -> Tensor:
-    """The orders that a variant draws, on ``device``; RuntimeError, before one is drawn, while a graph is captured."""
+    """The orders that a variant draws for tensors on ``device``; RuntimeError, before one is drawn, while a graph is
+    captured. They lie in the host's memory, from where the functions here take them."""
     if variant.draws and not torch.compiler.is_compiling():
         refuse_capture(device)
-    drawn = variant.draw_orders(tasks, count, generator, permutations)
-    return drawn if device.type == "cpu" else to_device(drawn, device, constant=not variant.draws)
+    return variant.draw_orders(tasks, count, generator, permutations)
 
 
 def permutations(count: int, size: int, generator: torch.Generator | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ... import _ops
 from ...variants import Guards
 from .. import abi
 from . import kernels
@@ -125,7 +126,7 @@ def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
 
 def pcgrad_coefficients(gram: Tensor, order: Tensor, guards: Guards) -> Tensor:
     """C of the sequential projections, from G ``[T, T]`` or ``[S, T, T]``; one order for all problems, or one each."""
-    gram, order = gram.contiguous(), order.contiguous()
+    gram, order = gram.contiguous(), _ops.to_device(order, gram.device, constant=True).contiguous()
     tasks = gram.shape[-1]
     coefficients = torch.empty_like(gram)
     problems = 1 if gram.dim() == 2 else gram.shape[0]
