@@ -10,9 +10,8 @@ import ctypes
 import struct
 from array import array
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,16 +109,8 @@ def _text(status: int) -> str:
 
 def _index(device: torch.device) -> int | None:
     """A CUDA device's number; None for the CPU, as the tests run these functions on an emulation."""
-    index = cast("int | None", device.index)
+    index: int | None = device.index
     return torch.cuda.current_device() if index is None and device.type == "cuda" else index
-
-
-_HERE = nullcontext()
-
-
-def _on(index: int | None) -> AbstractContextManager[Any]:
-    # The library launches on the current device, which need not be the tensors'; to change to the same one is a cost.
-    return _HERE if index is None or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def _stream(index: int | None) -> int:
@@ -127,9 +118,13 @@ def _stream(index: int | None) -> int:
 
 
 def _call(name: str, device: torch.device, *arguments: object) -> None:
-    index = _index(device)
-    with _on(index):
-        status = _entry(name)(*arguments, _stream(index))
+    entry, index = getattr(_library, name), _index(device)
+    # The library launches on the current device, which need not be the tensors'; to change to the same one is a cost.
+    if index is None or index == torch.cuda.current_device():
+        status = entry(*arguments, _stream(index))
+    else:
+        with torch.cuda.device(index):
+            status = entry(*arguments, _stream(index))
     if status:
         raise _ERRORS.get(status, RuntimeError)(f"{name}: {_text(status)} (status {status})")
 
@@ -236,30 +231,8 @@ def pcgrad(
     guards: Guards,
     scale: float,
     segments: Tensor | None,
-    out: Tensor,
-    figures: bool = True,
-) -> tuple[Tensor, ...]:
-    return _pcgrad(grads, order, guards, scale, segments, out, figures)
-
-
-def pcgrad_(
-    grads: Tensor,
-    order: Tensor,
-    guards: Guards,
-    segments: Tensor | None,
-    figures: bool = True,
-) -> tuple[Tensor, ...]:
-    return _pcgrad(grads, order, guards, 1.0, segments, None, figures)[:2]
-
-
-def _pcgrad(
-    grads: Tensor,
-    order: Tensor,
-    guards: Guards,
-    scale: float,
-    segments: Tensor | None,
     out: Tensor | None,
-    figures: bool,
+    figures: bool = True,
 ) -> tuple[Tensor, ...]:
     """G, C and w; without ``out`` the rows are mixed in place and w is not written."""
     segments, device = abi.dense(segments), grads.device
@@ -281,6 +254,16 @@ def _pcgrad(
     )
     _call("fpg_cuda_pcgrad", device, call)
     return found
+
+
+def pcgrad_(
+    grads: Tensor,
+    order: Tensor,
+    guards: Guards,
+    segments: Tensor | None,
+    figures: bool = True,
+) -> tuple[Tensor, ...]:
+    return pcgrad(grads, order, guards, 1.0, segments, None, figures)[:2]
 
 
 def gram_blocks(blocks: Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
