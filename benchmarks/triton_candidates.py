@@ -36,7 +36,7 @@ DROPPED: dict[Key, frozenset[Sizes]] = {
     ("gram_tiles", 64, 2): frozenset({Sizes(64, 8, 3), Sizes(64, 8, 4)}),
     ("gram_tiles", 64, 4): frozenset({Sizes(16, 8, 4), Sizes(32, 4, 4), Sizes(32, 8, 3), Sizes(32, 8, 4)}),
     ("mix_rows", 16, 2): frozenset({Sizes(2048, 4, 1)}),
-    ("mix_tiles", 64, 2): frozenset({Sizes(128, 4, 1)}),
+    ("mix_tiles", 64, 2): frozenset({Sizes(128, 4, 3)}),
 }
 """What spills registers on sm_90, or takes more shared memory than every GPU has, as
 ``python -m tests.backends.triton.compile_ahead --candidates`` finds."""
@@ -89,7 +89,7 @@ def _around(kernel: Any, tasks: int, dtype: torch.dtype) -> Iterator[Sizes]:
             _SMALLEST_TILE if kernel is kernels.mix_tiles else 32 * warps * 16 // dtype.itemsize
         )  # 16 bytes a thread
         if columns >= least:
-            for stages in (1, 3) if kernel is kernels.gram_rows else (1,):
+            for stages in (1, 3) if kernel is kernels.gram_rows else (rule.stages,):
                 yield Sizes(columns, warps, stages)
 
 

@@ -133,7 +133,10 @@ def _sizes_by_rule(kernel: Any, tasks: int, dtype: torch.dtype) -> Sizes:
         columns = _TILE_BYTES // (_rows_of_tile(tasks) * dtype.itemsize)
         return Sizes(columns, _WARPS, 4 if dtype.itemsize == 2 else 3)
     if kernel is kernels.mix_tiles:
-        return Sizes(max(16, 4096 // power_of_two_from(tasks)), _WARPS)
+        pad = power_of_two_from(tasks)
+        if pad == 256 and dtype != torch.float64:  # of fewer columns at a time each warp would have all, and spill
+            return Sizes(32, 8, 2)
+        return Sizes(max(16, 4096 // pad), _WARPS, 3)
     return Sizes(_columns_a_block(tasks, dtype), _WARPS)
 
 
@@ -184,7 +187,9 @@ def rescue_choice(tasks: int, unit: int, segmented: bool, block: int) -> Choice:
 def reduce_choice(tasks: int, segmented: bool, block: int, guard: bool, again: bool, listed: bool = False) -> Choice:
     """The kernel that adds the partial Grams; ``listed``: whose items are those of blocks."""
     sizes = {"BLOCK": block, "ENTRIES": 4, "DEPTH": 256, "GUARD": guard, "AGAIN": again, "LISTED": listed}
-    return Choice(kernels.gram_reduce, {"T": tasks, "SEGMENTED": segmented} | sizes)
+    # Of more tasks the assembler would spill for the sake of more threads.
+    registers = _REGISTERS if tasks > 128 else None
+    return Choice(kernels.gram_reduce, {"T": tasks, "SEGMENTED": segmented} | sizes, registers=registers)
 
 
 @cache
@@ -227,13 +232,14 @@ def mix_choice(tasks: int, dtype: torch.dtype, unit: int, segmented: bool) -> Ch
 
 @cache
 def _mix_choice(kernel: Any, tasks: int, dtype: torch.dtype, unit: int, segmented: bool, sizes: Sizes) -> Choice:
-    common, (columns, warps, _) = {"T": tasks, "UNIT": unit, "SEGMENTED": segmented}, sizes
+    common, (columns, warps, stages) = {"T": tasks, "UNIT": unit, "SEGMENTED": segmented}, sizes
     if kernel is kernels.mix_rows:
         held = {"PAD": power_of_two_from(tasks * tasks), "BLOCK": columns, "ACC": _accumulator(dtype)}
         return Choice(kernel, common | held, warps)
     pad = power_of_two_from(tasks)
-    # C's rows by 16 where they are long: shared memory holds them thrice.
-    tiles = {"PAD": pad, "BLOCK": columns, "ROWS": 32 if pad <= 64 else 16, "PRECISION": _FP32_PRECISION}
+    # C's rows by 16 where they are long: shared memory holds so many as there are stages.
+    held = {"PAD": pad, "BLOCK": columns, "ROWS": 32 if pad <= 64 else 16}
+    tiles = held | {"PRECISION": _FP32_PRECISION, "STAGES": stages}
     return Choice(kernel, common | tiles, warps)
 
 

@@ -187,7 +187,7 @@ def use_cache(folder: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tasks", default="2,3,6,8,12,16,32,64")
+    parser.add_argument("--tasks", default="2,3,6,8,12,16,32,64,128,256")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--archs", default="80,90,100")
     parser.add_argument("--candidates", action="store_true")

@@ -33,6 +33,7 @@ SHAPES = [
     *[(tasks, 1000, dtype) for tasks in (1, 2, 3, 8) for dtype in (FP16, BF16, FP32, FP64)],
     *[(17, width, dtype) for width, dtype in ((300, BF16), (200, FP32), (129, FP64), (63, FP16))],
     *[(33, width, dtype) for width, dtype in ((63, BF16), (1, FP32))],
+    (130, 70, FP32),
     *[(tasks, width, FP32) for tasks in (1, 2, 3, 12, 13) for width in (1, 63)],
     *[(2, 5003, BF16), (8, 5003, FP32)],
 ]
