@@ -33,7 +33,6 @@ SHAPES = [
     *[(tasks, 1000, dtype) for tasks in (1, 2, 3, 8) for dtype in (FP16, BF16, FP32, FP64)],
     *[(17, width, dtype) for width, dtype in ((300, BF16), (200, FP32), (129, FP64), (63, FP16))],
     *[(33, width, dtype) for width, dtype in ((63, BF16), (1, FP32))],
-    (130, 70, FP32),
     *[(tasks, width, FP32) for tasks in (1, 2, 3, 12, 13) for width in (1, 63)],
     *[(2, 5003, BF16), (8, 5003, FP32)],
 ]
@@ -88,6 +87,14 @@ def test_segments(tasks: int, dtype: torch.dtype, offset: int, apart: int) -> No
         check_gram(gram[s], part)
         check_rows(out[columns], reference.combine(part, weights[s]), weights[s], part)
         check_rows(grads[:, columns], reference.mix(part, coefficients[s]), coefficients[s], part)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_mix_of_many_tasks(dtype: torch.dtype) -> None:
+    grads, coefficients = random_rows(130, 70, dtype), random_weights(130, 130)
+    expected, before = reference.mix(grads, coefficients), grads.clone()
+    backend.mix_(grads, coefficients, None)
+    check_rows(grads, expected, coefficients, before)
 
 
 def test_more_segments_than_blocks() -> None:
