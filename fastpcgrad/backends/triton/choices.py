@@ -73,6 +73,11 @@ class Choice:
         if isinstance(found, CompiledKernel):
             self._compiled[looks] = found, tuple(self.constants[name] for name in self.kernel.arg_names[len(args) :])
 
+    @property
+    def compiled(self) -> list[Any]:
+        """What Triton compiled of it, one for each device and looks of the arguments."""
+        return [compiled for compiled, _ in self._compiled.values()]
+
     def _find(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> Any:
         return self.kernel[grid](*args, **self.constants, num_warps=self.warps, maxnreg=self.registers)
 
