@@ -78,7 +78,7 @@ def table(rows: Sequence[Sequence[int]]) -> bytes:
 
 
 def places(tensors: Sequence[Tensor | None]) -> bytes:
-    return table([[0 if tensor is None else tensor.data_ptr() for tensor in tensors]])
+    return struct.pack(f"{len(tensors)}P", *[0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
 def indices(values: Sequence[int] | None) -> array[int] | None:
