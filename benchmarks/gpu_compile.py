@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastpcgrad import backends, variants
 from fastpcgrad._blocks import Blocks, addresses
@@ -33,9 +34,13 @@ def compile_kernels(tasks: int, dtype: torch.dtype, device: str) -> None:
     triton.mix_(grads, torch.eye(tasks, dtype=torch.float64, device=device), None)
     out = grads.new_empty(WIDTH)
     triton.pcgrad(grads, order, Guards(), 1.0, None, out)
+    triton.pcgrad_blocks(one_block(grads), order, Guards(), 1.0, [out])
+
+
+def one_block(grads: Tensor) -> Blocks:
+    """Packed rows as a block."""
     rows = [[row] for row in grads]
-    blocks = Blocks(rows, list(map(addresses, rows)), array("q", [WIDTH]), dtype, grads.device)
-    triton.pcgrad_blocks(blocks, order, Guards(), 1.0, [out])
+    return Blocks(rows, list(map(addresses, rows)), array("q", [grads.shape[1]]), grads.dtype, grads.device)
 
 
 def compile_all(shapes: Sequence[tuple[int, torch.dtype]], device: str) -> None:

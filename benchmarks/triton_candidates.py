@@ -28,18 +28,8 @@ _CHOICES: dict[Op, Callable[..., choices.Choice]] = {
 }
 _SMALLEST_TILE = 16
 
-DROPPED: dict[Key, frozenset[Sizes]] = {
-    ("gram_rows", 2, 2): frozenset({Sizes(8192, 8, 1)}),
-    ("gram_rows", 2, 4): frozenset({Sizes(1024, 8, 1)}),
-    ("gram_rows", 16, 4): frozenset({Sizes(1024, 4, 1), Sizes(1024, 4, 3)}),
-    ("gram_tiles", 16, 2): frozenset({Sizes(64, 4, 3), Sizes(64, 4, 4), Sizes(64, 8, 3), Sizes(64, 8, 4)}),
-    ("gram_tiles", 64, 2): frozenset({Sizes(64, 8, 3), Sizes(64, 8, 4)}),
-    ("gram_tiles", 64, 4): frozenset({Sizes(16, 8, 4), Sizes(32, 4, 4), Sizes(32, 8, 3), Sizes(32, 8, 4)}),
-    ("mix_rows", 16, 2): frozenset({Sizes(2048, 4, 1)}),
-    ("mix_tiles", 64, 2): frozenset({Sizes(128, 4, 1)}),
-}
-"""What spills registers on sm_90, or takes more shared memory than every GPU has, as
-``python -m tests.backends.triton.compile_ahead --candidates`` finds."""
+LEAST_SHARED = 99 << 10
+"""Bytes of shared memory that a program may have on every GPU since sm_80; sizes are the same on all."""
 
 
 class Tuned(NamedTuple):
@@ -65,7 +55,13 @@ class Tuned(NamedTuple):
     def candidates(self) -> list[Sizes]:
         """Those in force first."""
         found = self.sizes, *_around(self.choice.kernel, self.tasks, self.dtype)
-        return [sizes for sizes in dict.fromkeys(found) if sizes not in DROPPED.get(self.key, ())]
+        return list(dict.fromkeys(found))
+
+    def kernels(self, sizes: Sizes) -> list[choices.Choice]:
+        """With these sizes, for aligned rows: of packed ones, and of blocks where there is such a kernel."""
+        with sized(self.key, sizes):
+            choice = self.choice
+        return [choice] if self.op == "mix_" else [choice, choices.of_blocks(choice, self.dtype)]
 
 
 def all_tuned() -> Iterator[Tuned]:
@@ -74,6 +70,16 @@ def all_tuned() -> Iterator[Tuned]:
         yield Tuned(op, tasks, dtype)
         if (op, tasks, dtype) == ("gram", 8, torch.float32):
             yield Tuned("gram", 12, dtype)  # the most rows that this kernel has in fp32
+
+
+def fault(kernel: choices.Choice) -> str:
+    """Why a kernel is not to be taken as it was compiled for the GPU at hand; empty where nothing speaks against it."""
+    for compiled in kernel.compiled:
+        if compiled.n_spills:
+            return f"spills registers: {compiled.n_spills}"
+        if compiled.metadata.shared > LEAST_SHARED:
+            return f"{compiled.metadata.shared} bytes of shared memory: more than some GPUs have"
+    return ""
 
 
 def _around(kernel: Any, tasks: int, dtype: torch.dtype) -> Iterator[Sizes]:
@@ -89,7 +95,7 @@ def _around(kernel: Any, tasks: int, dtype: torch.dtype) -> Iterator[Sizes]:
             _SMALLEST_TILE if kernel is kernels.mix_tiles else 32 * warps * 16 // dtype.itemsize
         )  # 16 bytes a thread
         if columns >= least:
-            for stages in (1, 3) if kernel is kernels.gram_rows else (1,):
+            for stages in (1, 3) if kernel is kernels.gram_rows else (rule.stages,):
                 yield Sizes(columns, warps, stages)
 
 

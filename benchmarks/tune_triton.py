@@ -24,8 +24,9 @@ from benchmarks.kernels import Contender
 from benchmarks.rows import LIBRARY, ROOT
 from benchmarks.session import Run
 from benchmarks.timing import Phases, Plan, in_turn, ratios, replays_of, with_times
-from benchmarks.triton_candidates import Tuned, sized
+from benchmarks.triton_candidates import Tuned, fault, sized
 from fastpcgrad import backends
+from fastpcgrad.backends import triton
 from fastpcgrad.backends.triton import tuned
 from fastpcgrad.backends.triton.tuned import Key, Sizes
 
@@ -40,10 +41,21 @@ CHECKED_WIDTH = 20_003
 
 
 def compile_candidates(each: Tuned, device: str) -> None:
-    """Those of one kernel, by small calls."""
+    """Those of one kernel."""
     for sizes in each.candidates():
-        with sized(each.key, sizes), backends.forcing("triton"):
-            kernels.LIBRARY_OPS[each.op](kernels.inputs(new_rows(each, gpu_compile.WIDTH, device)))()
+        compile_one(each, sizes, device)
+
+
+def compile_one(each: Tuned, sizes: Sizes, device: str) -> None:
+    """By small calls, on packed rows and on blocks."""
+    rows = new_rows(each, gpu_compile.WIDTH, device)
+    x = kernels.inputs(rows)
+    with sized(each.key, sizes), backends.forcing("triton"):
+        kernels.LIBRARY_OPS[each.op](x)()
+        if each.op == "gram":
+            triton.gram_blocks(gpu_compile.one_block(rows), None, 1)
+        elif each.op == "combine":
+            triton.combine_blocks(gpu_compile.one_block(rows), x.weights[None], None, [x.out])
 
 
 def new_rows(each: Tuned, width: int, device: str) -> Tensor:
@@ -53,12 +65,17 @@ def new_rows(each: Tuned, width: int, device: str) -> Tensor:
 
 
 def objection(each: Tuned, sizes: Sizes, device: str) -> str:
-    """Why these sizes cannot be taken; empty where the numbers are right."""
+    """Why these sizes cannot be taken; empty where the numbers are right and the kernels compiled as they should be."""
     contender = Contender(LIBRARY, LIBRARY, "triton", kernels.LIBRARY_OPS[each.op])
     tolerance = check.TOLERANCE["float32" if each.op == "gram" else name_of(each.dtype)]
     make = partial(new_rows, each, CHECKED_WIDTH, device)
-    with sized(each.key, sizes), backends.forcing("triton"):
-        return check.objection(lambda: check.error_on(contender, each.op, make) / tolerance)
+
+    def error() -> float:
+        compile_one(each, sizes, device)
+        with sized(each.key, sizes), backends.forcing("triton"):
+            return check.error_on(contender, each.op, make) / tolerance
+
+    return check.objection(error) or next(filter(None, map(fault, each.kernels(sizes))), "")
 
 
 def name_of(dtype: torch.dtype) -> str:

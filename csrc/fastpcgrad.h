@@ -17,7 +17,7 @@
 
 #include <stdint.h>
 
-#define FPG_ABI_VERSION 6
+#define FPG_ABI_VERSION 7
 #define FPG_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -163,25 +163,42 @@ FPG_EXPORT int64_t fpg_cuda_workspace(int64_t tasks, int64_t width, int64_t segm
 /* As the entry points of the CPU library. */
 FPG_EXPORT int fpg_cuda_gram(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
                              const int64_t* offsets, int64_t segments, double* gram, void* workspace, void* stream);
-FPG_EXPORT int fpg_cuda_pcgrad_coefficients(const double* gram, int64_t tasks, int64_t segments, const int64_t* order,
-                                            int order_per_segment, int self_projection, double eps,
-                                            double min_squared_norm, double* coefficients, void* stream);
 FPG_EXPORT int fpg_cuda_combine(const void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
                                 const int64_t* offsets, int64_t segments, const double* weights, void* out,
                                 void* stream);
 FPG_EXPORT int fpg_cuda_mix(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
                             const int64_t* offsets, int64_t segments, const double* coefficients, void* stream);
 
+/* Where PCGrad's order lies: one for all segments or one each, in the device's memory; or one for all, of at most 16
+ * tasks, in the host's. That is done with when the call returns, and a captured call replays it. */
+typedef enum { FPG_ORDER_FOR_ALL = 0, FPG_ORDER_PER_SEGMENT = 1, FPG_ORDER_ON_HOST = 2 } fpg_order;
+
+/* As the entry point of the CPU library. */
+FPG_EXPORT int fpg_cuda_pcgrad_coefficients(const double* gram, int64_t tasks, int64_t segments, const int64_t* order,
+                                            int order_kind, int self_projection, double eps, double min_squared_norm,
+                                            double* coefficients, void* stream);
+
 /* How pcgrad runs: by the size of J, as one cooperative launch, or as one launch for each pass and one between them.
  * The results are the same to the bit. Null `weights` replace J by C J instead; `out` is not used then, and above 8
  * rows there are several launches always. */
 typedef enum { FPG_AUTOMATIC = 0, FPG_ONE_LAUNCH = 1, FPG_SEVERAL_LAUNCHES = 2 } fpg_launches;
 
-FPG_EXPORT int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype,
-                               const int64_t* offsets, int64_t segments, const int64_t* order, int order_per_segment,
-                               int self_projection, double eps, double min_squared_norm, double scale, double* gram,
-                               double* coefficients, double* weights, void* out, void* workspace, int launches,
-                               void* stream);
+/* The arguments in one piece of memory: where J is small, the caller takes longer to pass each than the device to do
+ * the work. `order_kind` is a fpg_order, `launches` a fpg_launches. */
+typedef struct {
+  void* grads;
+  int64_t tasks, width, row_stride, dtype;
+  const int64_t* offsets;
+  int64_t segments;
+  const int64_t* order;
+  int64_t order_kind, self_projection;
+  double eps, min_squared_norm, scale;
+  double *gram, *coefficients, *weights;
+  void *out, *workspace;
+  int64_t launches;
+} fpg_cuda_surgery;
+
+FPG_EXPORT int fpg_cuda_pcgrad(const fpg_cuda_surgery* call, void* stream);
 
 /* As the entry point of the CPU library; `parameters` lie in the host's memory. Bytes of `workspace`, aligned to 8,
  * come from fpg_cuda_method_workspace, which is negative for an unknown solver. */
@@ -210,7 +227,7 @@ FPG_EXPORT int fpg_cuda_combine_blocks(const void* const* rows, const int64_t* w
                                        int dtype, const int64_t* weights_of, int64_t count, const double* weights,
                                        void* const* out, void* workspace, void* stream);
 FPG_EXPORT int fpg_cuda_pcgrad_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks,
-                                      int dtype, const int64_t* order, int self_projection, double eps,
+                                      int dtype, const int64_t* order, int order_kind, int self_projection, double eps,
                                       double min_squared_norm, double scale, double* gram, double* coefficients,
                                       double* weights, void* const* out, void* workspace, void* stream);
 

@@ -61,10 +61,11 @@ def check_rows(grads: Tensor) -> None:
         raise ValueError(f"grads must be dense; found layout {grads.layout}")
     if grads.dtype not in ROW_DTYPES:
         raise TypeError(f"grads must be float16, bfloat16, float32 or float64; found {grads.dtype}")
-    if grads.dim() != 2 or grads.shape[0] == 0:
-        raise ValueError(f"grads must be [T, N] with T >= 1 task gradients; found {list(grads.shape)}")
+    shape = grads.shape
+    if len(shape) != 2 or shape[0] == 0:
+        raise ValueError(f"grads must be [T, N] with T >= 1 task gradients; found {list(shape)}")
     # Under vmap the strides are of no consequence: what is batched is computed by torch.
-    if grads.shape[1] > 1 and grads.stride(1) != 1 and not transforms_active():
+    if shape[1] > 1 and grads.stride(1) != 1 and not transforms_active():
         raise ValueError(f"the rows of grads must be contiguous; found strides {grads.stride()}")
 
 

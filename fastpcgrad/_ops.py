@@ -90,6 +90,11 @@ def to_device(tensor: Tensor, device: torch.device, constant: bool = False) -> T
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
 
 
+def beside(order: Tensor, other: Tensor) -> Tensor:
+    """An order that may lie in the host's memory, on the device of ``other``; who drew it has looked for a capture."""
+    return order if order.device == other.device else to_device(order, other.device, constant=True)
+
+
 def refuse_capture(device: torch.device) -> None:
     """RuntimeError while a CUDA graph is captured: for what the host makes, and another one at each call."""
     if is_captured(device):

@@ -289,11 +289,12 @@ RELATIVES: dict[str, Variant] = {
     )
 }
 """Codes that differ from one of ``VARIANTS`` in their order, guard or scope alone."""
+_ALL = {**VARIANTS, **RELATIVES}
 
 
 def get(name: str) -> Variant:
     """The variant of that name; ValueError shows what was asked for and what there is."""
-    return named("variant", name, {**VARIANTS, **RELATIVES})
+    return named("variant", name, _ALL)
 
 
 def check_generator(generator: object) -> None:

@@ -93,7 +93,6 @@ DRAWN = [
 KEPT = [
     lambda J: fastpcgrad.pcgrad(J, variant="tensorflow"),
     lambda J: methods.PCGrad(order="fixed").weights(fastpcgrad.gram(J)),
-    lambda J: methods.PCGrad("tensorflow").projections(3, J.device),
     lambda J: methods.Constant([0.5, 0.25, 0.25]).weights(fastpcgrad.gram(J)),
     lambda J: fastpcgrad.gram(J, [0, 2, 5]),
 ]

@@ -88,25 +88,47 @@ __device__ inline void rescue(const GramJob<J>& job, int64_t item) {
   }
 }
 
-// One row of a problem's C by a warp; `gram` and `order` are the problem's. Shared memory for each warp: T doubles.
-__device__ inline void solve_row(const SolveJob& job, const double* gram, const int64_t* order, int64_t i,
+// An order of few tasks that lies in the host's memory travels with the launch: a copy would have to be page-locked,
+// kept and waited for by the device, and takes longer than the solve.
+constexpr int kMostTasksGiven = 16;
+struct OrderedJob : SolveJob {
+  bool given;  // `places` for all problems, in the place of `order`
+  uint8_t places[kMostTasksGiven * kMostTasksGiven];
+};
+
+// The order of a problem, or of a row from `first` on.
+struct Order {
+  const int64_t* order;
+  const uint8_t* places;  // null: `order`
+
+  __device__ int64_t operator[](int64_t k) const { return places == nullptr ? order[k] : places[k]; }
+  __device__ Order from(int64_t first) const { return {order + first, places == nullptr ? nullptr : places + first}; }
+};
+__device__ inline Order order_of(const OrderedJob& job, int64_t problem) {
+  return {job.order + (job.order_per_problem ? problem * job.tasks * job.tasks : 0), job.given ? job.places : nullptr};
+}
+
+// Row i of a problem's C by a warp; `gram` is the problem's, `order` the row's. Shared memory for each warp: T doubles.
+template <class Places>
+__device__ inline void solve_row(const OrderedJob& job, const double* gram, const Places& order, int64_t i,
                                  double* coefficients, double* dots) {
   const WarpGroup group = {thread_index() % 32};
   group.sync();  // the row before is done with `dots`
-  project_row(group, gram, order + i * job.tasks, job.tasks, i, job.projection, coefficients, dots);
+  project_row(group, gram, order, job.tasks, i, job.projection, coefficients, dots);
 }
 
-__device__ inline void solve(const SolveJob& job) {
+__device__ inline void solve(const OrderedJob& job) {
   const int64_t tasks = job.tasks, square = tasks * tasks;
   double* dots = reinterpret_cast<double*>(shared_memory()) + thread_index() / 32 * tasks;
   for (int64_t row = warp_of_grid(); row < job.problems * tasks; row += warps_of_grid()) {
     const int64_t s = row / tasks;
-    const int64_t* order = job.order + (job.order_per_problem ? s * square : 0);
-    solve_row(job, job.gram + s * square, order, row % tasks, job.coefficients + row * tasks, dots);
+    const int64_t i = row % tasks;
+    const Order order = order_of(job, s).from(i * tasks);
+    solve_row(job, job.gram + s * square, order, i, job.coefficients + row * tasks, dots);
   }
 }
 
-__device__ inline void merge_weights(const SolveJob& job) {
+__device__ inline void merge_weights(const OrderedJob& job) {
   const int64_t tasks = job.tasks;
   for (int64_t k = block_index() * kThreads + thread_index(); k < job.problems * tasks; k += blocks() * kThreads) {
     job.weights[k] = merged_weight(job.coefficients + k / tasks * tasks * tasks, tasks, k % tasks, job.scale);

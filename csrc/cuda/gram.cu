@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, blocks_for_tiles(G))
 template <class J>
 struct FinishJob {
   GramJob<J> gram;
-  SolveJob solve;  // without an order: none
+  OrderedJob solve;  // without an order: none
 };
 template <class Row, class J>
 __global__ void __launch_bounds__(kThreads, 2) finish_kernel(const __grid_constant__ FinishJob<J> job) {
@@ -81,7 +81,7 @@ template int start_gram(const Device&, GramJob<Rows>, int, void*);
 template int start_gram(const Device&, GramJob<BlockRows>, int, void*);
 
 template <class J>
-int start_finish(const Device& device, GramJob<J> job, const SolveJob& solve, int dtype, void* stream) {
+int start_finish(const Device& device, GramJob<J> job, const OrderedJob& solve, int dtype, void* stream) {
   const int64_t tasks = job.rows.tasks;
   return with_row_type(dtype, [&](auto type) {
     using Row = typename decltype(type)::type;
@@ -92,8 +92,8 @@ int start_finish(const Device& device, GramJob<J> job, const SolveJob& solve, in
     return run<finish_kernel<Row, J>>(device, most, shared_bytes, true, stream, FinishJob<J>{job, solve});
   });
 }
-template int start_finish(const Device&, GramJob<Rows>, const SolveJob&, int, void*);
-template int start_finish(const Device&, GramJob<BlockRows>, const SolveJob&, int, void*);
+template int start_finish(const Device&, GramJob<Rows>, const OrderedJob&, int, void*);
+template int start_finish(const Device&, GramJob<BlockRows>, const OrderedJob&, int, void*);
 
 }  // namespace fpg
 

@@ -36,7 +36,7 @@ __device__ inline void finish_gram(const GramJob<J>& job) {
 }
 
 // From G to C and, if asked, to the weights, by all blocks.
-__device__ inline void finish_solve(const SolveJob& job) {
+__device__ inline void finish_solve(const OrderedJob& job) {
   solve(job);
   if (job.weights == nullptr) return;
   sync_grid();

@@ -166,11 +166,24 @@ inline bool is_valid(int64_t tasks, int64_t width, int dtype, int64_t segments) 
   return tasks > 0 && tasks <= kLargestTasks && width >= 0 && dtype >= FPG_F32 && dtype <= FPG_F64 && segments > 0;
 }
 
+// Where a job's order lies; false where it cannot be. A number that is no task's stays none.
+inline bool take_order(OrderedJob& job, int64_t order_kind) {
+  job.order_per_problem = order_kind == FPG_ORDER_PER_SEGMENT;
+  job.given = order_kind == FPG_ORDER_ON_HOST;
+  if (!job.given) return true;
+  if (job.tasks > kMostTasksGiven) return false;
+  for (int64_t k = 0; k < job.tasks * job.tasks; ++k) {
+    const int64_t j = job.order[k];
+    job.places[k] = static_cast<uint8_t>(j < 0 || j >= job.tasks ? kMostTasksGiven : j);
+  }
+  return true;
+}
+
 // Each of the passes, for Rows and for BlockRows; a cudaError_t. Kernels of an op lie in the file of its name.
 template <class J>
 int start_gram(const Device& device, GramJob<J> job, int dtype, void* stream);
 template <class J>
-int start_finish(const Device& device, GramJob<J> job, const SolveJob& solve, int dtype, void* stream);
+int start_finish(const Device& device, GramJob<J> job, const OrderedJob& solve, int dtype, void* stream);
 template <class J>
 int start_combine(const Device& device, CombineJob<J> job, int dtype, void* stream);
 int start_mix(const Device& device, const MixJob& job, int dtype, void* stream);

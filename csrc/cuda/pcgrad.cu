@@ -10,7 +10,7 @@ namespace fpg {
 
 struct PcgradJob {
   GramJob<Rows> gram;
-  SolveJob solve;
+  OrderedJob solve;
   Plan plan;      // of the second pass
   bool in_place;  // J <- C J; no weights and no out
 };
@@ -43,24 +43,25 @@ __device__ inline RingOf<R> own_ring() {
 }
 
 // Copies G and the order; whether a row of G was out of range.
-__device__ inline bool take_problem(const SolveJob& job, Problem& problem) {
+__device__ inline bool take_problem(const OrderedJob& job, Problem& problem) {
   const int64_t tasks = job.tasks;
+  const Order order = order_of(job, 0);
   bool flagged = false;
   for (int64_t k = thread_index(); k < tasks * tasks; k += kThreads) {
     const double product = job.gram[k];
     problem.gram[k] = product;
-    problem.order[k] = job.order[k];
+    problem.order[k] = order[k];
     flagged = flagged || (k % (tasks + 1) == 0 && flag_of(product) != kRight);
   }
   return any_in_block(flagged);
 }
 
 // One problem's C and weights by each block for itself, which costs less than to wait for another's.
-__device__ inline void solve_alone(const SolveJob& job, Problem& problem, Solved& solved) {
+__device__ inline void solve_alone(const OrderedJob& job, Problem& problem, Solved& solved) {
   const int64_t tasks = job.tasks;
   double* dots = problem.dots + thread_index() / 32 * tasks;
   for (int64_t i = thread_index() / 32; i < tasks; i += kWarps) {
-    solve_row(job, problem.gram, problem.order, i, solved.coefficients + i * tasks, dots);
+    solve_row(job, problem.gram, problem.order + i * tasks, i, solved.coefficients + i * tasks, dots);
   }
   sync_block();
   for (int64_t k = thread_index(); k < tasks; k += kThreads) {
@@ -207,33 +208,37 @@ int64_t one_launch_bytes(const Device& device, int64_t tasks) {
 
 }  // namespace fpg
 
-int fpg_cuda_pcgrad(void* grads, int64_t tasks, int64_t width, int64_t row_stride, int dtype, const int64_t* offsets,
-                    int64_t segments, const int64_t* order, int order_per_segment, int self_projection, double eps,
-                    double min_squared_norm, double scale, double* gram, double* coefficients, double* weights,
-                    void* out, void* workspace, int launches, void* stream) {
-  if (!fpg::is_valid(tasks, width, dtype, segments)) return FPG_BAD_ARGUMENT;
-  const int64_t itemsize = fpg::itemsize_of(dtype);
-  const fpg::Rows rows = fpg::packed_rows(grads, tasks, width, row_stride, dtype, offsets, segments, out);
-  const fpg::SolveJob solve = {gram,  order,    order_per_segment != 0, {self_projection != 0, eps, min_squared_norm},
-                               tasks, segments, coefficients,           weights,
-                               scale};
+int fpg_cuda_pcgrad(const fpg_cuda_surgery* call, void* stream) {
+  const int64_t tasks = call->tasks;
+  const int dtype = static_cast<int>(call->dtype);
+  if (!fpg::is_valid(tasks, call->width, dtype, call->segments)) return FPG_BAD_ARGUMENT;
+  const fpg::Rows rows = fpg::packed_rows(call->grads, tasks, call->width, call->row_stride, dtype, call->offsets,
+                                          call->segments, call->out);
+  const fpg::Projection projection = {call->self_projection != 0, call->eps, call->min_squared_norm};
+  fpg::OrderedJob solve = {{call->gram, call->order, false, projection, tasks, call->segments, call->coefficients,
+                            call->weights, call->scale},
+                           false,
+                           {}};
+  if (!fpg::take_order(solve, call->order_kind)) return FPG_BAD_ARGUMENT;
   fpg::Device device = {};
   if (const int error = fpg::find_device(&device)) return fpg::status_of(error);
-  const fpg::PcgradJob job = {fpg::gram_job(rows, dtype, gram, workspace), solve, fpg::columns_plan_of(rows, itemsize),
-                              weights == nullptr};
-  const bool small = tasks * width * itemsize <= fpg::one_launch_bytes(device, tasks);
-  const bool can = weights != nullptr || tasks <= fpg::kMostRowsHeld;
-  const bool together = can && (launches == FPG_ONE_LAUNCH || (launches == FPG_AUTOMATIC && small));
+  const int64_t itemsize = fpg::itemsize_of(dtype);
+  const fpg::PcgradJob job = {fpg::gram_job(rows, dtype, call->gram, call->workspace), solve,
+                              fpg::columns_plan_of(rows, itemsize), call->weights == nullptr};
+  const bool small = tasks * call->width * itemsize <= fpg::one_launch_bytes(device, tasks);
+  const bool can = call->weights != nullptr || tasks <= fpg::kMostRowsHeld;
+  const bool together = can && (call->launches == FPG_ONE_LAUNCH || (call->launches == FPG_AUTOMATIC && small));
   return fpg::status_of(together ? fpg::start_together(device, job, dtype, stream)
                                  : fpg::start_apart(device, job, dtype, stream));
 }
 
 int fpg_cuda_pcgrad_blocks(const void* const* rows, const int64_t* widths, int64_t blocks, int64_t tasks, int dtype,
-                           const int64_t* order, int self_projection, double eps, double min_squared_norm, double scale,
-                           double* gram, double* coefficients, double* weights, void* const* out, void* workspace,
-                           void* stream) {
-  const fpg::SolveJob solve = {gram,         order,   false, {self_projection != 0, eps, min_squared_norm}, tasks, 1,
-                               coefficients, weights, scale};
+                           const int64_t* order, int order_kind, int self_projection, double eps,
+                           double min_squared_norm, double scale, double* gram, double* coefficients, double* weights,
+                           void* const* out, void* workspace, void* stream) {
+  const fpg::Projection projection = {self_projection != 0, eps, min_squared_norm};
+  fpg::OrderedJob solve = {{gram, order, false, projection, tasks, 1, coefficients, weights, scale}, false, {}};
+  if (!fpg::take_order(solve, order_kind)) return FPG_BAD_ARGUMENT;
   return fpg::with_blocks({rows, widths, blocks, tasks, dtype, nullptr, 1, out}, workspace, stream,
                           [&](const fpg::Device& device, const fpg::BlockRows& found, void* rest) {
                             const auto job = fpg::gram_job(found, dtype, gram, rest);

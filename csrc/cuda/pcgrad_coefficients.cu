@@ -4,17 +4,17 @@
 namespace fpg {
 
 // Two blocks a multiprocessor, by registers: for the sake of more some would be spilled.
-__global__ void __launch_bounds__(kThreads, 2) solve_kernel(const __grid_constant__ SolveJob job) { solve(job); }
+__global__ void __launch_bounds__(kThreads, 2) solve_kernel(const __grid_constant__ OrderedJob job) { solve(job); }
 
 }  // namespace fpg
 
 int fpg_cuda_pcgrad_coefficients(const double* gram, int64_t tasks, int64_t segments, const int64_t* order,
-                                 int order_per_segment, int self_projection, double eps, double min_squared_norm,
+                                 int order_kind, int self_projection, double eps, double min_squared_norm,
                                  double* coefficients, void* stream) {
   if (!fpg::is_valid(tasks, 0, FPG_F64, segments)) return FPG_BAD_ARGUMENT;
-  const fpg::SolveJob job = {gram,  order,    order_per_segment != 0, {self_projection != 0, eps, min_squared_norm},
-                             tasks, segments, coefficients,           nullptr,
-                             1.0};
+  const fpg::Projection projection = {self_projection != 0, eps, min_squared_norm};
+  fpg::OrderedJob job = {{gram, order, false, projection, tasks, segments, coefficients, nullptr, 1.0}, false, {}};
+  if (!fpg::take_order(job, order_kind)) return FPG_BAD_ARGUMENT;
   fpg::Device device = {};
   int error = fpg::find_device(&device);
   if (error == 0) {

@@ -31,11 +31,11 @@ FPG_HOST_DEVICE bool usable(double squared_norm, double min_squared_norm) {
   return squared_norm > min_squared_norm && squared_norm <= 1.7976931348623157e308;
 }
 
-// Row i of C, of the problem with this `gram`; `order` [T] is the row's. dots [T] holds v = C_i G throughout: v_j is
-// the test g_i' . g_j, and a projection on task j adds c G[j, :]. With hundreds of tasks a lane of a GPU has
-// several elements: the loops are not for_each.
-template <class Group>
-FPG_HOST_DEVICE void project_row(const Group& group, const double* gram, const int64_t* order, int64_t tasks, int64_t i,
+// Row i of C, of the problem with this `gram`; order[0] to order[T - 1] are the row's. dots [T] holds v = C_i G
+// throughout: v_j is the test g_i' . g_j, and a projection on task j adds c G[j, :]. With hundreds of tasks a lane of a
+// GPU has several elements: the loops are not for_each.
+template <class Group, class Order>
+FPG_HOST_DEVICE void project_row(const Group& group, const double* gram, const Order& order, int64_t tasks, int64_t i,
                                  Projection projection, double* coefficients, double* dots) {
   for (int64_t k = group.lane; k < tasks; k += group.lanes) {
     coefficients[k] = k == i ? 1.0 : 0.0;

@@ -111,14 +111,17 @@ def _choose(forced: str | None, device_type: str) -> Backend:
 
 def select_for(op: str, grads: Tensor) -> Backend:
     """The backend for an op on packed rows: as ``select``, but Triton's where that was measured to be faster."""
-    if grads.is_cpu:  # to ask for the device's name takes longer
-        return for_tasks(select("cpu"), grads.shape[0])
-    module = for_tasks(select(grads.device.type), grads.shape[0])
+    module = for_tasks(select_by(grads), grads.shape[0])
     if not grads.is_cuda or grads.nbytes < crossovers.LEAST_NBYTES or not _is_automatic(module):
         return module
     architecture = crossovers.architecture_of(grads.device)
     faster = crossovers.triton_is_faster(op, grads.shape[0], grads.dtype, grads.nbytes, architecture)
     return select("cuda", "triton") if faster and why_unavailable("triton", "cuda") is None else module
+
+
+def select_by(tensor: Tensor) -> Backend:
+    """``select`` by a tensor's device, which takes longer to say its name."""
+    return select("cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type)
 
 
 def for_tasks(backend: Backend, tasks: int) -> Backend:

@@ -34,9 +34,9 @@ SOLVERS = {
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
-def rows(grads: Tensor, segments: Tensor | None) -> tuple[int, int, int, int, int, int | None, int]:
+def rows(grads: Tensor, segments: Tensor | None) -> tuple[int, int, int, int, int, int, int]:
     tasks, width = grads.shape
-    pointer, count = (None, 1) if segments is None else (segments.data_ptr(), segments.shape[0] - 1)
+    pointer, count = (0, 1) if segments is None else (segments.data_ptr(), segments.shape[0] - 1)
     return grads.data_ptr(), tasks, width, grads.stride(0), DTYPES[grads.dtype], pointer, count
 
 
@@ -78,7 +78,7 @@ def table(rows: Sequence[Sequence[int]]) -> bytes:
 
 
 def places(tensors: Sequence[Tensor | None]) -> bytes:
-    return table([[0 if tensor is None else tensor.data_ptr() for tensor in tensors]])
+    return struct.pack(f"{len(tensors)}P", *[0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
 def indices(values: Sequence[int] | None) -> array[int] | None:

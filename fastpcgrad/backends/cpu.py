@@ -60,6 +60,8 @@ _library = _load()
 
 
 LARGEST_TASKS = sys.maxsize
+_NUMBERS = torch.empty(0, dtype=torch.int64, device="cpu")
+"""Of which others are made: to name their dtype and device takes as long as the rest."""
 
 
 def why_unavailable(device_type: str) -> str | None:
@@ -285,10 +287,10 @@ def permutations(count: int, size: int, generator: torch.Generator | None) -> Te
     """As ``variants.permutations`` where ``draws_as_torch``; the random bits of all in one call of the generator."""
     if size < 2:  # nothing is drawn
         return torch.zeros((count, size), dtype=torch.int64, device="cpu")
-    found = torch.empty((count, size), dtype=torch.int64, device="cpu")
+    found = _NUMBERS.new_empty(count, size)
     here = count - count * (size - 1) % 2  # 32 bits a place, of which the generator gives two at a time
     if here:
-        bits = torch.empty(here * (size - 1) // 2, dtype=torch.int64, device="cpu")
+        bits = _NUMBERS.new_empty(here * (size - 1) // 2)
         bits.random_(-(2**63), None, generator=generator)
         _call("fpg_cpu_permutations", bits.data_ptr(), here, size, found.data_ptr())
     if here < count:

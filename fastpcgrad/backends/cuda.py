@@ -7,11 +7,11 @@ no value is read back, so a call can be captured in a CUDA graph.
 from __future__ import annotations
 
 import ctypes
+import struct
 from array import array
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +29,14 @@ _ARGUMENTS = {
     "fpg_cuda_pcgrad_coefficients": (POINTER, I64, I64, *SOLVE, POINTER, POINTER),
     "fpg_cuda_combine": (*ROWS, POINTER, POINTER, POINTER),
     "fpg_cuda_mix": (*ROWS, POINTER, POINTER),
-    "fpg_cuda_pcgrad": (*ROWS, *SOLVE, F64, POINTER, POINTER, POINTER, POINTER, POINTER, INT, POINTER),
+    "fpg_cuda_pcgrad": (POINTER, POINTER),
     "fpg_cuda_workspace": (I64, I64, I64, INT),
     "fpg_cuda_method_weights": (INT, POINTER, I64, I64, *[POINTER] * 5),
     "fpg_cuda_method_workspace": (INT, I64, I64),
     "fpg_cuda_gradvac": (POINTER, POINTER, I64, I64, F64, F64, POINTER, POINTER, POINTER),
     "fpg_cuda_gram_blocks": (*BLOCKS, POINTER, I64, *[POINTER] * 3),
     "fpg_cuda_combine_blocks": (*BLOCKS, POINTER, I64, *[POINTER] * 4),
-    "fpg_cuda_pcgrad_blocks": (*BLOCKS, POINTER, INT, F64, F64, F64, *[POINTER] * 6),
+    "fpg_cuda_pcgrad_blocks": (*BLOCKS, POINTER, INT, INT, F64, F64, F64, *[POINTER] * 6),
     "fpg_cuda_workspace_blocks": (POINTER, I64, I64, INT, I64),
     "fpg_cuda_combine_workspace_blocks": (I64, I64, I64),
     "fpg_cuda_error": (INT,),
@@ -50,6 +50,13 @@ _RESULTS: dict[str, Any] = {
     "fpg_cuda_error": ctypes.c_char_p,
 }
 _ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError}
+
+_SURGERY = struct.Struct("P4qPqP2q3d5Pq")
+"""``fpg_cuda_surgery`` in csrc/fastpcgrad.h."""
+_FOR_ALL, _PER_SEGMENT, _ON_HOST = 0, 1, 2
+"""``fpg_order`` there."""
+_LARGEST_GIVEN = 16
+"""Tasks whose order the library takes from the host's memory, for all problems together."""
 
 _LARGEST_SOLVED = 64
 """Tasks of a method's problem that one warp solves; each of its answers has T×T scratch memory twice."""
@@ -102,16 +109,8 @@ def _text(status: int) -> str:
 
 def _index(device: torch.device) -> int | None:
     """A CUDA device's number; None for the CPU, as the tests run these functions on an emulation."""
-    index = cast("int | None", device.index)
+    index: int | None = device.index
     return torch.cuda.current_device() if index is None and device.type == "cuda" else index
-
-
-_HERE = nullcontext()
-
-
-def _on(index: int | None) -> AbstractContextManager[Any]:
-    # The library launches on the current device, which need not be the tensors'; to change to the same one is a cost.
-    return _HERE if index is None or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def _stream(index: int | None) -> int:
@@ -119,15 +118,15 @@ def _stream(index: int | None) -> int:
 
 
 def _call(name: str, device: torch.device, *arguments: object) -> None:
-    index = _index(device)
-    with _on(index):
-        status = _entry(name)(*arguments, _stream(index))
+    entry, index = getattr(_library, name), _index(device)
+    # The library launches on the current device, which need not be the tensors'; to change to the same one is a cost.
+    if index is None or index == torch.cuda.current_device():
+        status = entry(*arguments, _stream(index))
+    else:
+        with torch.cuda.device(index):
+            status = entry(*arguments, _stream(index))
     if status:
         raise _ERRORS.get(status, RuntimeError)(f"{name}: {_text(status)} (status {status})")
-
-
-def _workspace_nbytes(grads: Tensor, problems: int) -> int:
-    return _packed_nbytes(_library, *grads.shape, problems, grads.dtype)
 
 
 @lru_cache(1024)
@@ -145,14 +144,27 @@ def _workspace(nbytes: int, device: torch.device) -> Tensor:
 def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
     segments, device = abi.dense(segments), grads.device
     rows, result = abi.rows(grads, segments), _ops.new_gram(grads, segments)
-    workspace = _workspace(_workspace_nbytes(grads, rows[-1]), device)
+    workspace = _workspace(_packed_nbytes(_library, *grads.shape, rows[-1], grads.dtype), device)
     _call("fpg_cuda_gram", device, *rows, result.data_ptr(), workspace.data_ptr())
     return result
 
 
+def _order(order: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """An order as the library takes it, and where it lies. Who brings one from the host has looked for a capture."""
+    if _is_on_host(order, device):
+        if order.dim() == 2 and order.shape[0] <= _LARGEST_GIVEN:
+            return order.contiguous(), _ON_HOST
+        order = _ops.to_device(order, device, constant=True)
+    return order.contiguous(), _FOR_ALL if order.dim() == 2 else _PER_SEGMENT
+
+
+def _is_on_host(order: Tensor, device: torch.device) -> bool:
+    return order.is_cpu and device.type == "cuda"
+
+
 def pcgrad_coefficients(gram: Tensor, order: Tensor, guards: Guards) -> Tensor:
-    tasks = gram.shape[-1]
-    gram, order = gram.contiguous(), order.contiguous()
+    tasks, gram = gram.shape[-1], gram.contiguous()
+    order, kind = _order(order, gram.device)
     result = torch.empty_like(gram)
     if not gram.numel():
         return result
@@ -162,7 +174,9 @@ def pcgrad_coefficients(gram: Tensor, order: Tensor, guards: Guards) -> Tensor:
         gram.data_ptr(),
         tasks,
         gram.numel() // (tasks * tasks),
-        *abi.projections(order, guards),
+        order.data_ptr(),
+        kind,
+        *guards,
         result.data_ptr(),
     )
     return result
@@ -217,10 +231,29 @@ def pcgrad(
     guards: Guards,
     scale: float,
     segments: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     figures: bool = True,
 ) -> tuple[Tensor, ...]:
-    return _pcgrad(grads, order, guards, scale, segments, out, figures)
+    """G, C and w; without ``out`` the rows are mixed in place and w is not written."""
+    segments, device = abi.dense(segments), grads.device
+    order, kind = _order(order, device)
+    rows = _, tasks, width, _, _, _, problems = abi.rows(grads, segments)
+    nbytes = _packed_nbytes(_library, tasks, width, problems, grads.dtype)
+    if figures:
+        found: tuple[Tensor, ...] = _ops.new_figures(grads, segments)
+        workspace = _workspace(nbytes, device)
+        memory = workspace.data_ptr()
+        matrix, coefficients, weights = (tensor.data_ptr() for tensor in found)
+    else:
+        found, workspace = (), _workspace(nbytes + abi.figures_nbytes(tasks, problems), device)
+        memory = workspace.data_ptr()
+        matrix, coefficients, weights = abi.figures(memory + nbytes, tasks, problems)
+    results = (0, 0) if out is None else (weights, out.data_ptr())
+    call = _SURGERY.pack(
+        *rows, order.data_ptr(), kind, *guards, scale, matrix, coefficients, *results, memory, launches
+    )
+    _call("fpg_cuda_pcgrad", device, call)
+    return found
 
 
 def pcgrad_(
@@ -230,44 +263,7 @@ def pcgrad_(
     segments: Tensor | None,
     figures: bool = True,
 ) -> tuple[Tensor, ...]:
-    return _pcgrad(grads, order, guards, 1.0, segments, None, figures)[:2]
-
-
-def _pcgrad(
-    grads: Tensor,
-    order: Tensor,
-    guards: Guards,
-    scale: float,
-    segments: Tensor | None,
-    out: Tensor | None,
-    figures: bool,
-) -> tuple[Tensor, ...]:
-    """G, C and w; without ``out`` the rows are mixed in place and w is not written."""
-    order, segments = order.contiguous(), abi.dense(segments)
-    rows, device = abi.rows(grads, segments), grads.device
-    tasks, problems = grads.shape[0], rows[-1]
-    nbytes = _workspace_nbytes(grads, problems)
-    if figures:
-        found: tuple[Tensor, ...] = _ops.new_figures(grads, segments)
-        workspace = _workspace(nbytes, device)
-        matrix, coefficients, weights = (tensor.data_ptr() for tensor in found)
-    else:
-        found, workspace = (), _workspace(nbytes + abi.figures_nbytes(tasks, problems), device)
-        matrix, coefficients, weights = abi.figures(workspace.data_ptr() + nbytes, tasks, problems)
-    _call(
-        "fpg_cuda_pcgrad",
-        device,
-        *rows,
-        *abi.projections(order, guards),
-        scale,
-        matrix,
-        coefficients,
-        None if out is None else weights,
-        None if out is None else out.data_ptr(),
-        workspace.data_ptr(),
-        launches,
-    )
-    return found
+    return pcgrad(grads, order, guards, 1.0, segments, None, figures)[:2]
 
 
 def gram_blocks(blocks: Blocks, problem_of: Sequence[int] | None, problems: int) -> Tensor:
@@ -346,7 +342,7 @@ def pcgrad_blocks(
         gram = gram_blocks(blocks, None, 1)[0]
         coefficients = pcgrad_coefficients(gram, order, guards)
         return combine_projected(combine_blocks, blocks, gram, coefficients, scale, out)
-    order = order.contiguous()
+    order, kind = _order(order, blocks.device)
     # Apart from the workspace, which they would keep in memory.
     figures = torch.empty((2 * tasks + 1, tasks), dtype=torch.float64, device=blocks.device)
     workspace = _workspace(_workspace_blocks_nbytes(tasks, blocks.widths, blocks.dtype, 1), blocks.device)
@@ -355,6 +351,7 @@ def pcgrad_blocks(
         blocks.device,
         *abi.blocks(blocks),
         order.data_ptr(),
+        kind,
         *guards,
         scale,
         *abi.figures(figures.data_ptr(), tasks, 1),

@@ -57,7 +57,7 @@ def _products(rows: Tensor) -> Tensor:
 
 def pcgrad_coefficients(gram: Tensor, order: Tensor, guards: Guards) -> Tensor:
     """All rows i of all matrices at once: a step for each place in the order."""
-    tasks = gram.shape[-1]
+    tasks, order = gram.shape[-1], _ops.beside(order, gram)
     g = gram.reshape(-1, tasks, tasks)
     batch, device = g.shape[0], gram.device
     diagonal = g.diagonal(dim1=1, dim2=2)

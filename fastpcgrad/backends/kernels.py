@@ -19,9 +19,9 @@ from .. import _modes, variants
 from .._blocks import Blocks, first_of
 from .._checks import check_apart, check_out
 from .._memory import prefer_huge_pages
-from .._ops import LIBRARY, Later, checked, op_named, refuse_capture, to_device
+from .._ops import LIBRARY, SCHEMAS, Later, beside, checked, op_named, refuse_capture, to_device
 from ..variants import Generator, Guards, Variant
-from . import cpu, eager, for_tasks, forced, select, select_for, shapes
+from . import cpu, eager, for_tasks, forced, select, select_by, select_for, shapes
 from .protocol import BlockFunctions
 
 P = ParamSpec("P")
@@ -38,16 +38,23 @@ def _op(name: str, kernel: Callable[P, R], unwatched: Callable[P, R] | None = No
         what calls one of them or the op.
     """
     op, own = op_named(name), unwatched or kernel
+    is_ordered = "Tensor order" in SCHEMAS[name]
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, checked(name, kernel), key)
 
     def call(*arguments: P.args, **named: P.kwargs) -> R:
         if torch.compiler.is_compiling() or _modes.is_watched(arguments):
-            result: R = op(*arguments, **named)
+            together = _with_order(*arguments) if is_ordered else arguments
+            result: R = op(*together, **named)
             return result
         return own(*arguments, **named)
 
     return call
+
+
+def _with_order(first: Any, order: Any, *others: Any) -> tuple[Any, ...]:
+    """The arguments of an op, which may have an order from the host's memory (``orders``): all on one device."""
+    return first, beside(order, first), *others
 
 
 def _mark_written(tensor: Tensor) -> None:
@@ -63,7 +70,7 @@ def _gram(grads: Tensor, segments: Tensor | None = None) -> Tensor:
 def _pcgrad_coefficients(
     gram: Tensor, order: Tensor, self_projection: bool, eps: float, min_squared_norm: float
 ) -> Tensor:
-    backend = for_tasks(select(gram.device.type), gram.shape[-1])
+    backend = for_tasks(select_by(gram), gram.shape[-1])
     return backend.pcgrad_coefficients(gram, order, Guards(self_projection, eps, min_squared_norm))
 
 
@@ -130,7 +137,7 @@ def _pcgrad_(
 ) -> tuple[Tensor, ...]:
     check_apart("grads", grads, order, segments)
     _mark_written(grads)
-    backend = for_tasks(select("cpu" if grads.is_cpu else grads.device.type), grads.shape[0])
+    backend = for_tasks(select_by(grads), grads.shape[0])
     return backend.pcgrad_(grads, order, Guards(self_projection, eps, min_squared_norm), segments, figures)
 
 
@@ -186,7 +193,7 @@ def _for_blocks(blocks: Blocks, *besides: Tensor | None) -> BlockFunctions:
     first = first_of(blocks)
     if not _has_memory(first, *besides) or (first is None and blocks.device.type == "meta"):
         return shapes
-    backend = select("cpu" if first is not None and first.is_cpu else blocks.device.type)
+    backend = select(blocks.device.type) if first is None else select_by(first)
     return for_tasks(backend, len(blocks.tensors))
 
 
@@ -228,7 +235,7 @@ def method_weights(name: str, gram: Tensor, parameters: Sequence[float], prefere
         return shapes.method_weights(name, gram, parameters, preference)
     if gram.is_cpu:
         return cpu.method_weights(name, gram, parameters, preference) if _solves_on_host() else None
-    answers = select(gram.device.type).method_weights(name, gram, parameters, preference)
+    answers = select_by(gram).method_weights(name, gram, parameters, preference)
     if answers is None:
         refuse_capture(gram.device)
     if answers is None and _solves_on_host():
@@ -251,17 +258,17 @@ def gradvac(gram: Tensor, places: Tensor, beta: float, eps: float, targets: Tens
         return shapes.gradvac(gram, places, beta, eps, targets)
     if gram.is_cpu:
         return cpu.gradvac(gram, places, beta, eps, targets) if _solves_on_host() else None
-    return for_tasks(select(gram.device.type), gram.shape[-1]).gradvac(gram, places, beta, eps, targets)
+    return for_tasks(select_by(gram), gram.shape[-1]).gradvac(gram, places, beta, eps, targets)
 
 
 def orders(
     variant: Variant, tasks: int, count: int | None, generator: Generator | None, device: torch.device
 ) -> Tensor:
-    """The orders that a variant draws, on ``device``; RuntimeError, before one is drawn, while a graph is captured."""
+    """The orders that a variant draws for tensors on ``device``; RuntimeError, before one is drawn, while a graph is
+    captured. They lie in the host's memory, from where the functions here take them."""
     if variant.draws and not torch.compiler.is_compiling():
         refuse_capture(device)
-    drawn = variant.draw_orders(tasks, count, generator, permutations)
-    return drawn if device.type == "cpu" else to_device(drawn, device, constant=not variant.draws)
+    return variant.draw_orders(tasks, count, generator, permutations)
 
 
 def permutations(count: int, size: int, generator: torch.Generator | None) -> Tensor:
@@ -286,4 +293,4 @@ def _for_columns(written: Tensor, rows: Sequence[Tensor | None]) -> BlockFunctio
     """For work on columns, which torch does as well: a tracer or a mode cannot look into a library."""
     if torch.compiler.is_compiling() or _modes.is_on() or not _PLAIN.issuperset(map(type, (written, *rows))):
         return eager
-    return shapes if written.is_meta else select(written.device.type)
+    return shapes if written.is_meta else select_by(written)

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 LibraryName = Literal["cpu", "cuda"]
 
 

@@ -1,6 +1,7 @@
 """What a backend is: the functions that its module has, on inputs that ``functional`` has validated.
 
 Shapes: J is ``[T, N]``, G and C ``[T, T]``, w ``[T]``, with S segments ``[S, T, T]`` and ``[S, T]``; all but J float64.
+An order may lie in the host's memory, wherever the rest does.
 """
 
 from __future__ import annotations

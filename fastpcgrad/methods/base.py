@@ -29,7 +29,8 @@ class Projections(NamedTuple):
     """One run of PCGrad's sequential projections.
 
     Attributes:
-        order: ``[T, T]`` int64 on the device of the rows, see ``functional.pcgrad_coefficients``; drawn for this run.
+        order: ``[T, T]`` int64 on the device of the rows or in the host's memory, drawn for this run; see
+            ``functional.pcgrad_coefficients``.
         guards: when one gradient is projected away from another.
         scale: of the sum of the projected gradients.
     """

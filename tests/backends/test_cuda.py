@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -379,6 +382,30 @@ def test_an_error_of_a_launch_is_an_exception_with_its_text(library, monkeypatch
     monkeypatch.setattr(cuda, "_stream", lambda device: 2**64 - 1)
     with pytest.raises(RuntimeError, match="fpg_cuda_gram: invalid resource handle"):
         cuda.gram(torch.randn(2, 10), None)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_work_is_queued_on_the_current_stream_of_the_tensors_device(current, monkeypatch):
+    """The library launches on the current device, which is as before when the call is over."""
+    devices, calls = [current], []
+
+    @contextmanager
+    def switched(index):
+        devices.append(index)
+        yield
+        devices.pop()
+
+    def probe(stream):
+        calls.append((devices[-1], stream))
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(cuda, "raw_stream", lambda index: 100 + index)
+    monkeypatch.setattr(cuda, "_library", SimpleNamespace(fpg_cuda_probe=probe))
+    for device in ("cuda:1", "cuda:0", "cuda"):
+        cuda._call("fpg_cuda_probe", torch.device(device))
+    assert calls == [(1, 101), (0, 100), (current, 100 + current)] and devices == [current]
 
 
 def test_what_the_library_refuses_is_a_value_error():

@@ -113,7 +113,8 @@ def test_without_a_gpu_each_call_returns_the_runtimes_error(built):
     assert library.fpg_cuda_combine(*rows, None, None, None) > 1000
     assert library.fpg_cuda_mix(*rows, None, None) > 1000
     assert library.fpg_cuda_pcgrad_coefficients(None, 2, 1, None, 0, 0, 0.0, 0.0, None, None) > 1000
-    assert library.fpg_cuda_pcgrad(*rows, None, 0, 0, 0.0, 0.0, 1.0, *[None] * 5, 0, None) > 1000
+    call = cuda._SURGERY.pack(0, *rows[1:5], 0, 1, 0, 0, 0, 0.0, 0.0, 1.0, *[0] * 6)
+    assert library.fpg_cuda_pcgrad(call, None) > 1000
     parameters = array("d", [0.0, 0.0])
     problem = (0, None, 2, 1, parameters.buffer_info()[0])
     assert library.fpg_cuda_method_weights(*problem, *[None] * 4) > 1000
@@ -121,7 +122,7 @@ def test_without_a_gpu_each_call_returns_the_runtimes_error(built):
     blocks = (None, None, 0, 2, 0)
     assert library.fpg_cuda_gram_blocks(*blocks, None, 1, None, None, None) > 1000
     assert library.fpg_cuda_combine_blocks(*blocks, None, 1, None, None, None, None) > 1000
-    assert library.fpg_cuda_pcgrad_blocks(*blocks, None, 0, 0.0, 0.0, 1.0, *[None] * 6) > 1000
+    assert library.fpg_cuda_pcgrad_blocks(*blocks, None, 0, 0, 0.0, 0.0, 1.0, *[None] * 6) > 1000
 
 
 def test_each_entry_point_of_the_header_is_declared_in_python():

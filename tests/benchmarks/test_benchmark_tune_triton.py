@@ -1,5 +1,7 @@
 """How sizes of Triton's kernels are tried and taken, without a GPU: under Triton's interpreter."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from benchmarks.session import Run
 from tests.conftest import why_not_interpreted
 
 pytest.importorskip("triton")
-from benchmarks import triton_candidates, tune_triton
+from benchmarks import tune_triton
 from benchmarks.triton_candidates import Tuned, all_tuned, sized
 from fastpcgrad.backends.triton import choices, kernels, tuned
 from fastpcgrad.backends.triton.tuned import Sizes
@@ -101,6 +103,16 @@ def test_what_gains_enough_is_taken(times, best):
     assert tune_triton.chosen(times, "a") == best
 
 
-def test_dropped_candidates_are_not_tried(monkeypatch):
-    monkeypatch.setattr(triton_candidates, "DROPPED", {TWO.key: frozenset(TWO.candidates()[1:])})
-    assert TWO.candidates() == [TWO.sizes]
+@pytest.mark.parametrize(
+    ("spills", "shared", "fault"),
+    [(0, 99 << 10, "ok"), (2, 0, "spills registers: 2"), (0, 100 << 10, "102400 bytes of shared memory")],
+)
+@pytest.mark.parametrize("op", ["gram", "combine", "mix_"])
+def test_sizes_whose_kernels_spill_or_do_not_fit_every_gpu_are_not_taken(op, spills, shared, fault, run, monkeypatch):
+    each = Tuned(op, 2, torch.float32)
+    compiled = SimpleNamespace(n_spills=spills, metadata=SimpleNamespace(shared=shared))
+    last = each.kernels(SMALLER)[-1]  # of blocks, where there is such a kernel
+    monkeypatch.setitem(last._compiled, "any looks", (compiled, ()))
+    taken = tune_triton.measure(run, each)
+    assert run.rows[0].ok and run.rows[1].status.startswith(fault)
+    assert fault == "ok" or taken == SMALL

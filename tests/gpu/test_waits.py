@@ -29,7 +29,7 @@ def test_what_the_host_brings(nbytes):
     assert torch.equal(found.cpu(), expected) and not any(bool(other.any()) for other in others)
 
 
-@pytest.mark.parametrize("tasks", [2, 64, 91, 200])
+@pytest.mark.parametrize("tasks", [2, 16, 64, 91, 200])
 @pytest.mark.parametrize("segments", [None, [0, 7, 7, 3001]], ids=["whole", "segments"])
 def test_a_surgery_that_draws_its_order(tasks, segments, monkeypatch):
     monkeypatch.setenv("FASTPCGRAD_BACKEND", "cuda")

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from ... import _ops
 from ...variants import Guards
 from .. import abi
 from . import kernels
@@ -22,6 +22,7 @@ from .choices import (
     SLOTS,
     Choice,
     block_of,
+    cdiv,
     combine_choice,
     gram_choice,
     is_guarded,
@@ -73,15 +74,15 @@ def _rows(grads: Tensor, segments: Tensor | None, out: Tensor | None = None) -> 
 
 def _shares(rows: _Rows, choice: Choice) -> tuple[int, int]:
     """How many partial Grams there are, and how many blocks of columns each has where it has them in a row."""
-    blocks = triton.cdiv(rows.width, block_of(choice))
+    blocks = cdiv(rows.width, block_of(choice))
     slots = max(1, min(SLOTS, blocks // BLOCKS_A_SLOT))
     if choice.kernel is kernels.gram_rows:
         # A lane takes FOLD products of each pair of rows from one block, and is flushed once, at the end.
-        slots = max(slots, triton.cdiv(blocks * choice.constants["FOLD"], PRODUCTS))
+        slots = max(slots, cdiv(blocks * choice.constants["FOLD"], PRODUCTS))
     else:
-        tiles = triton.cdiv(rows.tasks, choice.constants["ROWS"])
+        tiles = cdiv(rows.tasks, choice.constants["ROWS"])
         slots = max(1, min(slots, max(64, SLOTS // (tiles * (tiles + 1)))))
-    return slots, triton.cdiv(blocks, slots)
+    return slots, cdiv(blocks, slots)
 
 
 def partials_nbytes(tasks: int, width: int, dtype: torch.dtype) -> int:
@@ -98,7 +99,7 @@ def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=grads.device)
     choice = gram_choice(rows.tasks, grads.dtype, rows.unit, rows.segmented)
     slots, span = _shares(rows, choice)
-    items = rows.items(triton.cdiv(rows.width, span * block_of(choice))) if rows.segmented else slots
+    items = rows.items(cdiv(rows.width, span * block_of(choice))) if rows.segmented else slots
     pairs = rows.tasks * (rows.tasks + 1) // 2
     guard = is_guarded(grads.dtype)
 
@@ -110,7 +111,7 @@ def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
 
     def reduce(again: bool) -> None:
         kernel = reduce_choice(rows.tasks, rows.segmented, block_of(choice), guard and not again, again)
-        groups = triton.cdiv(pairs, kernel.constants["ENTRIES"])
+        groups = cdiv(pairs, kernel.constants["ENTRIES"])
         kernel.run((rows.problems * groups,), partials, flags, rows.segments, result, *geometry)
 
     with on(grads.device):
@@ -125,7 +126,7 @@ def gram(grads: Tensor, segments: Tensor | None) -> Tensor:
 
 def pcgrad_coefficients(gram: Tensor, order: Tensor, guards: Guards) -> Tensor:
     """C of the sequential projections, from G ``[T, T]`` or ``[S, T, T]``; one order for all problems, or one each."""
-    gram, order = gram.contiguous(), order.contiguous()
+    gram, order = gram.contiguous(), _ops.beside(order, gram).contiguous()
     tasks = gram.shape[-1]
     coefficients = torch.empty_like(gram)
     problems = 1 if gram.dim() == 2 else gram.shape[0]
@@ -162,7 +163,7 @@ def combine(grads: Tensor, weights: Tensor, segments: Tensor | None, out: Tensor
     if rows.width == 0 or rows.problems == 0:
         return
     choice = combine_choice(rows.tasks, grads.dtype, rows.unit, rows.segmented)
-    items = rows.items(triton.cdiv(rows.width, block_of(choice)))
+    items = rows.items(cdiv(rows.width, block_of(choice)))
     with on(grads.device):
         choice.run(
             (items,),
@@ -176,7 +177,7 @@ def mix_(grads: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
     if rows.width == 0 or rows.problems == 0:
         return
     choice = mix_choice(rows.tasks, grads.dtype, rows.unit, rows.segmented)
-    items = rows.items(triton.cdiv(rows.width, block_of(choice)))
+    items = rows.items(cdiv(rows.width, block_of(choice)))
     coefficients = coefficients.contiguous()
     # Converted once here, not once a program: a T×T of conversions costs as much as the products.
     narrow = coefficients if grads.dtype == torch.float64 else coefficients.to(torch.float32)

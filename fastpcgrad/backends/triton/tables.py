@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from ... import _ops
@@ -25,6 +24,7 @@ from .choices import (
     SLOTS,
     Choice,
     block_of,
+    cdiv,
     combine_choice,
     gram_choice,
     is_guarded,
@@ -144,7 +144,7 @@ def _gram(blocks: Blocks, sizes: _Sizes, table: _Table, problems: int) -> Tensor
 
     def reduce(again: bool) -> None:
         kernel = reduce_choice(tasks, False, block, guard and not again, again, listed=True)
-        groups = triton.cdiv(pairs, kernel.constants["ENTRIES"])
+        groups = cdiv(pairs, kernel.constants["ENTRIES"])
         kernel.run((problems * groups,), partials, flags, table.firsts, result, 0, problems, 0, 0)
 
     with on(device):

@@ -36,9 +36,6 @@ WIDE_LOADS = re.compile(
     r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x10|16)\b"
 )
 
-LEAST_SHARED = 99 << 10
-"""Bytes of shared memory that a program may have on every GPU since sm_80; sizes are the same on all."""
-
 
 class Case(NamedTuple):
     kernel: str
@@ -144,16 +141,12 @@ def all_cases(tasks: list[int], dtypes: list[str], archs: list[int]) -> list[Cas
 def candidate_cases(archs: list[int]) -> list[Case]:
     """Of all sizes that tuning tries, on packed rows and on blocks."""
     from benchmarks import triton_candidates
-    from fastpcgrad.backends.triton import choices as of
 
     cases = []
     names = {dtype: name for name, dtype in DTYPES.items()}
     for arch, each in itertools.product(archs, triton_candidates.all_tuned()):
         for sizes in each.candidates():
-            with triton_candidates.sized(each.key, sizes):
-                choice = each.choice
-            of_blocks = [] if each.op == "mix_" else [of.of_blocks(choice, each.dtype)]
-            for made in (choice, *of_blocks):
+            for made in each.kernels(sizes):
                 name, dtype = made.kernel.__name__, names[each.dtype]
                 held = made.warps, made.registers
                 cases.append(Case(name, each.tasks, dtype, False, arch, made.constants, *held, sizes))
@@ -161,6 +154,8 @@ def candidate_cases(archs: list[int]) -> list[Case]:
 
 
 def faults(outcome: Outcome) -> list[str]:
+    from benchmarks.triton_candidates import LEAST_SHARED
+
     found = []
     if outcome.spilled:
         found.append(f"spills {outcome.spilled} bytes")
@@ -177,7 +172,7 @@ def compile_all_and_log(folder: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tasks", default="2,3,6,8,12,16,32,64")
+    parser.add_argument("--tasks", default="2,3,6,8,12,16,32,64,128,256")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--archs", default="80,90,100")
     parser.add_argument("--candidates", action="store_true")

@@ -89,6 +89,14 @@ def test_segments(tasks: int, dtype: torch.dtype, offset: int, apart: int) -> No
         check_rows(grads[:, columns], reference.mix(part, coefficients[s]), coefficients[s], part)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_mix_of_many_tasks(dtype: torch.dtype) -> None:
+    grads, coefficients = random_rows(130, 70, dtype), random_weights(130, 130)
+    expected, before = reference.mix(grads, coefficients), grads.clone()
+    backend.mix_(grads, coefficients, None)
+    check_rows(grads, expected, coefficients, before)
+
+
 def test_more_segments_than_blocks() -> None:
     offsets = [*range(0, 13, 2), 12, 13]
     segments = torch.tensor(offsets, device=DEVICE)

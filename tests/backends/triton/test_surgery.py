@@ -141,6 +141,13 @@ def compiling() -> dict[str, str]:
 
 
 @pytest.mark.slow
+def test_what_is_launched_again_is_what_triton_would_launch() -> None:
+    script = Path(__file__).with_name("launch_again.py")
+    result = subprocess.run([sys.executable, str(script)], env=compiling(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
 def test_every_kernel_compiles_without_spills() -> None:
     script = Path(__file__).with_name("compile_ahead.py")
     result = subprocess.run(

@@ -146,7 +146,7 @@ def _mix_rows_wide(block, coefficients, x, stride, cols, inside, T: tl.constexpr
 def mix_tiles(
     grads, coefficients, narrow, segments, width: "i64", stride: "i64", count: "i64", items: "i64",
     T: tl.constexpr, PAD: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, SEGMENTED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, SEGMENTED: tl.constexpr,
 ):  # fmt: skip
     """J ← C J for larger T: a block of all rows is held while C's rows go by, ROWS at a time."""
     k = items - 1 - tl.program_id(0).to(tl.int64)
@@ -169,14 +169,14 @@ def mix_tiles(
         _mix_rows_wide(block, coefficients, x, stride, cols, inside, T, PAD)
     else:
         wide = k < 0
-        for tile in range(0, T, ROWS):
+        for tile in tl.range(0, T, ROWS, num_stages=STAGES):
             i = tile + tl.arange(0, ROWS)
             mask = (i < T)[:, None] & (t < T)[None, :]
             wide = wide | needs_float64(tl.load(coefficients + i[:, None] * T + t[None, :], mask=mask, other=0.0))
         if wide:
             _mix_rows_wide(block, coefficients, x, stride, cols, inside, T, PAD)
         else:
-            for tile in range(0, T, ROWS):
+            for tile in tl.range(0, T, ROWS, num_stages=STAGES):
                 i = tile + tl.arange(0, ROWS)
                 mask = (i < T)[:, None]
                 c = tl.load(narrow + i[:, None] * T + t[None, :], mask=mask & (t < T)[None, :], other=0.0)
