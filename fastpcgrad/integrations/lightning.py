@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from .._tasks import index_of
 from .._warnings import warn
@@ -40,9 +41,9 @@ class GradientSurgeryMixin:
     Attributes:
         surgery_report: the ``ConflictReport`` of the last merge; None before the first.
     Raises:
-        In training: RuntimeError for a loss that ``self.surgery`` did not give, and in manual optimization; TypeError
-            where ``configure_optimizers`` gives a ``fastpcgrad.PCGrad``; NotImplementedError for several optimizers,
-            and for strategies other than these on several processes.
+        In training: RuntimeError for a loss that is no multiple of what ``self.surgery`` gave, and in manual
+            optimization; TypeError where ``configure_optimizers`` gives a ``fastpcgrad.PCGrad``; NotImplementedError
+            for several optimizers, and for strategies other than these on several processes.
     Warns:
         FastPCGradWarning: a checkpoint without the surgery's state.
     """
@@ -54,7 +55,7 @@ class GradientSurgeryMixin:
     _rounds: GradientSurgery | None = None
     _optimizers_of_rounds: Any = None
     _losses: Mapping[Any, Tensor | None] | None = None
-    _total: Tensor | None = None
+    _total: GradientEdge | None = None
     _state_to_load: dict[str, Any] | None = None
 
     def configure_surgery(self) -> Surgery:
@@ -77,8 +78,9 @@ class GradientSurgeryMixin:
                 "self.surgery is of automatic optimization; in manual optimization use fastpcgrad.GradientSurgery("
                 "self.optimizers(), tasks=[...]) and 'with surgery.task(name): self.manual_backward(loss)'"
             )
-        self._losses, self._total = dict(losses), total_of(losses)
-        return self._total
+        total, self._total = total_of(losses)
+        self._losses = dict(losses)
+        return total
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if not self.automatic_optimization:  # manual_backward
@@ -86,7 +88,7 @@ class GradientSurgeryMixin:
             return
         losses, total = self._losses, self._total
         self._losses = self._total = None
-        if losses is None or total is None:
+        if losses is None:
             raise RuntimeError(
                 "training_step returned a loss that knows no tasks: return self.surgery({'seg': ..., 'depth': ...})"
             )
