@@ -104,11 +104,26 @@ class GradientSurgeryMixin:
             of_tasks = {f"surgery/loss/{name}": own.detach() for name, own in losses.items() if own is not None}
             self._log(of_tasks, sync_dist=True)
             if not self.trainer.fit_loop._should_accumulate():
-                self.surgery_report = self._settings.merged(surgery)
-                self._log(self._settings.figures(self.surgery_report))
+                self._merge(surgery)
         except BaseException:
             surgery.discard()
             raise
+
+    def _merge(self, surgery: GradientSurgery) -> None:
+        self.surgery_report = self._settings.merged(surgery)
+        self._log(self._settings.figures(self.surgery_report))
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        def closure() -> Any:
+            result = None if optimizer_closure is None else optimizer_closure()
+            # The last batch of an accumulation was skipped, for which training_step returned None.
+            if result is None and self._rounds is not None and not self._rounds._stays.is_clear:
+                self._merge(self._rounds)
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)  # type: ignore[misc]
 
     def _log(self, figures: Mapping[str, Any], *, sync_dist: bool = False) -> None:
         if self.trainer.logger is not None or self.trainer.callbacks:

@@ -129,6 +129,28 @@ def test_the_sum_is_lightning_alone():
     assert distance(module.net, plain.net, net()) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None")
+@pytest.mark.parametrize("skipped", [{1}, {0}, {2, 3}, {1, 2}, {3, 5, 7}])
+def test_batches_that_are_skipped(skipped):
+    """Without them a step takes what there is of its accumulation."""
+
+    def trained(kind):
+        class Some(kind):
+            method = staticmethod(methods.Sum)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.05)
+
+            def training_step(self, batch, i):
+                return None if i in skipped else super().training_step(batch, i)
+
+        module = Some()
+        fit(module, 2)
+        return module
+
+    assert distance(trained(Mine).net, trained(Plain).net, net()) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, where graphs break
 def test_a_compiled_module():
     module = Mine()
