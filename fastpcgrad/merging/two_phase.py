@@ -143,6 +143,7 @@ def _check_method(method: Method) -> None:
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:
+    TaskGradients(parameters)  # for its errors
     for index, p in enumerate(check_tensors("parameters", parameters)):
         if not p.is_leaf:
             raise ValueError(f"parameters must be leaves of the graph; found parameters[{index}] with {p.grad_fn}")
