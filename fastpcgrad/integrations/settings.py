@@ -25,7 +25,8 @@ class Surgery:
     """How a trainer is to merge task gradients.
 
     Args:
-        tasks: names of the tasks, or how many there are. None: as the data have them, or the first dict of losses.
+        tasks: names of the tasks, or how many there are. None: as a dict of datasets or the first dict of losses has
+            them; those of a column in alphabetical order, which counts where a method has a number for each.
         task_key: what a row of the data has its task in, by name or by index; where a micro-batch is of one task.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``, which sums as the paper does. Against
             ``methods.PCGrad(reduction="mean")`` and ``fastpcgrad.PCGrad(optimizer)`` that is T times the length.
