@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._graph import check_kept, explain
 from ._losses import present_losses
+from ._modes import not_compiled
 from ._tasks import check_tasks, in_order, index_of
 from .distributed.processes import check_graph
 from .merging import conflict_maps
@@ -106,6 +107,7 @@ class ConflictMonitor:
         """Whether the next call of ``observe`` will look."""
         return self.calls % self.every == 0
 
+    @not_compiled
     def observe(self, losses: Mapping[Any, Tensor | None] | Sequence[Tensor | None] | Tensor) -> bool:
         """Look at the gradients of these losses, if it is time to; before their own backward pass, whose graph is kept.
 
@@ -143,6 +145,7 @@ class ConflictMonitor:
             self._add(tuple(present), torch.cat([grams.sum(dim=0, keepdim=True), grams]), names)
         return True
 
+    @not_compiled
     def note(self, report: ConflictReport) -> bool:
         """As ``observe``, where there is a surgery: its report, with the layers that it names, is what is looked at.
         No backward pass runs for it.
