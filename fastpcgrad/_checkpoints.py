@@ -44,6 +44,7 @@ def load_surgery_state(
     except BaseException:
         _take_up(method, reach, parameters, before)
         raise
+    method.forget_problems()
 
 
 def _take_up(method: Method, reach: Reach | None, parameters: Sequence[Tensor], state: Mapping[str, Any]) -> None:

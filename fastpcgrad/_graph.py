@@ -9,7 +9,7 @@ that comes from inductor's cache on disk, whose key does not say whether it was 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,12 @@ REENTRANT = "CheckpointFunctionBackward"
 
 def nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
     """Each node of the losses' graphs once, in an order that depends on the graphs alone."""
-    queue = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    yield from nodes_behind(loss.grad_fn for loss in losses if loss.grad_fn is not None)
+
+
+def nodes_behind(roots: Iterable[Any]) -> Iterator[Any]:
+    """The same of nodes, these themselves included."""
+    queue = list(roots)
     seen = set(queue)
     while queue:
         node = queue.pop()

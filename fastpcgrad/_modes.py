@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,22 @@ from ._torch import (
 )
 
 _NO_TENSORS = {type(None), bool, float}
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def not_compiled(door: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A door at which ``torch.compile`` breaks the graph: behind it gradients themselves are looked at, and their
+    memory."""
+
+    @wraps(door)
+    def call(*args: _P.args, **named: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling():
+            eager = torch.compiler.disable(door, reason="surgery needs the gradients themselves")
+            return eager(*args, **named)
+        return door(*args, **named)
+
+    return call
 
 
 def is_on() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache, reduce
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -90,7 +91,8 @@ def apply(
     ends = list(accumulate(first[name].tensor.numel() for name in names))
     rows = _pack(tasks, {name: first[name].tensor for name in names})
     division = UNDIVIDED if gram_over is None else Division(gram_over=[name in seen for name in names])
-    merged = _merge(rows, ends, chosen, Problems.made(chosen, [everywhere[name] for name in names], division))
+    problems = Problems.made(chosen, [everywhere[name] for name in names], division)
+    merged = _merge(rows, ends, chosen, problems, names)
     if merged.is_cuda and any(first[name].library is not _TORCH for name in names):
         # Other libraries do not know torch's stream: it must have read their arrays before their owners go on.
         torch.cuda.current_stream(merged.device).synchronize()
@@ -305,12 +307,12 @@ def _pack(tasks: Sequence[Mapping[_Path, _Entry]], like: Mapping[_Path, Tensor])
     return rows
 
 
-def _merge(rows: Tensor, ends: Sequence[int], method: Method, problems: Problems) -> Tensor:
+def _merge(rows: Tensor, ends: Sequence[int], method: Method, problems: Problems, names: Sequence[_Path]) -> Tensor:
     """The merged gradient ``[N]``.
 
     Args:
         ends: of each name's columns; those at which G does not look stand last.
-        problems: of the names.
+        problems: of the names; where there are many each is one by itself.
     """
     if isinstance(method, Elementwise):
         return method.aggregate(rows)
@@ -319,7 +321,9 @@ def _merge(rows: Tensor, ends: Sequence[int], method: Method, problems: Problems
         gram = functional.gram(rows, offsets)
     else:
         gram = functional.gram(rows[:, : offsets[len(ends) - problems.in_gram.count(SUMMED)]])
-    weights = method.checked_solve(gram, range(len(rows))).weights
+    known_by = [name[0] if len(name) == 1 else name for name in names]
+    with method.solving(known_by) if problems.are_many else nullcontext():
+        weights = method.checked_solve(gram, range(len(rows))).weights
     return functional.combine(rows, weights_table(method, weights)[problems.row_of_each], segments=offsets)
 
 

@@ -13,6 +13,7 @@ from . import methods
 from ._gradients import added
 from ._graph import check_kept, explain, leaves, refuse_reentrant, run_grad
 from ._losses import check_losses_of_samples, check_reached, check_tensors, present_losses
+from ._modes import not_compiled
 from ._warnings import warn_of_fewer_losses, warn_of_one_loss
 from .distributed.exchange import Exchange, OutOfStep, Rounds
 from .distributed.groups import group_of_graph
@@ -31,6 +32,7 @@ from .rows.sharded import ShardedGradients
 from .rows.task_gradients import Row, TaskGradients
 
 
+@not_compiled
 def grad(
     losses: Sequence[Tensor | None] | Tensor,
     inputs: Sequence[Tensor] | Tensor,
@@ -91,6 +93,7 @@ def grad(
     return tuple(merged[id(target)] for target in targets)
 
 
+@not_compiled
 def backward(
     losses: Sequence[Tensor | None] | Tensor,
     inputs: Sequence[Tensor] | Tensor | None = None,
@@ -141,6 +144,7 @@ def backward(
                 target.grad = new if old is None else added(old, new)
 
 
+@not_compiled
 def gramian(
     losses: Sequence[Tensor | None] | Tensor,
     params: Sequence[Tensor] | Tensor | None = None,

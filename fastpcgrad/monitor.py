@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ._graph import check_kept, explain, run_grad
 from ._losses import present_losses
-from ._tasks import check_tasks, in_order
+from ._modes import not_compiled
+from ._tasks import check_tasks, in_order, index_of
 from .distributed.processes import check_graph
 from .merging import conflict_maps
 from .merging.report import ConflictReport, cosines_of, of_pairs
@@ -106,6 +107,7 @@ class ConflictMonitor:
         """Whether the next call of ``observe`` will look."""
         return self.calls % self.every == 0
 
+    @not_compiled
     def observe(self, losses: Mapping[Any, Tensor | None] | Sequence[Tensor | None] | Tensor) -> bool:
         """Look at the gradients of these losses, if it is time to; before their own backward pass, whose graph is kept.
 
@@ -143,18 +145,33 @@ class ConflictMonitor:
             self._add(tuple(present), torch.cat([grams.sum(dim=0, keepdim=True), grams]), names)
         return True
 
+    @not_compiled
     def note(self, report: ConflictReport) -> bool:
         """As ``observe``, where there is a surgery: its report, with the layers that it names, is what is looked at.
         No backward pass runs for it.
+
+        Raises:
+            ValueError: it has tasks that are none of the monitor's: by their names, where both have some, else by
+                their indices.
         """
         is_time, self.calls = self.is_time, self.calls + 1
         if not is_time:
             return False
+        tasks = [self._place_of(report.names[t] if report.names and self.tasks else t) for t in report.tasks]
         grams = report.gram[None]
         if report.layers and report.segment_grams is not None:
             grams = torch.cat([grams, report.segment_grams])
-        self._add(tuple(report.tasks), grams, list(report.layers))
+        if tasks != sorted(tasks):
+            order = torch.tensor(tasks, device=grams.device).argsort()
+            grams = grams[:, order[:, None], order]
+        self._add(tuple(sorted(tasks)), grams, list(report.layers))
         return True
+
+    def _place_of(self, task: int | str) -> int:
+        try:
+            return index_of(task, self.num_tasks, self.tasks)
+        except IndexError as error:
+            raise ValueError(f"the report is of tasks that the monitor does not have: {error}") from error
 
     def log(self, prefix: str = "conflicts/") -> dict[str, float]:
         """The running averages for a logger, with one copy to the host; empty before the first look.

@@ -13,6 +13,7 @@ from . import methods
 from ._gradients import added
 from ._loss_scales import refuse_unscaled
 from ._losses import present_losses
+from ._modes import not_compiled
 from ._tasks import in_order
 from ._warnings import warn, warn_of_fewer_losses, warn_of_one_loss
 from .merging.report import ConflictReport
@@ -148,6 +149,7 @@ class PCGrad(torch.optim.Optimizer):
         weakref.finalize(self, note.remove)
         self._is_told_of_steps = True
 
+    @not_compiled
     def pc_backward(
         self, objectives: Sequence[Tensor | None] | Mapping[Any, Tensor | None] | Tensor, retain_graph: bool = False
     ) -> None:

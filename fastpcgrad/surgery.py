@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._checkpoints import load_surgery_state, surgery_state
 from ._losses import Forward, check_loss, check_round
+from ._modes import not_compiled
 from ._tasks import check_tasks, in_order, index_of
 from .distributed.groups import Processes
 from .merging.by_factors import planned
@@ -40,9 +41,8 @@ class GradientSurgery:
 
     Args:
         optimizer_or_params: an optimizer (or what has its ``param_groups``), or parameters (or dicts of them, as
-            optimizers take). An optimizer's parameters are looked up at each round, so that ones added, frozen or
-            unfrozen later are seen; lazy ones, once a forward pass has given them a shape. The gradients of complex
-            ones are rows of real and imaginary parts.
+            optimizers take). An optimizer's are looked up at each round, so that ones added, frozen or unfrozen later
+            are seen; lazy ones, once they have a shape. Gradients of complex ones are rows of both their parts.
         num_tasks: T; or ``tasks``.
         method: makes weights of the Gram matrix; None: ``methods.PCGrad()``.
         shared: the parameters that undergo surgery; the others' gradients are summed. ``auto``: those with gradients
@@ -55,8 +55,7 @@ class GradientSurgery:
             is sent there as soon as autograd has it, and the surgery runs on the host. The report is there too. A
             gradient must not be overwritten before its task is left. None: where the parameters are.
         accumulate: ``sum``: all that a task's stays bring adds up. ``mean``: that is divided by how many stays there
-            were, so that tasks of different numbers of micro-batches count alike. Backward passes within one stay
-            add up either way.
+            were, so that tasks of any number of micro-batches count alike. Backward passes within one stay add up.
         accumulate_dtype: dtype in which gradients within one stay add up, on the parameters' device, before they are
             rounded to the rows'; each further stay widens, adds and rounds once more. None: the rows' own.
         tasks: their names, in the order of their indices, or T. What takes an index takes a name, what takes a list
@@ -142,8 +141,7 @@ class GradientSurgery:
         self.granularity = check_granularity(granularity, model)
         self.row_dtype, self.row_device = row_dtype, row_device
         self.accumulate, self.accumulate_dtype = accumulate, accumulate_dtype
-        self.rows = check_rows(rows)
-        self._kept = BY_CALLER
+        self.rows, self._kept = check_rows(rows), BY_CALLER
         processes, source = Processes(process_group, parallel), parameter_source(optimizer_or_params)
         scopes = Scopes.of(shared, gram_over)
         check_scopes(self.method, scopes.gram_over)
@@ -170,6 +168,7 @@ class GradientSurgery:
         """
         return Task(self._stays, index_of(task, self.num_tasks, self.tasks))
 
+    @not_compiled
     def backward(
         self,
         losses: Sequence[Forward | None] | Sequence[Tensor | None] | Mapping[Any, Any] | Tensor,
@@ -245,6 +244,7 @@ class GradientSurgery:
         plan.warn()
         return plan
 
+    @not_compiled
     def merge(self) -> ConflictReport:
         """Merge the rows of this round into ``.grad``.
 

@@ -354,3 +354,25 @@ def test_several_losses_are_not_warned_of(call, model, x, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(two_losses(model, x), list(model.parameters()))
+
+
+@pytest.mark.parametrize("call", ["grad", "backward", "all leaves"])
+def test_what_is_kept_of_an_input_is_not_taken_for_that_of_another(call):
+    """By a method with a problem for each."""
+    method = methods.CRMOGM(methods.PCGrad("tensorlogic"))
+    a, b, c = (torch.nn.Parameter(torch.ones(2) * n) for n in (1, 2, 3))
+
+    def run(*inputs):
+        total = sum((n * p).square().sum() for n, p in enumerate(inputs, start=1))
+        losses = [total, inputs[0].sum() - total]
+        if call == "grad":
+            return fastpcgrad.grad(losses, inputs, method=method)
+        fastpcgrad.backward(losses, None if call == "all leaves" else inputs, method=method)
+
+    run(a, b), run(a, b)
+    state = method.state_dict()
+    for others in ((b, c), (b, a)):
+        with pytest.raises(ValueError, match=r"of other parameters or in another order.*reset"):
+            run(*others)
+    torch.testing.assert_close(method.state_dict(), state, rtol=0, atol=0)
+    run(a, b)

@@ -86,3 +86,22 @@ def test_losses_without_an_order_are_refused():
         with pytest.raises(TypeError, match=r"losses must be a sequence of .*; found set"):
             call(losses)
     assert x.grad is None
+
+
+@pytest.mark.parametrize("call", ["grad", "backward", "gramian", "observe", "two_phase"])
+def test_where_complex_parameters_are_taken_is_said(call):
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    q = torch.nn.Parameter(torch.ones(2))
+    p.grad, q.grad = torch.ones(2, dtype=torch.complex64), torch.ones(2)
+    losses = [p.abs().sum() + q.sum(), (p.real * q).sum()]
+    calls = {
+        "grad": lambda: fastpcgrad.grad(losses, [p, q]),
+        "backward": lambda: fastpcgrad.backward(losses),
+        "gramian": lambda: fastpcgrad.gramian(losses, [q, p]),
+        "observe": lambda: fastpcgrad.ConflictMonitor([p, q], 2).observe(losses),
+        "two_phase": lambda: fastpcgrad.GradientSurgery([p, q], 2).backward(losses, two_phase=True),
+    }
+    with pytest.raises(TypeError, match=r"found torch\.complex64: .* GradientSurgery and PCGrad alone"):
+        calls[call]()
+    assert torch.equal(p.grad, torch.ones(2, dtype=torch.complex64)) and torch.equal(q.grad, torch.ones(2))
+    fastpcgrad.GradientSurgery([p, q], 2).backward(losses)

@@ -233,3 +233,27 @@ def test_a_method_changes_nothing_in_what_is_seen():
     monitor = ConflictMonitor(model, TASKS, granularity="model")
     monitor.note(surgery.backward(losses_of(model, x)))
     assert monitor.looks == 1 and "looks=1" in repr(monitor)
+
+
+@pytest.mark.parametrize("present", [TASKS, TASKS[1:], TASKS[:1]])
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (2, 1, 0)])
+def test_a_report_of_tasks_in_another_order_is_taken_by_their_names(order, present):
+    model, (x,) = model_of(), batches(1)
+    losses = {name: loss for name, loss in losses_of(model, x).items() if name in present}
+    names = [TASKS[t] for t in order]
+    surgery = fastpcgrad.GradientSurgery(model.parameters(), tasks=TASKS, granularity="layer", model=model)
+    report = surgery.backward(losses, retain_graph=True)
+    noted, observed = (ConflictMonitor(model, names, every=1) for _ in range(2))
+    noted.note(report), observed.observe(losses)
+    found, expected = noted.log(), observed.log()
+    assert found == {key: pytest.approx(value, abs=1e-12) for key, value in expected.items()}
+
+
+@pytest.mark.parametrize("tasks", [["seg", "depth", "text"], ["seg", "edges"], 2])
+def test_a_report_of_other_tasks_is_refused(tasks):
+    model, (x,) = model_of(), batches(1)
+    report = fastpcgrad.GradientSurgery(model.parameters(), tasks=TASKS).backward(losses_of(model, x))
+    monitor = ConflictMonitor(model, tasks, every=1)
+    with pytest.raises(ValueError, match="tasks that the monitor does not have"):
+        monitor.note(report)
+    assert monitor.log() == {}

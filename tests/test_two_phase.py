@@ -133,6 +133,18 @@ def test_half_precision_parameters():
     assert_merged_close(found, expected, report.weights, rows, 2e-2)
 
 
+@pytest.mark.parametrize("name", ["MLP", "Heads"])
+def test_backward_passes_within_autocast(name):
+    """Which round what a forward pass in single precision has left in theirs."""
+    model, method = getattr(graph_models, name)().float(), methods.Constant([0.5, -1.0, 2.0])
+    parameters = list(model.parameters())
+    losses = model(3)
+    _, expected = ordinary(losses, parameters, method)
+    with torch.autocast("cpu", torch.bfloat16):
+        report, found = merge_in_two_phases(losses, parameters, method, retain_graph=True)
+    assert_merged_close(found, expected, report.weights, rows_of(losses, parameters), 2e-2)
+
+
 def test_parameters_of_several_dtypes(any_share):
     model = graph_models.MLP()
     model.layers[2].double()

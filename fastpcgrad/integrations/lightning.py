@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from .._tasks import index_of
 from .._warnings import warn
@@ -40,9 +41,9 @@ class GradientSurgeryMixin:
     Attributes:
         surgery_report: the ``ConflictReport`` of the last merge; None before the first.
     Raises:
-        In training: RuntimeError for a loss that ``self.surgery`` did not give, and in manual optimization; TypeError
-            where ``configure_optimizers`` gives a ``fastpcgrad.PCGrad``; NotImplementedError for several optimizers,
-            and for strategies other than these on several processes.
+        In training: RuntimeError for a loss that is no multiple of what ``self.surgery`` gave, and in manual
+            optimization; TypeError where ``configure_optimizers`` gives a ``fastpcgrad.PCGrad``; NotImplementedError
+            for several optimizers, and for strategies other than these on several processes.
     Warns:
         FastPCGradWarning: a checkpoint without the surgery's state.
     """
@@ -54,7 +55,7 @@ class GradientSurgeryMixin:
     _rounds: GradientSurgery | None = None
     _optimizers_of_rounds: Any = None
     _losses: Mapping[Any, Tensor | None] | None = None
-    _total: Tensor | None = None
+    _total: GradientEdge | None = None
     _state_to_load: dict[str, Any] | None = None
 
     def configure_surgery(self) -> Surgery:
@@ -77,8 +78,9 @@ class GradientSurgeryMixin:
                 "self.surgery is of automatic optimization; in manual optimization use fastpcgrad.GradientSurgery("
                 "self.optimizers(), tasks=[...]) and 'with surgery.task(name): self.manual_backward(loss)'"
             )
-        self._losses, self._total = dict(losses), total_of(losses)
-        return self._total
+        total, self._total = total_of(losses)
+        self._losses = dict(losses)
+        return total
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if not self.automatic_optimization:  # manual_backward
@@ -86,7 +88,7 @@ class GradientSurgeryMixin:
             return
         losses, total = self._losses, self._total
         self._losses = self._total = None
-        if losses is None or total is None:
+        if losses is None:
             raise RuntimeError(
                 "training_step returned a loss that knows no tasks: return self.surgery({'seg': ..., 'depth': ...})"
             )
@@ -102,11 +104,26 @@ class GradientSurgeryMixin:
             of_tasks = {f"surgery/loss/{name}": own.detach() for name, own in losses.items() if own is not None}
             self._log(of_tasks, sync_dist=True)
             if not self.trainer.fit_loop._should_accumulate():
-                self.surgery_report = self._settings.merged(surgery)
-                self._log(self._settings.figures(self.surgery_report))
+                self._merge(surgery)
         except BaseException:
             surgery.discard()
             raise
+
+    def _merge(self, surgery: GradientSurgery) -> None:
+        self.surgery_report = self._settings.merged(surgery)
+        self._log(self._settings.figures(self.surgery_report))
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        def closure() -> Any:
+            result = None if optimizer_closure is None else optimizer_closure()
+            # The last batch of an accumulation was skipped, for which training_step returned None.
+            if result is None and self._rounds is not None and not self._rounds._stays.is_clear:
+                self._merge(self._rounds)
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)  # type: ignore[misc]
 
     def _log(self, figures: Mapping[str, Any], *, sync_dist: bool = False) -> None:
         if self.trainer.logger is not None or self.trainer.callbacks:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import seed_worker
@@ -60,7 +61,7 @@ class GradientSurgeryMixin:
             batches of one task that one process dispatches; the second FSDP with accumulation that does not reduce each
             micro-batch.
         In training: KeyError where a micro-batch has no task and no losses of several; ValueError for one of several
-            tasks; TypeError where the optimizer is a ``fastpcgrad.PCGrad``.
+            tasks; RuntimeError for a loss with more in it than ``task_losses`` gave; TypeError for ``fastpcgrad.PCGrad``.
     Warns:
         FastPCGradWarning: a checkpoint without the surgery's state; fewer micro-batches an accumulation than tasks.
     """
@@ -107,7 +108,7 @@ class GradientSurgeryMixin:
         Args:
             losses: by the names of the tasks; None, or not in it: absent.
         """
-        total, step = total_of(losses), self._step
+        (total, edge), step = total_of(losses), self._step
         if step is None:  # in evaluation
             return total
         if step.task is not None:
@@ -118,7 +119,7 @@ class GradientSurgeryMixin:
         self._tasks = self._tasks or list(losses)
         count, names = check_tasks(None, self._tasks)
         step.losses = {index_of(key, count, names): loss for key, loss in losses.items() if loss is not None}
-        step.total = total
+        step.total = edge
         return total
 
     # Batches of one task
@@ -263,7 +264,7 @@ class GradientSurgeryMixin:
         """In the place of ``accelerator.backward``."""
         step, surgery = self._step, self._built()
         assert step is not None
-        if step.total is not None:
+        if step.losses:
             factor = factor_of(loss, step.total)
             of_tasks = {task: own * factor for task, own in step.losses.items()}
         elif step.task is not None:
@@ -341,13 +342,13 @@ class _Step:
     Attributes:
         task: whose it is; None: of several, or not known.
         columns: what it has.
-        losses, total: of several tasks, by index, and their sum.
+        losses, total: of several tasks, by index, and the edge of their sum.
     """
 
     task: int | None
     columns: list[str]
     losses: dict[int, Tensor] = field(default_factory=dict)
-    total: Tensor | None = None
+    total: GradientEdge | None = None
 
 
 class _MeanLosses:

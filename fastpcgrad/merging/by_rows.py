@@ -146,12 +146,20 @@ def _merge(
     if blocks is not None and projections is not None:
         order, guards, scale = projections
         return ConflictReport(tasks, kernels.pcgrad_blocks(blocks, order, guards, scale, out)), out
-    return _merge_by_weights(columns, factors, tasks, method, problems, out)
+    each = parameters if method.scope == "parameter" else ()
+    return _merge_by_weights(columns, factors, tasks, method, problems, out, each)
 
 
 def _merge_by_weights(
-    columns: Columns, factors: Settled, tasks: tuple[int, ...], method: Method, problems: Problems, out: Row
+    columns: Columns,
+    factors: Settled,
+    tasks: tuple[int, ...],
+    method: Method,
+    problems: Problems,
+    out: Row,
+    each_parameter: Sequence[Tensor],
 ) -> tuple[ConflictReport, Row]:
+    """``each_parameter``: where each is a problem by itself, these."""
     is_one = problems.is_one_for_all
     dtypes = columns.dtypes
     if factors:
@@ -169,7 +177,7 @@ def _merge_by_weights(
         if problems.in_gram[index] != SUMMED:
             grams[problems.in_gram[index]].add_(own.to(grams.device))
     gram = grams if problems.are_many else grams[0]
-    with method.solving(problems.known_by) if problems.are_many else nullcontext():
+    with method.solving(problems.known_by, each_parameter) if problems.are_many else nullcontext():
         solution = columns.solve(method, gram, tasks)
     table = solution.weights[None] if is_one and not factors else weights_table(method, solution.weights)
     if rest:

@@ -125,8 +125,14 @@ def merge_in_two_phases(
     rows = [WHOLE, WHOLE if alike else PARTIAL, SUM]  # what takes the same weights takes one pass
     chosen = [rows[place % _ROWS] if place >= 0 else -1 for place in places]
     merged = _weighted_backward(found, parameters, chosen, weights, retain_graph)
-    _check_linear(parameters, places, grams, weights, merged, graph.dtypes)
+    _check_linear(parameters, places, grams, weights, merged, graph.dtypes | _autocast_dtypes(found))
     return ConflictReport(indices, lambda: Figures(gram, *solution)), merged
+
+
+def _autocast_dtypes(losses: Sequence[Tensor]) -> set[torch.dtype]:
+    """What backward passes here round to besides, as long as autocast is on."""
+    kinds = {loss.device.type for loss in losses}
+    return {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
 
 
 def _check_method(method: Method) -> None:
@@ -137,6 +143,7 @@ def _check_method(method: Method) -> None:
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:
+    TaskGradients(parameters)  # for its errors
     for index, p in enumerate(check_tensors("parameters", parameters)):
         if not p.is_leaf:
             raise ValueError(f"parameters must be leaves of the graph; found parameters[{index}] with {p.grad_fn}")

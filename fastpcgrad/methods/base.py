@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -65,7 +66,9 @@ class Method(ABC):
     generator: Generator | None = None
     """What it draws from; None: nothing, or a global generator."""
 
-    _problems: Sequence[int | str] | None = None
+    _problems: Sequence[Hashable] | None = None
+    _parameters: Sequence[weakref.ref[Tensor] | None] = ()
+    """Those of the last step, as far as they are known, where something is kept of each."""
 
     @property
     def known_tasks(self) -> int:
@@ -110,21 +113,35 @@ class Method(ABC):
         return solution
 
     @contextmanager
-    def solving(self, known_by: Sequence[int | str]) -> Iterator[None]:
+    def solving(self, known_by: Sequence[Hashable], parameters: Sequence[Tensor] = ()) -> Iterator[None]:
         """Within, several problems are solved; ValueError where what it keeps is of others, as where parameters were
         frozen or added since.
 
         Args:
             known_by: the names of the problems, or numbers that stay, in their order.
+            parameters: where each is a problem by itself, these.
         """
         before = self._problems
-        if before not in (None, known_by) and self._reuses_state():
+        are_others = before not in (None, known_by) or self.knows_others(parameters)
+        if are_others and self._reuses_state():
             raise ValueError(
-                f"{type(self).__name__} keeps something of each of {_shown(before or ())}; found {_shown(known_by)}: "
-                "train the same parameters in every step, or call reset() when they change"
+                f"{type(self).__name__} keeps something of each of {_shown(before or ())}; found {_shown(known_by)}"
+                f"{', of other parameters or in another order' if before == known_by else ''}: train the same "
+                "parameters in every step, or call reset() when they change"
             )
         yield
-        self._problems = known_by
+        self._problems, self._parameters = known_by, known_parameters(parameters)
+
+    def forget_problems(self) -> None:
+        """Of a state that was taken up: whose it is shows in the next step."""
+        self._problems, self._parameters = None, ()
+
+    def knows_others(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether some of the parameters are known to be others than those of the last step, place by place."""
+        return any(_are_others(old, new) for old, new in zip(self._parameters, parameters, strict=False))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parameters": ()}  # a copy's are others
 
     def _reuses_state(self) -> bool:
         """Whether there is something of earlier steps that the next one depends on."""
@@ -155,6 +172,17 @@ class Method(ABC):
             raise ValueError(f"{type(self).__name__} has no state; found keys {sorted(state)}")
 
 
-def _shown(problems: Sequence[int | str]) -> str:
+def known_parameters(parameters: Sequence[Tensor]) -> list[weakref.ref[Tensor] | None]:
+    """By what they are known in later steps; of tensors that are no ``Parameter`` there may be new ones in each."""
+    return [weakref.ref(p) if isinstance(p, torch.nn.Parameter) else None for p in parameters]
+
+
+def _are_others(old: weakref.ref[Tensor] | None, new: Tensor) -> bool:
+    """Whether two parameters are known to be different ones."""
+    before = None if old is None else old()
+    return before is not None and isinstance(new, torch.nn.Parameter) and before is not new
+
+
+def _shown(problems: Sequence[Hashable]) -> str:
     named = ", ".join(map(str, problems[:8])) + ", ..." * (len(problems) > 8)
     return f"{len(problems)} problems ({named})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._shares import Shares
-from .base import Method, Solution
+from .base import Method, Solution, known_parameters
 
 Row = list[Tensor | None]
 """Of each parameter a task's gradient, or what is kept of it; None: zeros."""
@@ -60,7 +59,7 @@ class Tracking(Method):
         """Forget all that is kept."""
         self._step = 0
         self._widths: list[int] | None = None
-        self._parameters: list[weakref.ref[Tensor] | None] = []  # of the last step, as far as they are known
+        self._parameters = ()
         self._kept: dict[int, Row] = {}
 
     @property
@@ -83,9 +82,6 @@ class Tracking(Method):
     def finish(self, merged: Row) -> None:
         """Change the merged gradient in place."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parameters": []}  # a copy's are others
-
     def solve(self, gram: Tensor) -> Solution:
         raise TypeError(
             f"{type(self).__name__} needs the task gradients themselves, of which it keeps something: use it in "
@@ -96,13 +92,12 @@ class Tracking(Method):
         """ValueError where what is kept is of other parameters.
 
         Args:
-            parameters: whose gradients the rows are, in their order; of tensors that are no ``Parameter`` there may be
-                new ones in every step.
+            parameters: whose gradients the rows are, in their order.
             rows: the gradients of each task.
             widths: the elements of each parameter.
         """
         if all(own is None for row in self._kept.values() for own in row):  # of no parameter yet
-            self._widths, self._kept, self._parameters = None, {}, []
+            self._widths, self._kept, self._parameters = None, {}, ()
         kept = [row for row in self._kept.values() if len(row) == len(widths)]
         fits = self._widths in (None, list(widths)) and all(
             own is None or grad is None or own.shape == grad.shape
@@ -110,16 +105,14 @@ class Tracking(Method):
             for row in rows
             for own, grad in zip(before, row, strict=True)
         )
-        known = zip(self._parameters, parameters, strict=False) if fits else ()
-        fits = fits and not any(_are_others(old, new) for old, new in known)
-        if not fits:
+        if not fits or self.knows_others(parameters):
             raise ValueError(
                 f"{type(self).__name__} keeps something of each of {len(self._widths or ())} parameters with "
                 f"{sum(self._widths or ())} elements; found {len(widths)} with {sum(widths)}, others, or in another "
                 "order: give it the same in every step, and a method object to each optimizer, or call reset()"
             )
         self._widths = list(widths)
-        self._parameters = [weakref.ref(p) if isinstance(p, torch.nn.Parameter) else None for p in parameters]
+        self._parameters = known_parameters(parameters)
 
     def kept(self, task: int, row: Row) -> Row:
         """What is kept of a task, zeros at first, of each parameter that it has touched by now."""
@@ -171,14 +164,8 @@ class Tracking(Method):
         self.check_state(state)
         widths = state["widths"]
         kept = {task: loaded_row(f"rows[{task}]", row, widths) for task, row in by_task("rows", state["rows"])}
-        self._step, self._kept, self._parameters = state["step"], kept, []
+        self._step, self._kept, self._parameters = state["step"], kept, ()
         self._widths = None if widths is None else list(widths)
-
-
-def _are_others(old: weakref.ref[Tensor] | None, new: Tensor) -> bool:
-    """Whether two parameters are known to be different ones."""
-    before = None if old is None else old()
-    return before is not None and isinstance(new, torch.nn.Parameter) and before is not new
 
 
 def by_task(name: str, state: Any) -> list[tuple[int, Any]]:

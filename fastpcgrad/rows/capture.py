@@ -76,11 +76,14 @@ class Capture:
     def close(self) -> None:
         """What there is of the open task's gradients is its row."""
         self.check_forms()
-        row = self.taken()
+        self.keep(self.task, self.taken())
+        self.task = -1
+
+    def keep(self, task: int, row: Row) -> None:
+        """Gradients as autograd left them, of which the caller keeps no other reference, are a task's row."""
         for index in self.forms:
             row[index] = self._into_row(index, row[index])
-        self.rows.keep(self.task, row)
-        self.task = -1
+        self.rows.keep(task, row)
 
     def check_forms(self) -> None:
         """RuntimeError where what backward passes have made is not all in ``.grad``."""

@@ -21,7 +21,7 @@ def run_factored(losses: Mapping[int, Tensor], retain_graph: bool, capture: Capt
         rows = run_stacked(factors, trunk, list(losses.values()), retain_graph)
         for index in losses:
             capture.rows.take(index)
-            capture.rows.keep(index, rows.pop(0))
+            capture.keep(index, rows.pop(0))
     else:
         _run_each(losses, retain_graph, capture, factors, Trial.of(factors, trunk))
     capture.rows.factors = factors

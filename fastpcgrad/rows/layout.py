@@ -47,6 +47,7 @@ class Layout(NamedTuple):
 
     Attributes:
         found: the trainable ones, as the source has them.
+        sizes: how many of them each group has, where groups form problems.
         kinds: dtype, device, shape and dtype of the gradient of each; None for one that is lazy.
         division: which of the different ones form one problem.
         capture: their rows.
@@ -56,6 +57,7 @@ class Layout(NamedTuple):
     """
 
     found: list[Tensor]
+    sizes: Sequence[int]
     kinds: Sequence[tuple[Any, ...] | None]
     division: Division | Learning
     capture: Capture
@@ -137,15 +139,21 @@ class Layouts:
         """
         layout, found = self.current, self.trainable()
         filled = layout.capture.rows.tasks
-        if _are_same(found, layout.found) and (filled or _kinds(found) == layout.kinds):
+        is_same = _are_same(found, layout.found) and self._sizes() == layout.sizes
+        if is_same and (filled or _kinds(found) == layout.kinds):
             return layout
         if filled:
             raise RuntimeError(
-                f"the trainable parameters changed within a round ({len(layout.found)} before, {len(found)} now) "
-                f"while rows of tasks {filled} are filled: call merge() or discard() first"
+                f"the trainable parameters, or their groups, changed within a round ({len(layout.found)} before, "
+                f"{len(found)} now) while rows of tasks {filled} are filled: call merge() or discard() first"
             )
         self.current = self._laid_out(found)
         return self.current
+
+    def _sizes(self) -> Sequence[int]:
+        if self._granularity != "group":
+            return ()
+        return [sum(p.requires_grad for p in group["params"]) for group in self._source.param_groups]
 
     def seen(self) -> tuple[list[Tensor], list[tuple[bool, torch.device]]]:
         """All parameters that the source has, and of each whether it requires grad, and its device.
@@ -182,7 +190,7 @@ class Layouts:
         division = divide(parameters, self._granularity, self._source.param_groups, self._scopes, self.reach)
         lazy = any(map(is_lazy, found))
         capture, exchange = self._averaged(parameters) if self._group is not None else self._own(parameters)
-        return Layout(found, _kinds(found), division, capture, exchange, lazy, is_large(parameters))
+        return Layout(found, self._sizes(), _kinds(found), division, capture, exchange, lazy, is_large(parameters))
 
     def _own(self, parameters: Sequence[Tensor]) -> tuple[Capture, Exchange | None]:
         capture = self._capture_for(parameters)

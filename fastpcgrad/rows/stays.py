@@ -9,6 +9,7 @@ from types import TracebackType
 from torch import Tensor
 
 from .._graph import check_kept, explain
+from .._modes import not_compiled
 from ..distributed.exchange import OutOfStep
 from ..distributed.groups import NOBODY, Processes
 from ..methods import Method
@@ -207,6 +208,7 @@ class Task(Stay):
         super().__init__(stays, forward=True)
         self._index = index
 
+    @not_compiled
     def __enter__(self) -> Capture:
         self._stays.check_outside(f"task({self._index})")
         capture = super().__enter__()
@@ -219,6 +221,7 @@ class Task(Stay):
             raise
         return capture
 
+    @not_compiled
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

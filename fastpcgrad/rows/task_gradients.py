@@ -22,6 +22,10 @@ from .factors import Factors
 from .factors import Row as Row
 from .sparse import NOWHERE, Coalescing, Touched, in_blocks, stays_sparse
 
+_OF_COMPLEX = (
+    ": those of complex parameters are rows, of real and imaginary parts, in GradientSurgery and PCGrad alone, and not "
+    "in two phases"
+)
 _DTYPE = attrgetter("dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
@@ -48,7 +52,8 @@ class TaskGradients:
         dtypes = list(map(gradient_dtype, parameters))
         for found in dtypes if dtype is None else (dtype, *dtypes):
             if found not in ROW_DTYPES:
-                raise TypeError(f"gradients must be float16, bfloat16, float32 or float64; found {found}")
+                remedy = _OF_COMPLEX if found.is_complex else ""
+                raise TypeError(f"gradients must be float16, bfloat16, float32 or float64; found {found}{remedy}")
         self.dtypes = dtypes if dtype is None else [dtype] * len(dtypes)
         self.devices = [p.device for p in parameters]
         found_on = set(self.devices)

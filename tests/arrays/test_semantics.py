@@ -226,3 +226,21 @@ def test_the_default_draws_nothing():
     before = random.getstate(), torch.get_rng_state()
     apply([{"w": np.ones(3)}, {"w": -np.ones(3)}])
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize("names", [("w", "c"), ("b", "w"), (1, "w")])
+def test_what_is_kept_of_a_name_is_not_taken_for_that_of_another(names):
+    """As many names in every call, by a method with a problem for each."""
+    method = methods.CRMOGM(methods.PCGrad("tensorlogic"))
+
+    def call(*names):
+        return apply([{name: np.ones(2) * t - k for k, name in enumerate(names)} for t in (1, 2)], method=method)
+
+    call("w", "b"), call("w", "b")
+    state = method.state_dict()
+    with pytest.raises(ValueError, match=r"keeps something of each of 2 problems \(w, b\); found 2 problems .*reset"):
+        call(*names)
+    torch.testing.assert_close(method.state_dict(), state, rtol=0, atol=0)
+    call("w", "b")
+    method.reset()
+    call(*names)

@@ -117,6 +117,27 @@ def test_absent_tasks():
         assert net[1][1].weight.grad is None
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (5, 3)])
+def test_a_complex_parameter_of_a_head(shape):
+    """Whose gradient a row has as real and imaginary parts."""
+    net, x = trunk_and_heads()
+    factor = nn.Parameter(torch.randn(shape, dtype=torch.complex64))
+    parameters = [*net.parameters(), factor]
+    surgery, dense = surgery_of(parameters), surgery_of(parameters, rows="dense")
+
+    def losses():
+        h = net[0](x)
+        *others, last = (head(h) for head in net[1])
+        return [*(out.square().mean() for out in others), (factor * last).abs().square().mean()]
+
+    for expected in (FIRST, FIRST, None, None):
+        report = surgery.backward(losses())
+        assert report.rows.loop == expected
+        merged = factor.grad
+        torch.testing.assert_close(report.gram, dense.backward(losses()).gram)
+        torch.testing.assert_close(merged, factor.grad)
+
+
 def test_a_loss_whose_gradient_is_zero():
     surgery, net, losses = setting()
 

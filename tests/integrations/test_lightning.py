@@ -129,6 +129,28 @@ def test_the_sum_is_lightning_alone():
     assert distance(module.net, plain.net, net()) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None")
+@pytest.mark.parametrize("skipped", [{1}, {0}, {2, 3}, {1, 2}, {3, 5, 7}])
+def test_batches_that_are_skipped(skipped):
+    """Without them a step takes what there is of its accumulation."""
+
+    def trained(kind):
+        class Some(kind):
+            method = staticmethod(methods.Sum)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.05)
+
+            def training_step(self, batch, i):
+                return None if i in skipped else super().training_step(batch, i)
+
+        module = Some()
+        fit(module, 2)
+        return module
+
+    assert distance(trained(Mine).net, trained(Plain).net, net()) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, where graphs break
 def test_a_compiled_module():
     module = Mine()
@@ -279,6 +301,72 @@ def test_a_loss_that_knows_no_tasks_is_refused():
 
     with pytest.raises(RuntimeError, match=r"return self\.surgery\("):
         fit(Sums())
+
+
+def penalty(module):
+    return sum(p.square().sum() for p in module.parameters())
+
+
+def added_in_place(module, losses):
+    total = module.surgery(losses)
+    total += penalty(module)
+    return total
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda module, losses: module.surgery(losses) + penalty(module),
+        lambda module, losses: 0.5 * (penalty(module) - module.surgery(losses)),
+        added_in_place,
+        lambda module, losses: module.surgery({"near": losses.pop("near")}) + module.surgery(losses),
+        lambda module, losses: module.surgery(losses) * 0 + sum(losses.values()),
+        lambda module, losses: (module.surgery(losses), sum(losses.values()))[1],
+    ],
+    ids=["more", "less", "in place", "two dicts", "beside", "another"],
+)
+def test_what_would_have_no_part_in_the_surgery_is_refused(loss):
+    class More(Mine):
+        def training_step(self, batch, _):
+            return loss(self, losses_of(self.net, *batch))
+
+    module = More()
+    with pytest.raises(RuntimeError, match=r"no multiple of the sum.*put it into the dict"):
+        fit(module)
+    assert all(torch.equal(p, q) for p, q in zip(module.net.parameters(), net().parameters(), strict=True))
+
+
+def halved_in_place(module, losses):
+    total = module.surgery(losses)
+    total /= 2
+    return total
+
+
+@pytest.mark.parametrize(
+    ("loss", "factor"),
+    [
+        (halved_in_place, 0.5),
+        (lambda module, losses: {"loss": 2 * module.surgery(losses), "beside": penalty(module)}, 2),
+        (lambda module, losses: module.surgery(losses) + 0 * penalty(module) + 1, 1),  # so that DDP finds all used
+        (lambda module, losses: module.surgery(losses) + penalty(module).detach(), 1),
+    ],
+    ids=["in place", "in a dict", "zero", "detached"],
+)
+def test_multiples_of_the_sum_of_losses(loss, factor):
+    class Multiple(Mine):
+        def training_step(self, batch, _):
+            return loss(self, losses_of(self.net, *batch))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05 / factor)
+
+    class Once(Mine):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    module, expected = Multiple(), Once()
+    fit(module), fit(expected)
+    assert distance(module.net, expected.net, net()) < 1e-5
 
 
 def test_manual_optimization_names_its_recipe():

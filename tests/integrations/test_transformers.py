@@ -382,6 +382,32 @@ def test_losses_of_several_tasks_on_a_batch_of_one_are_refused(arguments):
         train(arguments, Both, Surgery(tasks=TASKS))
 
 
+@pytest.mark.parametrize("way", ["in place", "added", "two dicts"])
+def test_what_would_have_no_part_in_the_surgery_is_refused(arguments, way):
+    class More(SeveralLosses):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            near, far = two_losses(model, inputs["x"], inputs["y"])
+            if way == "two dicts":
+                return self.task_losses({"near": near}) + self.task_losses({"far": far})
+            total, penalty = self.task_losses({"near": near, "far": far}), sum(p.sum() for p in model.parameters())
+            if way == "added":
+                return total + penalty
+            total += penalty
+            return total
+
+    x, y = pairs()
+    model = TwoHeads()
+    trainer = More(
+        model=model,
+        args=arguments(remove_unused_columns=False),
+        train_dataset=[{"x": x[i], "y": y[i]} for i in range(96)],
+        surgery=Surgery(tasks=["near", "far"]),
+    )
+    with pytest.raises(RuntimeError, match=r"no multiple of the sum.*put it into the dict"):
+        trainer.train()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), TwoHeads().parameters(), strict=True))
+
+
 def test_a_mixed_batch_is_refused_where_a_loader_of_ones_own_made_it(arguments):
     class Own(Mine):
         def get_train_dataloader(self):

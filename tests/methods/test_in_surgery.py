@@ -3,6 +3,7 @@
 import inspect
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +122,28 @@ def test_elementwise_methods_leave_what_is_not_shared_to_a_sum(make):
     torch.testing.assert_close(a.grad, rows[:, :40].sum(dim=0))
     torch.testing.assert_close(b.grad, expected)
     torch.testing.assert_close(report.gram, rows[:, 40:] @ rows[:, 40:].mT)
+
+
+@pytest.mark.parametrize("make", list(all_methods()))
+def test_the_docs_name_the_methods_whose_merged_gradient_does_not_scale(make):
+    """Over three steps, for what a method keeps scales along."""
+    values = torch.Generator().manual_seed(3)
+    steps = torch.randn(3, 3, 20, generator=values, dtype=torch.float64)
+
+    def merged(scale):
+        method = make()
+        if isinstance(method, methods.GradDrop | methods.GradVac | methods.RandomWeights):
+            method.generator = torch.Generator().manual_seed(1)
+        parameter = torch.nn.Parameter(torch.zeros(20, dtype=torch.float64))
+        surgery = fastpcgrad.GradientSurgery([parameter], 3, method)
+        seed()
+        for rows in steps:
+            surgery.backward([scale * (1 + parameter @ row) for row in rows])
+        return parameter.grad / scale
+
+    expected = merged(1.0)
+    scales = all(torch.allclose(merged(scale), expected, rtol=1e-9) for scale in (2.0**-30, 2.0**-10, 2.0**10))
+    text = (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"## Scale\n\nGradients c times as large(.*?)Where TorchJD", text, flags=re.DOTALL)
+    only_with_arguments = isinstance(make(), methods.MGDA | methods.MoDo | methods.SDMGrad)
+    assert scales == (f"`{type(make()).__name__}`" not in named or only_with_arguments)

@@ -47,6 +47,35 @@ def test_a_group_that_is_removed_within_a_round_still_gets_its_merged_gradient()
     )
 
 
+def test_parameters_that_move_to_another_group_are_of_its_problem():
+    """Also where they are the same ones in the same order as before."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in range(4)]
+    rows = torch.randn(2, 4, 3)
+    optimizer = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=0.1)
+    surgery = fastpcgrad.GradientSurgery(optimizer, 2, granularity="group")
+
+    def losses():
+        return [linear_loss(parameters, row) for row in rows]
+
+    for start, end in ((1, 4), (3, 4), (0, 4), (2, 4), (2, 3)):
+        for p in parameters[end:]:
+            p.requires_grad_(False)
+        optimizer.param_groups[0]["params"], optimizer.param_groups[1]["params"] = (
+            parameters[:start],
+            parameters[start:],
+        )
+        own = [part.flatten(1) for part in (rows[:, :start], rows[:, start:end]) if part.numel()]
+        torch.testing.assert_close(
+            surgery.backward(losses()).segment_grams, torch.stack([part.double() @ part.T.double() for part in own])
+        )
+    with surgery.task(0):
+        losses()[0].backward()
+    optimizer.param_groups[0]["params"], optimizer.param_groups[1]["params"] = parameters[:1], parameters[1:]
+    with pytest.raises(RuntimeError, match="or their groups, changed within a round"), surgery.task(1):
+        raise AssertionError("the task was entered")
+
+
 @pytest.mark.parametrize(
     "kind", [Kind((4, 3, 2, 2), "channels_last"), Kind((5, 3), "transposed"), Kind((3, 5), "gappy"), Kind(())], ids=str
 )

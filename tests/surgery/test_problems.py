@@ -255,3 +255,54 @@ def test_a_refused_step_does_not_change_whose_state_it_is(method):
     step(resumed)
     step(first)
     torch.testing.assert_close(resumed.method.state_dict(), first.method.state_dict(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("granularity", ["model", "group", "parameter"])
+@pytest.mark.parametrize("change", ["frozen", "order"])
+def test_what_is_kept_of_a_parameter_is_not_taken_for_that_of_another(granularity, change):
+    """By a method with a problem for each parameter, however these are divided."""
+    parameters = [torch.nn.Parameter(torch.ones(2) * n) for n in (1, 2, 3)]
+    optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.1)
+    surgery = fastpcgrad.GradientSurgery(
+        optimizer, 2, methods.CRMOGM(methods.PCGrad("tensorlogic")), granularity=granularity
+    )
+
+    def step():
+        total = sum((n * p).square().sum() for n, p in enumerate(parameters, start=1))
+        surgery.backward([total, -total + parameters[1].sum()])
+
+    parameters[2].requires_grad_(False)
+    step(), step()
+    state = surgery.method.state_dict()
+    if change == "frozen":
+        parameters[0].requires_grad_(False)
+        parameters[2].requires_grad_(True)
+    else:
+        optimizer.param_groups.reverse()
+    with pytest.raises(ValueError, match=r"keeps something of each of 2 problems .*; found 2 problems .*reset"):
+        step()
+    torch.testing.assert_close(surgery.method.state_dict(), state, rtol=0, atol=0)
+    surgery.method.reset()
+    step()
+
+
+def test_a_checkpoint_of_other_problems_is_taken_up_where_there_were_others():
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    shared = list(model.parameters())
+    surgery = fastpcgrad.GradientSurgery(
+        shared, 2, methods.CRMOGM(methods.UPGrad()), granularity="layer", model=model, shared=shared
+    )
+
+    def step(frozen):
+        for number, layer in enumerate(model):
+            layer.requires_grad_(number != frozen)
+        outputs = model(torch.ones(1, 2))
+        return surgery.backward([(outputs - t).square().sum() for t in range(2)]).weights
+
+    step(0)
+    state = surgery.state_dict()
+    expected = step(0)
+    surgery.method.reset()
+    step(1)
+    surgery.load_state_dict(state)
+    torch.testing.assert_close(step(0), expected)
