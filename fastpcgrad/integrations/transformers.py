@@ -61,7 +61,7 @@ class GradientSurgeryMixin:
             batches of one task that one process dispatches; the second FSDP with accumulation that does not reduce each
             micro-batch.
         In training: KeyError where a micro-batch has no task and no losses of several; ValueError for one of several
-            tasks; RuntimeError for a loss with more in it than ``task_losses`` gave; TypeError for ``fastpcgrad.PCGrad``.
+            tasks; RuntimeError for a loss with more in it than ``task_losses`` gave; TypeError for ``PCGrad``.
     Warns:
         FastPCGradWarning: a checkpoint without the surgery's state; fewer micro-batches an accumulation than tasks.
     """

@@ -39,7 +39,7 @@ from .task_gradients import TaskGradients
 
 _PARAMETERS = itemgetter("params")
 _LOOKED_AT = ("dtype", "device", "shape", *(("grad_dtype",) if hasattr(Tensor, "grad_dtype") else ()))
-_KIND, _SEEN = attrgetter(*_LOOKED_AT), attrgetter("requires_grad", "device")
+_KIND, _SEEN = attrgetter(*_LOOKED_AT), attrgetter("requires_grad", "is_cpu")
 
 
 class Layout(NamedTuple):
@@ -155,10 +155,11 @@ class Layouts:
             return ()
         return [sum(p.requires_grad for p in group["params"]) for group in self._source.param_groups]
 
-    def seen(self) -> tuple[list[Tensor], list[tuple[bool, torch.device]]]:
-        """All parameters that the source has, and of each whether it requires grad, and its device.
+    def seen(self) -> tuple[list[Tensor], list[tuple[bool, bool]]]:
+        """All parameters that the source has, and of each whether it requires grad, and whether it is on a CPU.
 
-        As long as that is the same, and their gradients are as the rows of the layout are, so is the layout.
+        Where all are, as long as that is the same, and their gradients are as the rows of the layout are, so is the
+        layout.
         """
         found = list(chain.from_iterable(map(_PARAMETERS, self._source.param_groups)))
         return found, list(map(_SEEN, found))
