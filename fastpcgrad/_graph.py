@@ -125,8 +125,9 @@ def run_backward(
     if engine_backward is None or has_torch_function_unary(loss) or transforms_active():
         loss.backward(one, retain_graph=retain_graph, inputs=inputs or None)
         return
-    begun = (torch.ones_like(loss) if one is None else one,)
-    engine_backward((loss,), begun, retain_graph, False, tuple(inputs), allow_unreachable=True, accumulate_grad=True)
+    begun = torch.ones_like(loss) if one is None else one
+    # Not to create a graph of the derivative; inputs need not be reached; and what is found accumulates.
+    engine_backward((loss,), (begun,), retain_graph, False, tuple(inputs), True, True)
 
 
 def run_grad(
@@ -141,7 +142,7 @@ def run_grad(
     if engine_backward is None or has_torch_function((loss, *inputs)) or transforms_active():
         return torch.autograd.grad(loss, inputs, begun, retain_graph, allow_unused=True)
     begun = torch.ones_like(loss) if begun is None else begun
-    found: Any = engine_backward((loss,), (begun,), retain_graph, False, tuple(inputs), True, accumulate_grad=False)
+    found: Any = engine_backward((loss,), (begun,), retain_graph, False, tuple(inputs), True, False)
     return tuple(found)
 
 

@@ -26,7 +26,9 @@ _OF_COMPLEX = (
     ": those of complex parameters are rows, of real and imaginary parts, in GradientSurgery and PCGrad alone, and not "
     "in two phases"
 )
-_DTYPE = attrgetter("dtype")
+Kind = tuple[torch.dtype, bool]
+"""The dtype of a gradient, and whether it has a graph of its own."""
+_KIND = attrgetter("dtype", "requires_grad")
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
@@ -63,9 +65,10 @@ class TaskGradients:
         self.widths = array("q", (p.numel() for p in parameters))
         self._strides = [_gradient_stride(p) for p in parameters]
         self._sizes = [width * own.itemsize for width, own in zip(self.widths, self.dtypes, strict=True)]
-        self.may_keep = partial(_may_stay, self._sizes, self._strides, self.dtypes, True)
+        self._kinds = [(own, False) for own in self.dtypes]
+        self.may_keep = partial(_may_stay, self._sizes, self._strides, self._kinds, True)
         """Whether a row that was taken from ``.grad`` has no gaps, and is as rows are and nobody else's."""
-        self.may_read = partial(_may_stay, self._sizes, self._strides, self.dtypes, False)
+        self.may_read = partial(_may_stay, self._sizes, self._strides, self._kinds, False)
         """The same of one that is read before anything else runs and not written: whoever may hold it."""
         self._rows: dict[int, Row] = {}
         self._own: set[int] = set()  # tasks whose row is known to be dense and nobody else's
@@ -271,59 +274,54 @@ class TaskGradients:
         Args:
             alone: copies also of what somebody else holds; the list is used up, for its references would count.
         """
-        sizes, strides, dtypes = self._sizes, self._strides, self.dtypes
+        sizes, strides, kinds = self._sizes, self._strides, self._kinds
         present = [grad is not None for grad in row]
         there = [grad for grad in row if grad is not None]
         if len(there) < len(row):
             sizes, strides = list(compress(sizes, present)), list(compress(strides, present))
-            dtypes = list(compress(dtypes, present))
+            kinds = list(compress(kinds, present))
         if alone:
             row.clear()
-        if not _may_stay(sizes, strides, dtypes, alone, there):
+        if not _may_stay(sizes, strides, kinds, alone, there):
             there = list(map(Tensor.detach, there)) if any(map(_REQUIRES_GRAD, there)) else there
             # What came out of one collective shares memory, and may go on doing so.
-            views = self._views(there, strides, dtypes) if alone else set()
+            views = self._views(there, strides, kinds) if alone else set()
             there.reverse()
-            kinds = zip(sizes, strides, dtypes, strict=True)
+            expected = zip(sizes, strides, kinds, strict=True)
             there = [
-                there.pop() if place in views else self._settled_one([there.pop()], *kind, alone)
-                for place, kind in enumerate(kinds)
+                there.pop() if place in views else self._settled_one([there.pop()], *own, alone)
+                for place, own in enumerate(expected)
             ]
         settled = iter(there)
         return [next(settled) if here else None for here in present]
 
-    def _settled_one(
-        self, one: list[Tensor], size: int, stride: tuple[int, ...], dtype: torch.dtype, alone: bool
-    ) -> Tensor:
-        if _may_stay([size], [stride], [dtype], alone, one):
+    def _settled_one(self, one: list[Tensor], size: int, stride: tuple[int, ...], kind: Kind, alone: bool) -> Tensor:
+        if _may_stay([size], [stride], [kind], alone, one):
             return one[0]
+        dtype, _ = kind
         if stays_sparse(one[0]):
             self._some_are_sparse = True
             return self._coalesced(one[0], dtype)
         grad = dense(one[0])
         return torch.empty_strided(grad.shape, stride, dtype=dtype, device=grad.device).copy_(grad)
 
-    def _views(
-        self, grads: Sequence[Tensor], strides: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
-    ) -> set[int]:
+    def _views(self, grads: Sequence[Tensor], strides: Sequence[tuple[int, ...]], kinds: Sequence[Kind]) -> set[int]:
         """The places of those that may stay, each in a part of memory that they alone share."""
-        if any(grad.layout != torch.strided or grad.requires_grad for grad in grads):
+        if any(grad.layout != torch.strided for grad in grads):
             return set()
-        fit = [
-            g.stride() == stride and g.dtype == dtype for g, stride, dtype in zip(grads, strides, dtypes, strict=True)
-        ]
+        fit = [g.stride() == stride and _KIND(g) == kind for g, stride, kind in zip(grads, strides, kinds, strict=True)]
         return {place for place in views_alone(grads) if fit[place]}
 
 
 def _may_stay(
     sizes: Sequence[int],
     strides: Sequence[tuple[int, ...]],
-    dtypes: Sequence[torch.dtype],
+    kinds: Sequence[Kind],
     alone: bool,
     grads: Sequence[Any],
 ) -> bool:
-    """Whether all are there, strided, of those dtypes, without a graph, each fills a storage of so many bytes with
-    those strides, and if asked nobody else holds any."""
+    """Whether all are there, strided, of those kinds, each fills a storage of so many bytes with those strides, and if
+    asked nobody else holds any."""
     try:
         storages = list(map(Tensor.untyped_storage, grads))
     except (NotImplementedError, TypeError):  # what is not strided has no storage, nor has None
@@ -331,8 +329,7 @@ def _may_stay(
     return (
         list(map(UntypedStorage.nbytes, storages)) == sizes
         and list(map(Tensor.stride, grads)) == strides
-        and list(map(_DTYPE, grads)) == dtypes
-        and not any(map(_REQUIRES_GRAD, grads))
+        and list(map(_KIND, grads)) == kinds
         and (not alone or are_alone(grads, storages))
     )
 
