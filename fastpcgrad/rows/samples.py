@@ -52,10 +52,12 @@ class Deltas:
 
 
 def _pairs(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
-    """x xᵀ of each, float64: those that are alike at once, for with few samples calls are what takes time."""
-    if len({(x.dtype, x.device, len(x)) for x in matrices}) > 1:
+    """x xᵀ of each, float64: those that are alike at once, for with few samples calls are what takes time, and with
+    many they are large."""
+    samples, kinds = len(matrices[0]), {(x.dtype, x.device) for x in matrices}
+    if len(kinds) > 1 or (len(matrices) > 1 and len(matrices) * samples**2 > _AT_ONCE):
         return [pairs for x in matrices for pairs in _pairs([x])]
-    pairs = matrices[0].new_empty(len(matrices), len(matrices[0]), len(matrices[0]))
+    pairs = matrices[0].new_empty(len(matrices), samples, samples)
     with exact_dtypes(pairs.device):
         for x, out in zip(matrices, pairs, strict=True):
             torch.mm(x, x.T, out=out)
@@ -160,7 +162,7 @@ def grams(found: Mapping[int, Samples]) -> dict[int, Tensor]:
     }
     pairs = dict(zip([*deltas, *lefts], _pairs([*deltas.values(), *lefts.values()]), strict=True))
     return others | {
-        index: pairs[samples.delta] * pairs[index] if index in lefts else pairs[samples.delta]
+        index: pairs[samples.delta] * pairs.pop(index) if index in lefts else pairs[samples.delta]
         for index, samples in single.items()
     }
 

@@ -80,6 +80,16 @@ class Sequence(nn.Module):
         return (h if self.batch_first else h.transpose(0, 1)).cumsum(dim=1)
 
 
+def test_many_samples_are_multiplied_one_matrix_after_the_other(monkeypatch):
+    """With the same bits as few are, all at once."""
+    net, x = mlp(torch.float32), torch.randn(6, 8)
+    losses = losses_of(net, x)
+    at_once = fastpcgrad.gramian(losses(), list(net.parameters()), batch_dim=0)
+    monkeypatch.setattr(samples, "_AT_ONCE", 4 * 6 * 6 - 1)  # two weights, each with its δ
+    found = fastpcgrad.gramian(losses(), list(net.parameters()), batch_dim=0)
+    torch.testing.assert_close(found, at_once, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("by_pairs", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_several_rows_a_sample(batch_first, by_pairs, factored, monkeypatch):
